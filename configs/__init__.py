@@ -1,0 +1,1 @@
+"""anomalib configurations, one per job a user would start from."""
