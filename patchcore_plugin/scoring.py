@@ -1,0 +1,141 @@
+"""The arithmetic of PatchCore's scores, written once for numpy arrays and torch tensors.
+
+Source: Roth et al., arXiv 2106.08265, section 3.3. The functions follow the Python array API standard, so that the
+runtime calls them without torch and the training model can be traced through them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from array_api_compat import array_namespace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SIGMA = 4.0
+"""Standard deviation, in pixels, of the Gaussian that smooths the anomaly map (section 3.3 of the paper)."""
+
+
+class Search(Protocol):
+    """Nearest-neighbour search in a memory bank."""
+
+    def __call__(self, queries: Any, k: int) -> tuple[Any, Any]:
+        """Return distances and bank indices (N, k), nearest first, of ``queries`` (N, D)."""
+
+
+class Scores(NamedTuple):
+    """Raw anomaly scores of a batch.
+
+    Attributes:
+        image: Image scores (B,), float32.
+        patch: Distance of each patch to its nearest bank vector (B, h, w), float32, in feature units.
+    """
+
+    image: Any
+    patch: Any
+
+
+def score(embedding: Any, vectors: Any, search: Search, num_neighbors: int) -> Scores:
+    """Score a batch of embeddings against a memory bank.
+
+    Args:
+        embedding: Patch embeddings (B, h, w, D), float32.
+        vectors: The memory bank (M, D), float32.
+        search: Nearest-neighbour search in ``vectors``.
+        num_neighbors: Size b of the neighbourhood that re-weights the image score; 1 leaves it as it is.
+    """
+    xp = array_namespace(embedding)
+    _, height, width, dimensions = embedding.shape
+    queries = xp.reshape(embedding, (-1, dimensions))
+    distance, index = search(queries, 1)
+    patch = xp.reshape(distance, (-1, height * width))
+    worst = xp.argmax(patch, axis=1, keepdims=True)
+    image = xp.take_along_axis(patch, worst, axis=1)[:, 0]
+    if num_neighbors > 1:
+        nearest = xp.take_along_axis(xp.reshape(index, (-1, height * width)), worst, axis=1)[:, 0]
+        per_image = xp.reshape(embedding, (-1, height * width, dimensions))
+        query = xp.take_along_axis(per_image, xp.broadcast_to(worst[:, :, None], (*worst.shape, dimensions)), axis=1)
+        k = min(num_neighbors, vectors.shape[0])
+        _, support = search(xp.take(vectors, nearest, axis=0), k)
+        neighbours = xp.reshape(xp.take(vectors, xp.reshape(support, (-1,)), axis=0), (-1, k, dimensions))
+        image = reweight(image, xp.sqrt(xp.sum((query - neighbours) ** 2, axis=2)))
+    return Scores(image, xp.reshape(patch, (-1, height, width)))
+
+
+def reweight(distance: Any, support: Any) -> Any:
+    """Image score after equation 7 of the paper.
+
+    Args:
+        distance: Distance s* of the most anomalous patch to its nearest bank vector m* (B,).
+        support: Distances of that patch to the b nearest neighbours of m* in the bank, m* the first (B, b).
+
+    Returns:
+        ``(1 - exp(s*) / sum(exp(support))) * s*`` (B,). The softmax is shifted by its largest term and cannot overflow.
+    """
+    xp = array_namespace(distance)
+    shift = xp.max(support, axis=1)
+    weight = 1 - xp.exp(support[:, 0] - shift) / xp.sum(xp.exp(support - shift[:, None]), axis=1)
+    return weight * distance
+
+
+def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear", sigma: float = SIGMA) -> Any:
+    """Anomaly map at image resolution: patch distances upsampled and smoothed.
+
+    Both steps are linear and separable, so each axis is one matrix, and the map is two small products.
+
+    Args:
+        patch: Patch distances (B, h, w), float32.
+        size: Height and width of the map, in pixels.
+        upsampling: ``"bilinear"`` as in the paper, or ``"nearest"`` as in anomalib's ``Patchcore``.
+        sigma: Standard deviation of the Gaussian, in pixels.
+
+    Returns:
+        Anomaly map (B, H, W), float32, in feature units.
+    """
+    rows = _axis_matrix(patch.shape[1], size[0], upsampling, sigma)
+    columns = _axis_matrix(patch.shape[2], size[1], upsampling, sigma).T
+    if isinstance(patch, np.ndarray):
+        # einsum, not BLAS: BLAS threads go on spinning after these tiny products and slow the next search threefold.
+        return np.einsum("bij,jk->bik", np.einsum("ij,bjk->bik", rows, patch), columns)
+    return patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
+
+
+@lru_cache(maxsize=32)
+def _axis_matrix(patches: int, pixels: int, upsampling: str, sigma: float) -> NDArray[np.float32]:
+    """Matrix (pixels, patches) that upsamples one axis, then smooths it with a Gaussian cut at four sigma."""
+    centres = (np.arange(pixels) + 0.5) * patches / pixels - 0.5
+    if upsampling == "nearest":
+        upsample = np.eye(patches)[np.arange(pixels) * patches // pixels]
+    elif upsampling == "bilinear":
+        offset = np.clip(centres, 0, patches - 1)[:, None] - np.arange(patches)
+        upsample = np.clip(1 - np.abs(offset), 0, None)
+    else:
+        msg = f"upsampling must be 'bilinear' or 'nearest', got {upsampling!r}."
+        raise ValueError(msg)
+    reach = int(4 * sigma + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    # Border pixels are mirrored: a tap outside falls on the pixel that np.pad puts there.
+    source = np.pad(np.arange(pixels), reach, mode="reflect" if pixels > 1 else "edge")
+    smooth = np.zeros((pixels, pixels))
+    for tap, weight in enumerate(kernel):
+        smooth[np.arange(pixels), source[tap : tap + pixels]] += weight
+    return (smooth @ upsample).astype(np.float32)
+
+
+def normalize(values: NDArray[np.float32], threshold: float, minimum: float, maximum: float) -> NDArray[np.float32]:
+    """Scale raw scores to [0, 1] with the threshold at 0.5, as anomalib's post-processor does.
+
+    Args:
+        values: Raw scores, any shape, in feature units.
+        threshold: Raw threshold.
+        minimum: Smallest raw score seen in validation.
+        maximum: Largest raw score seen in validation. Equal to ``minimum``, it leaves only below, at and above.
+    """
+    values = np.asarray(values, dtype=np.float32)
+    if maximum == minimum:
+        return (0.5 + 0.5 * np.sign(values - np.float32(threshold))).astype(np.float32)
+    return np.clip((values - np.float32(threshold)) / np.float32(maximum - minimum) + np.float32(0.5), 0, 1)
