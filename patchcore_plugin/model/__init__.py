@@ -1,0 +1,1 @@
+"""The training world: torch, lightning, anomalib."""

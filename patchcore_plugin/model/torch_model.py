@@ -1,0 +1,152 @@
+"""PatchCore in torch: images to embeddings to scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.components import DynamicBufferMixin
+from torch import nn
+from torch.nn import functional as F
+
+from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.model.backbone import Backbone
+from patchcore_plugin.scoring import anomaly_map, score
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from anomalib.data.utils.tiler import Tiler
+
+# Rows of one block of the distance matrix on an accelerator: bounds its memory at 1024 x M values.
+_BLOCK_ROWS = 1024
+
+
+class MemoryBankError(ValueError):
+    """The memory bank is missing, unfinished, or does not fit the model."""
+
+
+class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
+    """Backbone, patch embeddings and memory bank.
+
+    In training mode :meth:`forward` returns embeddings; in evaluation mode it scores images against ``memory_bank``. On
+    a CPU the bank is searched by FAISS; on an accelerator, and where the model is traced for export, by torch.
+
+    Args:
+        layers: Feature layers, shallow to deep. The first sets the resolution of the patch grid.
+        backbone: timm model name, or ``"efficientnet_lite0"``.
+        pre_trained: Load ImageNet weights.
+        num_neighbors: Neighbours that re-weight the image score (equation 7).
+        backbone_weights: Local weight file instead of ``pre_trained``.
+
+    Attributes:
+        memory_bank: The coreset (M, D), empty until fitted.
+        tiler: anomalib's tiler, set by its tiling callback.
+    """
+
+    memory_bank: torch.Tensor
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        backbone: str = "wide_resnet50_2",
+        pre_trained: bool = True,
+        num_neighbors: int = 9,
+        backbone_weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.tiler: Tiler | None = None
+        self.num_neighbors = num_neighbors
+        self.layers = tuple(layers)
+        self.feature_extractor = Backbone(backbone, layers, pre_trained, backbone_weights)
+        self.register_buffer("memory_bank", torch.empty(0))
+        self._faiss: tuple[torch.Tensor, int, MemoryBank] | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | InferenceBatch:
+        """Embed or score pre-processed images.
+
+        Args:
+            images: Normalised images (B, 3, H, W).
+
+        Returns:
+            In training mode the patch embeddings (B, h, w, D). Otherwise image scores ``pred_score`` (B,) and anomaly maps
+            ``anomaly_map`` (B, 1, H, W), both raw distances in feature units.
+
+        Raises:
+            MemoryBankError: In evaluation mode, if the bank is empty or was built with other features.
+        """
+        embedding = self.embed(images)
+        if self.training:
+            return embedding
+        return self.score(embedding, images.shape[-2:])
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Patch embeddings (B, h, w, D) of normalised images (B, 3, H, W), in the model's precision."""
+        images = images.to(self.memory_bank.dtype)
+        with torch.no_grad():
+            features = self.feature_extractor(self.tiler.tile(images) if self.tiler else images)
+            # Section 3.1: each patch is averaged with its 3 x 3 neighbourhood, then layers are brought to one grid.
+            features = [F.avg_pool2d(feature, kernel_size=3, stride=1, padding=1) for feature in features]
+            grid = features[0].shape[-2:]
+            features[1:] = [F.interpolate(feature, size=grid, mode="bilinear") for feature in features[1:]]
+            embedding = torch.cat(features, dim=1)
+        if self.tiler:
+            embedding = self.tiler.untile(embedding)
+        return embedding.permute(0, 2, 3, 1)
+
+    def score(self, embedding: torch.Tensor, size: Sequence[int], upsampling: str = "bilinear") -> InferenceBatch:
+        """Score patch embeddings (B, h, w, D); ``size`` is the height and width of the anomaly map in pixels."""
+        if not self.memory_bank.numel():
+            msg = (
+                "The memory bank is empty, so nothing can be scored. Train first (Engine.fit, or `anomalib train`), or load "
+                "a trained checkpoint (ckpt_path=...)."
+            )
+            raise MemoryBankError(msg)
+        if self.memory_bank.ndim != 2 or self.memory_bank.shape[1] != embedding.shape[-1]:
+            msg = (
+                f"The memory bank has shape {tuple(self.memory_bank.shape)}, but layers {list(self.layers)} give embeddings "
+                f"of {embedding.shape[-1]} values. It was built with another backbone or other layers: train again, or "
+                "restore the backbone and layers it was trained with."
+            )
+            raise MemoryBankError(msg)
+        vectors = self.memory_bank.float()
+        scores = score(embedding.float(), vectors, self._search, self.num_neighbors)
+        maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling)
+        return InferenceBatch(pred_score=scores.image, anomaly_map=maps[:, None])
+
+    def _search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances and bank indices (N, k) of the nearest bank vectors, nearest first."""
+        if queries.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            distances, indices = self._faiss_bank().search(queries.numpy(), k)
+            return torch.from_numpy(distances), torch.from_numpy(indices)
+        vectors = self.memory_bank.float()
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return _nearest(queries, vectors, k)
+        blocks = [_nearest(rows, vectors, k) for rows in queries.split(_BLOCK_ROWS)]
+        distances, indices = zip(*blocks, strict=True)
+        return torch.cat(distances), torch.cat(indices)
+
+    def _faiss_bank(self) -> MemoryBank:
+        """FAISS bank of the buffer's present content."""
+        buffer = self.memory_bank
+        if self._faiss is None or self._faiss[0] is not buffer or self._faiss[1] != buffer._version:
+            self._faiss = (buffer, buffer._version, MemoryBank(buffer.detach().float().numpy()))
+        return self._faiss[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the FAISS bank out of pickles and copies: it is built again from the buffer."""
+        return {**self.__dict__, "_faiss": None}
+
+
+def _nearest(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the k nearest vectors by one matrix product; distances are taken again by differences, which lose no digits."""
+    squared = vectors.square().sum(1) - 2 * queries @ vectors.T  # plus |query|^2, the same for every vector of a row
+    indices = squared.argmin(1, keepdim=True) if k == 1 else squared.topk(k, dim=1, largest=False).indices
+    neighbours = vectors[indices.reshape(-1)].reshape(-1, k, vectors.shape[1])
+    distances = (queries[:, None] - neighbours).square().sum(2).sqrt()
+    if k == 1:
+        return distances, indices
+    distances, order = distances.sort(dim=1)
+    return distances, indices.gather(1, order)
