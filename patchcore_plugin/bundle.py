@@ -1,0 +1,233 @@
+"""The bundle: the folder that training hands to serving.
+
+    manifest.json   what the model is, how to read its scores, and the sha256 of every other file
+    features.xml    OpenVINO IR: images (B, H, W, 3) u8 of any size to patch embeddings (B, h, w, D) f32
+    features.bin    its weights
+    bank.faiss      the memory bank
+
+A bundle is whole or absent: it is written beside its place and moved there, and nothing of it is used before every file
+matches its checksum. Nothing in it is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Self
+
+FORMAT_VERSION = 1
+MANIFEST, FEATURES, WEIGHTS, BANK = "manifest.json", "features.xml", "features.bin", "bank.faiss"
+_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand
+
+Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
+Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+
+
+class BundleError(ValueError):
+    """A bundle cannot be read or written; the message names the file and the reason."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Preprocessing(_Record):
+    """Steps from an image to the backbone's input, all of them inside the IR.
+
+    Attributes:
+        resize: Height and width after the antialiased bilinear resize, in pixels.
+        crop: Height and width of the centre crop, in pixels; None crops nothing.
+        mean: Per channel (RGB), in [0, 1], subtracted.
+        std: Per channel (RGB), in [0, 1], divided by.
+    """
+
+    resize: Size
+    crop: Size | None = None
+    mean: Triple
+    std: Triple
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.crop and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
+            msg = f"crop {self.crop} is larger than resize {self.resize}"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the backbone's input, in pixels."""
+        return self.crop or self.resize
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """First row and column of the crop in the resized image."""
+        # torchvision rounds half to even
+        return round((self.resize[0] - self.size[0]) / 2), round((self.resize[1] - self.size[1]) / 2)
+
+
+class Scale(_Record):
+    """How to read raw scores, from anomalib's post-processor.
+
+    Attributes:
+        threshold: Raw threshold; None if validation set none.
+        minimum: Smallest raw score in validation; None without normalisation.
+        maximum: Largest raw score in validation; None without normalisation.
+        sensitivity: In [0, 1]; 0.5 takes the threshold as it is, more calls more images anomalous.
+    """
+
+    threshold: FiniteFloat | None = None
+    minimum: FiniteFloat | None = None
+    maximum: FiniteFloat | None = None
+    sensitivity: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class File(_Record):
+    """Checksum and size of one file."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: PositiveInt
+
+
+class Manifest(_Record):
+    """Content of manifest.json."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    created: datetime
+    backbone: str
+    layers: list[str]
+    preprocessing: Preprocessing
+    grid: Size
+    embedding_dimension: PositiveInt
+    bank_size: PositiveInt
+    coreset_sampling_ratio: Annotated[float, Field(gt=0, le=1)]
+    num_neighbors: PositiveInt
+    image: Scale
+    pixel: Scale
+    versions: dict[str, str]
+    files: dict[Literal["features.xml", "features.bin", "bank.faiss"], File]
+
+    @model_validator(mode="after")
+    def _all_files_listed(self) -> Self:
+        if len(self.files) != 3:
+            msg = f"files lists {sorted(self.files)}, expected {FEATURES}, {WEIGHTS} and {BANK}"
+            raise ValueError(msg)
+        return self
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check the manifest of the bundle at ``path``, without looking at its other files.
+
+    Raises:
+        BundleError: If there is no bundle, or its manifest is damaged or of another version.
+    """
+    if not path.is_dir():
+        msg = f"There is no bundle folder {path}. `patchcore export CHECKPOINT BUNDLE` writes one."
+        raise BundleError(msg)
+    file = path / MANIFEST
+    try:
+        if file.stat().st_size > _MANIFEST_LIMIT:
+            msg = f"{file} is larger than {_MANIFEST_LIMIT} bytes: no manifest of a bundle."
+            raise BundleError(msg)
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        msg = f"{path} is no bundle: {MANIFEST} is missing."
+        raise BundleError(msg) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BundleError):
+            raise
+        msg = f"{file} is damaged: {error}"
+        raise BundleError(msg) from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        msg = (
+            f"{file} has bundle format {version!r}; this patchcore-plugin reads format {FORMAT_VERSION}. Export the model "
+            "again, or install the version that wrote the bundle."
+        )
+        raise BundleError(msg)
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
+        msg = f"{file} is not valid: {problems}"
+        raise BundleError(msg) from error
+
+
+def verify(path: Path, manifest: Manifest) -> None:
+    """Compare every file of a bundle with its checksum.
+
+    Raises:
+        BundleError: If a file is missing, or its size or content differs from the manifest's.
+    """
+    for name, expected in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            msg = f"{path} is incomplete: {name} is missing. Export or copy the bundle again."
+            raise BundleError(msg)
+        size = file.stat().st_size
+        if size != expected.bytes:
+            msg = f"{file} has {size} bytes, its manifest says {expected.bytes}. Export or copy the bundle again."
+            raise BundleError(msg)
+        if _sha256(file) != expected.sha256:
+            msg = f"{file} does not match its checksum: it is damaged or not the file that was exported."
+            raise BundleError(msg)
+
+
+def describe_files(folder: Path) -> dict[str, File]:
+    """Checksums and sizes of a bundle's files, for its manifest."""
+    return {
+        name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in (FEATURES, WEIGHTS, BANK)
+    }
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill, and move it to ``path`` at the end; on an error nothing is left.
+
+    Raises:
+        BundleError: If ``path`` exists and is not to be overwritten, or is no bundle.
+    """
+    if path.exists():
+        if not overwrite:
+            msg = f"{path} exists already. Choose another folder, or pass --overwrite (overwrite=True)."
+            raise BundleError(msg)
+        if not (path / MANIFEST).is_file():
+            msg = f"{path} exists and is no bundle; it is not overwritten."
+            raise BundleError(msg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    draft, old = path.with_name(f".{path.name}.{unique}.tmp"), path.with_name(f".{path.name}.{unique}.old")
+    draft.mkdir()
+    try:
+        yield draft
+        if path.exists():
+            path.rename(old)
+        try:
+            draft.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

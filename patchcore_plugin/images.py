@@ -1,0 +1,116 @@
+"""Images in: decoding to RGB as training saw them. Images out: heatmaps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from patchcore_plugin.bundle import Preprocessing
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+"""File name endings, in lower case, that a folder of images is searched for."""
+
+# Of a normalised map, whose threshold is 0.5: where colour begins, where it is full, and how much of it covers the image.
+_VISIBLE_FROM, _FULL_AT, _OPACITY = 0.45, 0.85, 0.75
+
+
+class ImageError(ValueError):
+    """Something given as an image cannot be read as one."""
+
+
+def read_image(source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Decode an image to RGB.
+
+    Palette, grey, alpha, CMYK and 16-bit images are converted by Pillow, just as anomalib does when it trains; an EXIF
+    rotation is not applied, as it is not there either.
+
+    Args:
+        source: Path of an image file, an open binary file, a PIL image, or an array (H, W), (H, W, 1) or (H, W, 3), u8,
+            RGB.
+
+    Returns:
+        RGB image (H, W, 3), u8, contiguous.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImageError: If it cannot be decoded, or an array has another shape or type.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return np.asarray(source.convert("RGB"))
+    label = str(source) if isinstance(source, str | Path) else "the image data"
+    try:
+        with Image.open(source) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
+        msg = f"{label} cannot be read as an image: {error}"
+        raise ImageError(msg) from error
+
+
+def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8:
+        msg = f"An image array must be uint8 with values 0 to 255, got {array.dtype}. Scale and cast it first."
+        raise ImageError(msg)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        msg = f"An image array must have shape (H, W), (H, W, 1) or (H, W, 3), got {array.shape}."
+        raise ImageError(msg)
+    return np.ascontiguousarray(array)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files below ``folder``, sorted, hidden ones left out.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ImageError: If it holds no image.
+    """
+    if not folder.is_dir():
+        msg = f"There is no folder {folder}."
+        raise FileNotFoundError(msg)
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        msg = f"{folder} holds no image. Endings looked for: {', '.join(sorted(SUFFIXES))}."
+        raise ImageError(msg)
+    return found
+
+
+def overlay(image: NDArray[np.uint8], values: NDArray[np.float32], preprocessing: Preprocessing) -> Image.Image:
+    """Lay an anomaly map over the image it belongs to.
+
+    Args:
+        image: RGB image (H, W, 3), u8, as it was given to the runtime.
+        values: Normalised anomaly map (h, w) in [0, 1], over the part of the image that the model saw.
+        preprocessing: The model's resize and crop, which say which part that is.
+
+    Returns:
+        The image in its own size: plain where normal or cropped away, yellow from the pixel threshold on, red far above it.
+    """
+    height, width = image.shape[:2]
+    scale = height / preprocessing.resize[0], width / preprocessing.resize[1]
+    top, left = (round(offset * factor) for offset, factor in zip(preprocessing.offset, scale, strict=True))
+    seen = [max(1, round(size * factor)) for size, factor in zip(preprocessing.size, scale, strict=True)]
+    above = np.clip((values - _VISIBLE_FROM) / (_FULL_AT - _VISIBLE_FROM), 0, 1)
+    grey = Image.fromarray((above * 255).astype(np.uint8)).resize((seen[1], seen[0]), Image.Resampling.BILINEAR)
+    picture = Image.fromarray(image)
+    opacity = grey.point(lambda value: int(value * _OPACITY))
+    picture.paste(ImageOps.colorize(grey, "yellow", "red"), (left, top), opacity)
+    return picture
