@@ -1,0 +1,206 @@
+"""The console command ``patchcore``."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from patchcore_plugin import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_ANOMALIB_COMMANDS = {
+    "train": "Fit a model, then test it, with anomalib.",
+    "fit": "Fit a model with anomalib.",
+    "validate": "Validate a model with anomalib.",
+    "test": "Test a model with anomalib.",
+}
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors that a user can mend into one sentence instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            missing = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo"}
+            extra = missing.get(error.name or "", "train")
+            msg = f"{error}. This command needs more than the base install: pip install 'patchcore-plugin[{extra}]'"
+            raise click.ClickException(msg) from error
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="patchcore")
+def main() -> None:
+    """PatchCore: train with anomalib, export one folder (a bundle), serve it on a CPU without torch."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+
+
+def _add_anomalib_command(name: str, summary: str) -> None:
+    @main.command(
+        name,
+        short_help=summary,
+        help=f"{summary} Arguments are anomalib's own; short model names of plugins work too.",
+        add_help_option=False,  # anomalib's help lists the arguments
+        context_settings={"ignore_unknown_options": True},
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    @_plain_errors
+    def command(arguments: tuple[str, ...]) -> None:
+        run_anomalib([name, *arguments])
+
+
+for _name, _summary in _ANOMALIB_COMMANDS.items():
+    _add_anomalib_command(_name, _summary)
+
+
+def run_anomalib(arguments: list[str]) -> Any:
+    """Run anomalib's command line with every plugin's models registered; returns its ``AnomalibCLI``."""
+    from patchcore_plugin.registry import register
+
+    register()
+    from anomalib.cli.cli import AnomalibCLI
+    from anomalib.loggers import configure_logger
+
+    configure_logger()
+    return AnomalibCLI(arguments)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the model in the manifest.  [default: the bundle folder's name]")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@_plain_errors
+def export(checkpoint: Path, bundle: Path, name: str | None, overwrite: bool) -> None:
+    """Write a trained model as a bundle.
+
+    CHECKPOINT is the .ckpt file that training left (results/FaissPatchcore/.../weights/lightning/model.ckpt); BUNDLE the
+    folder to write.
+    """
+    from patchcore_plugin.export import export_bundle
+    from patchcore_plugin.model.lightning_model import FaissPatchcore
+
+    model = FaissPatchcore.load_from_checkpoint(checkpoint, map_location="cpu")
+    export_bundle(model, bundle, name, overwrite=overwrite)
+    click.echo(f"Bundle: {bundle}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("predictions"),
+    show_default=True,
+    help="Folder for results.csv and heatmaps.",
+)
+@click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
+@_plain_errors
+def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
+    """Score every image below FOLDER with a BUNDLE.
+
+    Writes results.csv (one row per image) and heatmaps/*.png, named as the images with .png added. An image that cannot be
+    read has its reason in the column error; the others go on, and the command ends with exit code 1.
+    """
+    from patchcore_plugin.images import ImageError, find_images, read_image
+    from patchcore_plugin.runtime import PatchcoreRuntime
+
+    runtime = PatchcoreRuntime.load(bundle)
+    images = find_images(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    columns = ["image", "score", "normalized_score", "verdict", "threshold", "error"]
+    failed = anomalous = 0
+    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file, _progress() as bar:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        for path in bar.track(images, description="Predict"):
+            relative = path.relative_to(folder)
+            row: dict[str, Any] = {"image": relative.as_posix()}
+            try:
+                pixels = read_image(path)
+            except (ImageError, OSError) as error:
+                failed += 1
+                table.writerow({**row, "error": str(error)})
+                continue
+            answer = runtime.predict([pixels])[0]
+            anomalous += answer.verdict == "anomalous"
+            table.writerow({**row, **{name: getattr(answer, name) for name in columns[1:-1]}})
+            if heatmaps:
+                target = output / "heatmaps" / relative.with_name(f"{relative.name}.png")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                runtime.heatmap(pixels, answer).save(target)
+    click.echo(f"{len(images)} images: {anomalous} anomalous, {failed} unreadable. Results: {output / 'results.csv'}")
+    if failed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--name", default="patchcore", show_default=True, help="Model name in the store; the service loads 'patchcore'."
+)
+@_plain_errors
+def pack(bundle: Path, name: str) -> None:
+    """Put a BUNDLE into BentoML's model store, where `bentoml serve` and `bentoml build` find it."""
+    import shutil
+
+    import bentoml
+
+    from patchcore_plugin.bundle import MANIFEST, read_manifest, verify
+
+    manifest = read_manifest(bundle)
+    verify(bundle, manifest)
+    labels = {"model": manifest.name, "backbone": manifest.backbone, "format_version": str(manifest.format_version)}
+    with bentoml.models.create(name, labels=labels) as stored:
+        for file in (MANIFEST, *manifest.files):
+            shutil.copyfile(bundle / file, Path(stored.path) / file)
+    click.echo(f"Packed as {stored.tag}. Serve it: bentoml serve patchcore_plugin.bento.service:PatchcoreService")
+
+
+@main.command()
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("patchcore-demo"),
+    show_default=True,
+    help="Folder for everything that the demo writes.",
+)
+@click.option("--data-only", is_flag=True, help="Only lay the images out, below datasets/elpv, for configs/elpv.yaml.")
+@_plain_errors
+def demo(folder: Path, data_only: bool) -> None:
+    """Train, export and serve on real solar-cell images, and ask the service about two of them.
+
+    Needs no network; takes a few minutes on two cores. Safe to run again: it trains anew and replaces its own results.
+    """
+    from patchcore_plugin import demo as steps
+
+    if data_only:
+        from patchcore_plugin.elpv import lay_out
+
+        root = Path("datasets", "elpv")
+        for name, count in lay_out(root).items():
+            click.echo(f"{count:4d} images in {root / name}")
+    else:
+        steps.run(folder)
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,0 +1,53 @@
+"""The demo's images: ELPV's monocrystalline solar cells, laid out as anomalib's Folder wants them."""
+
+from __future__ import annotations
+
+import csv
+import random
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+TRAIN_SHARE = 0.7
+SEED = 0
+
+
+def lay_out(root: Path) -> dict[str, int]:
+    """Copy the monocrystalline cells into ``root``: train/good, test/good and test/defective.
+
+    Cells that experts called surely sound (defect probability 0) are normal, 70 % of them, drawn with a fixed seed, for
+    training; surely defective ones (probability 1) are test images. Doubtful ones are left out. Safe to run again.
+
+    Args:
+        root: Folder to fill; made if absent.
+
+    Returns:
+        Number of images per subfolder.
+
+    Raises:
+        ImportError: If the package elpv-dataset is not installed.
+    """
+    try:
+        data = files("elpv_dataset") / "data"
+    except ModuleNotFoundError as error:
+        msg = "The demo's images come with the package elpv-dataset, which is not installed: pip install elpv-dataset"
+        raise ImportError(msg) from error
+    rows = list(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True))
+    cells = [(path, float(probability)) for path, probability, kind in rows if kind == "mono"]
+    sound = sorted(path for path, probability in cells if probability == 0)
+    random.Random(SEED).shuffle(sound)  # noqa: S311
+    split = int(len(sound) * TRAIN_SHARE)
+    folders = {
+        "train/good": sound[:split],
+        "test/good": sound[split:],
+        "test/defective": [path for path, probability in cells if probability == 1],
+    }
+    for folder, paths in folders.items():
+        target = root / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            file = target / Path(path).name
+            if not file.exists():
+                with (data / path).open("rb") as source, file.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    return {folder: len(paths) for folder, paths in folders.items()}
