@@ -135,8 +135,8 @@ def _preprocessing(model: FaissPatchcore) -> Preprocessing:
     if not isinstance(resize.size, list | tuple) or len(resize.size) != 2:
         msg = f"A bundle needs Resize with a height and a width, e.g. (256, 256); the pre-processor has {resize.size}."
         raise BundleError(msg)
-    if resize.interpolation != InterpolationMode.BILINEAR or not resize.antialias:
-        msg = "A bundle holds an antialiased bilinear Resize; the pre-processor's is another."
+    if InterpolationMode(resize.interpolation) != InterpolationMode.BILINEAR or not resize.antialias:
+        msg = f"A bundle holds a bilinear Resize with antialias=True; the pre-processor has {resize}."
         raise BundleError(msg)
     return Preprocessing(
         resize=tuple(resize.size),

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,20 +49,21 @@ def score(embedding: Any, vectors: Any, search: Search, num_neighbors: int) -> S
     """
     xp = array_namespace(embedding)
     _, height, width, dimensions = embedding.shape
+    patches = height * width
     queries = xp.reshape(embedding, (-1, dimensions))
     distance, index = search(queries, 1)
-    patch = xp.reshape(distance, (-1, height * width))
-    worst = xp.argmax(patch, axis=1, keepdims=True)
-    image = xp.take_along_axis(patch, worst, axis=1)[:, 0]
+    distance, index = distance[:, 0], index[:, 0]
+    patch = xp.reshape(distance, (-1, patches))
+    # Row, among all queries, of each image's most anomalous patch.
+    worst = xp.argmax(patch, axis=1) + patches * xp.arange(patch.shape[0], device=device(patch))
+    image = xp.take(distance, worst, axis=0)
     if num_neighbors > 1:
-        nearest = xp.take_along_axis(xp.reshape(index, (-1, height * width)), worst, axis=1)[:, 0]
-        per_image = xp.reshape(embedding, (-1, height * width, dimensions))
-        query = xp.take_along_axis(per_image, xp.broadcast_to(worst[:, :, None], (*worst.shape, dimensions)), axis=1)
         k = min(num_neighbors, vectors.shape[0])
-        _, support = search(xp.take(vectors, nearest, axis=0), k)
+        _, support = search(xp.take(vectors, xp.take(index, worst, axis=0), axis=0), k)
         neighbours = xp.reshape(xp.take(vectors, xp.reshape(support, (-1,)), axis=0), (-1, k, dimensions))
-        image = reweight(image, xp.sqrt(xp.sum((query - neighbours) ** 2, axis=2)))
-    return Scores(image, xp.reshape(patch, (-1, height, width)))
+        difference = xp.take(queries, worst, axis=0)[:, None, :] - neighbours
+        image = reweight(image, xp.sqrt(xp.sum(difference**2, axis=2)))
+    return Scores(image, xp.reshape(distance, (-1, height, width)))
 
 
 def reweight(distance: Any, support: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -158,12 +157,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise _unreadable(path, str(error)) from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        reason = "it is no file of tensors, or holds more than tensors, which is never loaded"
+    except Exception as error:  # damaged and hostile files make the readers raise nearly anything
+        refused = "it is no file of tensors, or holds more than tensors, which is never loaded"
+        reason = refused if type(error).__name__ == "UnpicklingError" else (str(error) or type(error).__name__)
         raise _unreadable(path, reason) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -43,8 +43,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         pre_trained: Load the backbone's ImageNet weights.
         coreset_sampling_ratio: Share of the training patches that the memory bank keeps, in (0, 1].
         num_neighbors: Neighbours that re-weight the image score (equation 7); 1 turns that off.
-        precision: ``"float32"`` or ``"float16"``: precision of the backbone and of the stored bank. Distances are
-            always float32.
+        precision: ``"float32"`` or ``"float16"``: precision of the stored bank and, on an accelerator, of the backbone.
+            Distances are always float32.
         pre_processor: anomalib pre-processor, or whether to use the default one.
         post_processor: anomalib post-processor, or whether to use the default one.
         evaluator: anomalib evaluator, or whether to use the default one.
@@ -100,7 +100,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             pre_trained=pre_trained,
             num_neighbors=num_neighbors,
             backbone_weights=backbone_weights,
-        ).to(dtype)
+            dtype=dtype,
+        )
         self._embeddings: list[torch.Tensor] = []
         self._skipped = 0
 
@@ -240,6 +241,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Score the images of a batch."""
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to ONNX; see anomalib's ``ExportMixin.to_onnx``. The default operator set is 18, the exporter's own."""
+        kwargs.setdefault("opset_version", 18)
+        return super().to_onnx(*args, **kwargs)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> FaissPatchcore:

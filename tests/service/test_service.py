@@ -1,0 +1,181 @@
+"""The BentoML service: real servers, started from a path, from the model store, and from a built bento."""
+
+import base64
+import io
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from server import SERVICE, bentoml_serve
+
+PYTHON = sys.executable
+BENTOML = [PYTHON, "-m", "bentoml"]
+
+
+@pytest.fixture(scope="module")
+def url(bundle, tmp_path_factory):
+    with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path_factory.mktemp("serve"), PATCHCORE_BUNDLE=str(bundle)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def store(bundle, tmp_path_factory) -> dict[str, str]:
+    """A model store with the bundle in it, put there by ``patchcore pack``."""
+    environment = {"BENTOML_HOME": str(tmp_path_factory.mktemp("bentoml"))}
+    command = [str(Path(PYTHON).parent / "patchcore"), "pack", str(bundle)]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Packed as patchcore:" in result.stdout
+    return environment
+
+
+def ask(url, path, **fields):
+    return httpx.post(f"{url}/predict", files={"image": path.read_bytes()}, data=fields, timeout=60)
+
+
+def test_answers_as_the_runtime(url, runtime, test_images):
+    for path in (test_images[0], test_images[-1]):
+        response = ask(url, path)
+        assert response.status_code == 200, response.text
+        expected = runtime.predict([path])[0]
+        assert response.json() == {
+            "score": pytest.approx(expected.score, rel=1e-6),
+            "normalized_score": pytest.approx(expected.normalized_score, rel=1e-6),
+            "verdict": expected.verdict,
+            "threshold": pytest.approx(expected.threshold, rel=1e-6),
+            "size": {"width": 300, "height": 300},
+            "model": "cells",
+            "heatmap": None,
+        }
+
+
+def test_heatmap_on_request(url, runtime, test_images):
+    picture = Image.open(io.BytesIO(base64.b64decode(ask(url, test_images[0], heatmap="true").json()["heatmap"])))
+    expected = runtime.heatmap(test_images[0], runtime.predict([test_images[0]])[0])
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_photo_in_colour(url, tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.effect_mandelbrot((1024, 768), (-2, -1.2, 1, 1.2), 60).convert("RGB").save(path)
+    answer = ask(url, path).json()
+    assert answer["size"] == {"width": 1024, "height": 768}
+    assert answer["verdict"] == "anomalous"
+
+
+def test_curl_as_in_the_readme(url, test_images):
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.strip().startswith("curl"))
+    command = line.strip().replace("http://127.0.0.1:3000", url).replace("cell.png", str(test_images[0]))
+    assert command != line.strip()
+    result = subprocess.run([*command.split(), "--silent"], capture_output=True, text=True, timeout=60, check=False)
+    assert '"verdict":"anomalous"' in result.stdout, result.stderr
+
+
+def test_parallel_requests(url, runtime, test_images):
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = [answer.score for answer in runtime.predict(test_images[:24])]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda path: ask(url, path).json()["score"], test_images[:24]))
+    np.testing.assert_allclose(answers, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "truncated"])
+def test_bodies_that_are_no_image(url, content):
+    response = httpx.post(f"{url}/predict", files={"image": ("cell.png", content, "image/png")}, timeout=60)
+    assert response.status_code == 400
+    assert "'image' cannot be read as an image" in response.text
+    assert "Traceback" not in response.text
+    assert "tmp" not in response.text
+
+
+def test_decompression_bomb(url):
+    stream = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(stream, "PNG")
+    response = httpx.post(f"{url}/predict", files={"image": ("bomb.png", stream.getvalue(), "image/png")}, timeout=60)
+    assert response.status_code == 400
+    assert "decompression bomb" in response.text
+
+
+def test_missing_field_and_wrong_flag(url, test_images):
+    response = httpx.post(f"{url}/predict", files={"picture": b"x"}, timeout=60)
+    assert response.status_code == 400
+    assert "image" in response.text
+    assert ask(url, test_images[0], heatmap="perhaps").status_code == 400
+
+
+def test_pickle_is_refused(url):
+    response = httpx.post(f"{url}/predict", content=b"\x80\x04.", headers={"content-type": "application/vnd.bentoml+pickle"})
+    assert response.status_code in {400, 415}
+
+
+def test_openapi_describes_the_answer(url):
+    document = httpx.get(f"{url}/docs.json", timeout=60).text
+    for word in ("/predict", "normalized_score", "feature units", "heatmap"):
+        assert word in document
+
+
+def test_from_the_model_store(store, runtime, test_images, tmp_path):
+    with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path, **store, PATCHCORE_BUNDLE="") as url:
+        assert ask(url, test_images[0]).json()["score"] == pytest.approx(runtime.predict(test_images[:1])[0].score, rel=1e-6)
+
+
+def test_nothing_to_serve(tmp_path):
+    with pytest.raises(RuntimeError) as caught:  # noqa: SIM117
+        with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path, BENTOML_HOME=str(tmp_path / "home"), PATCHCORE_BUNDLE=""):
+            pytest.fail("a server without a model must not become ready")
+    assert "There is no model to serve. Set PATCHCORE_BUNDLE" in str(caught.value)
+    assert "patchcore pack BUNDLE" in str(caught.value)
+
+
+def test_damaged_bundle(bundle_copy, tmp_path):
+    (bundle_copy / "bank.faiss").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"bank\.faiss has 0 bytes, its manifest says"):  # noqa: SIM117
+        with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path, PATCHCORE_BUNDLE=str(bundle_copy)):
+            pytest.fail("a server with a damaged bundle must not become ready")
+
+
+def test_built_bento_serves(store, runtime, test_images, tmp_path):
+    """``bentoml build`` from a clean copy of the repository; the bento has model and code inside."""
+    source = tmp_path / "clone"
+    for folder in ("bento", "patchcore_plugin"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, **store}
+    build = [*BENTOML, "build", "--bentofile", "bento/bentofile.yaml", "."]
+    result = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (bento,) = (path.parent for path in Path(store["BENTOML_HOME"], "bentos").rglob("bento.yaml"))
+    names = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*.py")}
+    assert {"bento/service.py", "patchcore_plugin/runtime.py", "patchcore_plugin/memory_bank.py"} <= names
+    assert "torch" not in (bento / "env" / "python" / "requirements.txt").read_text()
+    with bentoml_serve([*BENTOML, "serve", "patchcore:latest"], tmp_path, **store, PATCHCORE_BUNDLE="") as url:
+        answer = ask(url, test_images[0]).json()
+    assert answer["score"] == pytest.approx(runtime.predict(test_images[:1])[0].score, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_base_and_serve_install_alone(bundle, runtime, test_images, tmp_path):
+    """In a virtual environment without torch the service starts and answers. Its small twin is unit/test_imports.py."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    scripts = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    python = str(scripts / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[serve]"], check=True, timeout=900)
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout.lower().split()
+    assert not {"torch", "torchvision", "lightning", "anomalib", "timm", "matplotlib"} & set(listed)
+    command = [python, "-m", "bentoml", "serve", SERVICE]
+    with bentoml_serve(command, tmp_path, PATCHCORE_BUNDLE=str(bundle)) as url:
+        answer = ask(url, test_images[0], heatmap="true").json()
+    assert answer["score"] == pytest.approx(runtime.predict(test_images[:1])[0].score, rel=1e-6)
+    assert answer["heatmap"]
+    patchcore = str(scripts / "patchcore")
+    train = subprocess.run([patchcore, "train", "--help"], capture_output=True, text=True, check=False)
+    assert train.returncode == 1
+    assert "pip install 'patchcore-plugin[train]'" in train.stderr

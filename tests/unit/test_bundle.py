@@ -1,0 +1,214 @@
+"""Bundles: whole or absent when written, refused with a reason when damaged."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, WEIGHTS, BundleError, atomic_folder, read_manifest, verify
+from patchcore_plugin.runtime import PatchcoreRuntime
+
+FILES = [FEATURES, WEIGHTS, BANK]
+
+
+def change_manifest(folder, **changes):
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**content, **changes}))
+
+
+def test_manifest_of_an_export(bundle, trained):
+    manifest = read_manifest(bundle)
+    assert manifest.name == "cells"
+    assert manifest.backbone == "efficientnet_lite0"
+    assert manifest.layers == ["blocks.2", "blocks.4"]
+    assert manifest.preprocessing.resize == (256, 256)
+    assert manifest.preprocessing.crop is None
+    assert manifest.grid == (32, 32)
+    assert manifest.embedding_dimension == 152
+    assert manifest.bank_size == len(trained.model.model.memory_bank)
+    assert manifest.image.threshold == float(trained.model.post_processor.image_threshold)
+    assert manifest.image.minimum == float(trained.model.post_processor.image_min)
+    assert manifest.pixel.maximum == float(trained.model.post_processor.pixel_max)
+    assert {"anomalib", "torch", "openvino", "faiss-cpu", "patchcore-plugin"} <= set(manifest.versions)
+    assert set(manifest.files) == set(FILES)
+    assert {file.name for file in bundle.iterdir()} == {MANIFEST, *FILES}
+    verify(bundle, manifest)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its manifest says"),
+        (lambda path: path.write_bytes(b""), "0 bytes, its manifest says"),
+        (
+            lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+            "does not match its checksum",
+        ),
+    ],
+    ids=["missing", "truncated", "empty", "flipped"],
+)
+def test_damaged_files(bundle_copy, name, damage, reason):
+    damage(bundle_copy / name)
+    with pytest.raises(BundleError, match=reason) as caught:
+        PatchcoreRuntime.load(bundle_copy)
+    assert name in str(caught.value)
+
+
+def test_file_of_another_model(bundle_copy, tmp_path):
+    """A bank that is sound in itself, but not the one the manifest describes."""
+    import numpy as np
+
+    from patchcore_plugin.bundle import describe_files
+    from patchcore_plugin.memory_bank import MemoryBank
+
+    MemoryBank(np.ones((30, 5))).save(bundle_copy / BANK)
+    with pytest.raises(BundleError, match="its manifest says"):
+        PatchcoreRuntime.load(bundle_copy)
+    change_manifest(bundle_copy, files={name: file.model_dump() for name, file in describe_files(bundle_copy).items()})
+    with pytest.raises(BundleError, match=r"vectors of shape \(30, 5\), the manifest says \(\d+, 152\)"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_network_of_another_model(bundle_copy):
+    change_manifest(bundle_copy, grid=[16, 16])
+    with pytest.raises(BundleError, match=r"features\.xml gives embeddings .*the manifest says \(16, 16, 152\)"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_network_that_is_none(bundle_copy):
+    from patchcore_plugin.bundle import describe_files
+
+    (bundle_copy / FEATURES).write_text("<net>")
+    change_manifest(bundle_copy, files={name: file.model_dump() for name, file in describe_files(bundle_copy).items()})
+    with pytest.raises(BundleError, match=r"features\.xml cannot be compiled by OpenVINO"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_absent(tmp_path):
+    with pytest.raises(BundleError, match="no bundle folder"):
+        PatchcoreRuntime.load(tmp_path / "absent")
+    with pytest.raises(BundleError, match=r"is no bundle: manifest\.json is missing"):
+        PatchcoreRuntime.load(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1.0", None, [1]])
+def test_other_format_version(bundle_copy, version):
+    change_manifest(bundle_copy, format_version=version)
+    with pytest.raises(BundleError, match="this patchcore-plugin reads format 1"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])
+def test_manifest_that_is_no_json(bundle_copy, content):
+    (bundle_copy / MANIFEST).write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_huge_manifest(bundle_copy):
+    (bundle_copy / MANIFEST).write_bytes(b" " * (2 << 20))
+    with pytest.raises(BundleError, match="larger than 1048576 bytes"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_neighbors": 0}, "num_neighbors"),
+        ({"num_neighbors": "many"}, "num_neighbors"),
+        ({"grid": [32]}, "grid"),
+        ({"image": {"threshold": "high"}}, "image.threshold"),
+        ({"image": {"sensitivity": 7}}, "image.sensitivity"),
+        ({"surprise": 1}, "surprise"),
+        ({"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}}}, "files"),
+        ({"files": {}}, "files lists"),
+        (
+            {"preprocessing": {"resize": [64, 64], "crop": [65, 64], "mean": [0, 0, 0], "std": [1, 1, 1]}},
+            "crop .* is larger",
+        ),
+    ],
+)
+def test_wrong_fields_are_named(bundle_copy, changes, field):
+    change_manifest(bundle_copy, **changes)
+    with pytest.raises(BundleError, match=field):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_infinite_threshold(bundle_copy):
+    text = (bundle_copy / MANIFEST).read_text()
+    (bundle_copy / MANIFEST).write_text(text.replace('"threshold": ', '"threshold": Infinity, "was": ', 1))
+    with pytest.raises(BundleError, match=r"image\.threshold"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_to_the_manifest_is_a_bundle_error_or_harmless(bundle, data):
+    content = bytearray((bundle / MANIFEST).read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    copy = bundle.with_name("fuzzed")
+    copy.mkdir(exist_ok=True)
+    (copy / MANIFEST).write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(BundleError):
+        read_manifest(copy)
+
+
+def test_atomic_folder(tmp_path):
+    target = tmp_path / "deep" / "bundle"
+    with atomic_folder(target) as draft:
+        (draft / MANIFEST).write_text("first")
+        assert not target.exists()
+    assert (target / MANIFEST).read_text() == "first"
+    with pytest.raises(BundleError, match="exists already"), atomic_folder(target):
+        pytest.fail("the folder must not be given")
+    with atomic_folder(target, overwrite=True) as draft:
+        (draft / MANIFEST).write_text("second")
+        assert (target / MANIFEST).read_text() == "first"
+    assert (target / MANIFEST).read_text() == "second"
+    assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+
+
+def test_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
+    target = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(target) as draft:
+        (draft / MANIFEST).write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_folder(target, overwrite=True) as draft:
+        (draft / MANIFEST).write_text("new") and (draft / "absent").read_text()
+    assert (target / MANIFEST).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_never_overwrites_what_is_no_bundle(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
+    with (
+        pytest.raises(BundleError, match="is no bundle; it is not overwritten"),
+        atomic_folder(tmp_path / "photos", overwrite=True),
+    ):
+        pytest.fail("the folder must not be given")
+    assert (tmp_path / "photos" / "holiday.jpg").read_bytes() == b"dear"
+
+
+def test_read_only_bundle(bundle_copy, test_images):
+    for file in bundle_copy.iterdir():
+        file.chmod(0o444)
+    bundle_copy.chmod(0o555)
+    try:
+        assert PatchcoreRuntime.load(bundle_copy).predict(test_images[:1])[0].verdict in {"normal", "anomalous"}
+    finally:
+        bundle_copy.chmod(0o755)
+
+
+def test_bundle_is_one_folder_to_copy(bundle, tmp_path, test_images):
+    copy = shutil.copytree(bundle, tmp_path / "Förderband 3")
+    one, other = (PatchcoreRuntime.load(path).predict(test_images[:2]) for path in (bundle, copy))
+    assert [answer.score for answer in one] == [answer.score for answer in other]

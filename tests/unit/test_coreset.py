@@ -1,0 +1,185 @@
+"""The sampler against a slow, obvious float64 search."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchcore_plugin.coreset import GreedyCoreset
+
+
+def reference(points: np.ndarray, size: int, start: int) -> tuple[list[int], float]:
+    """Farthest-first one at a time, in float64: the picks and the covering radius."""
+    points = points.astype(np.float64)
+    nearest = ((points - points[start]) ** 2).sum(1)
+    picks = [start]
+    while len(picks) < size:
+        farthest = int(nearest.argmax())
+        if nearest[farthest] == 0:
+            break
+        picks.append(farthest)
+        nearest = np.minimum(nearest, ((points - points[farthest]) ** 2).sum(1))
+    return picks, float(np.sqrt(nearest.max()))
+
+
+def assert_same_picks(points: np.ndarray, size: int, random_state: int = 0) -> None:
+    sampler = GreedyCoreset(size=size, random_state=random_state, progress=False)
+    picks = sampler.fit(points).tolist()
+    expected, radius = reference(points, min(size, len(points)), picks[0])
+    assert picks == expected
+    assert sampler.radius_ == pytest.approx(radius, rel=1e-12)
+
+
+def clustered(rng, rows, columns, spread=1.0):
+    centres = rng.normal(size=(20, columns)) * 10
+    return (centres[rng.integers(0, 20, rows)] + spread * rng.normal(size=(rows, columns))).astype(np.float32)
+
+
+@pytest.mark.parametrize("random_state", [0, 1, 2])
+@pytest.mark.parametrize(("rows", "columns"), [(3000, 16), (20_000, 3), (9000, 152)])
+def test_random(rows, columns, random_state):
+    points = np.random.default_rng(random_state).normal(size=(rows, columns)).astype(np.float32)
+    assert_same_picks(points, rows // 20, random_state)
+
+
+def test_clustered():
+    assert_same_picks(clustered(np.random.default_rng(0), 8000, 32), 800)
+
+
+def test_tight_clusters_far_from_the_origin():
+    """Where a float32 expansion of the distance has no correct digit left."""
+    assert_same_picks(clustered(np.random.default_rng(0), 5000, 16, spread=1e-4) + 1000, 500)
+
+
+def test_duplicated():
+    rng = np.random.default_rng(0)
+    assert_same_picks(rng.normal(size=(700, 8)).astype(np.float32)[rng.integers(0, 700, 5000)], 600)
+
+
+def test_ties_take_the_lowest_index():
+    assert_same_picks(np.random.default_rng(0).integers(0, 4, (4000, 5)).astype(np.float32), 700)
+
+
+def test_real_embeddings(real_embeddings):
+    assert_same_picks(real_embeddings, len(real_embeddings) // 10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 400),
+    columns=st.integers(1, 12),
+    size=st.integers(1, 450),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    offset=st.sampled_from([0.0, 1.0, 1e4]),
+    values=st.sampled_from(["normal", "few", "line", "constant"]),
+)
+def test_any_shape(seed, rows, columns, size, scale, offset, values):
+    rng = np.random.default_rng(seed)
+    points = {
+        "normal": lambda: rng.normal(size=(rows, columns)),
+        "few": lambda: rng.integers(0, 3, (rows, columns)),
+        "line": lambda: rng.normal(size=(rows, 1)) * np.ones(columns),
+        "constant": lambda: np.ones((rows, columns)),
+    }[values]()
+    assert_same_picks((points * scale + offset).astype(np.float32), size, seed)
+
+
+def test_duplicates_end_the_search_early():
+    points = np.repeat(np.eye(4, dtype=np.float32), 25, axis=0)
+    sampler = GreedyCoreset(size=50, progress=False)
+    picks = sampler.fit(points)
+    assert len(picks) == 4
+    assert len(np.unique(points[picks], axis=0)) == 4
+    assert sampler.radius_ == 0
+
+
+def test_more_asked_for_than_there_is():
+    points = np.random.default_rng(0).normal(size=(5, 3))
+    assert sorted(GreedyCoreset(size=9, progress=False).fit(points).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_ratio_keeps_at_least_one():
+    assert len(GreedyCoreset(ratio=0.001, progress=False).fit(np.random.default_rng(0).normal(size=(20, 2)))) == 1
+
+
+def test_same_state_same_picks_other_state_other_start():
+    points = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
+    first, again, other = (GreedyCoreset(size=50, random_state=s, progress=False).fit(points).tolist() for s in (7, 7, 8))
+    assert first == again
+    assert first[0] != other[0]
+
+
+def test_order_of_rows_does_not_matter():
+    """Training shuffles its images; the bank must not depend on it."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(3000, 12)).astype(np.float32)
+    shuffled = points[rng.permutation(len(points))]
+    one, other = (rows[GreedyCoreset(size=200, progress=False).fit(rows)] for rows in (points, shuffled))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    points = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    picks = GreedyCoreset(size=150, progress=False).fit(points).tolist()
+    assert picks == reference(points.double().numpy(), 150, picks[0])[0]
+
+
+def test_not_contiguous():
+    points = np.random.default_rng(0).normal(size=(6, 2000)).astype(np.float32).T
+    assert_same_picks(points, 100)
+
+
+def test_reduced_matmul_precision_changes_nothing():
+    points = clustered(np.random.default_rng(0), 3000, 64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert_same_picks(points, 300)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_input_is_left_alone():
+    points = torch.randn(500, 4)
+    before = points.clone()
+    GreedyCoreset(size=20, progress=False).fit(points)
+    assert torch.equal(points, before)
+
+
+def test_progress_bar(capsys):
+    GreedyCoreset(size=20).fit(np.random.default_rng(0).normal(size=(500, 4)))
+    assert "20/20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan"), "half", None, True])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match=r"in \(0, 1\], got"):
+        GreedyCoreset(ratio=ratio)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, True])
+def test_size_out_of_range(size):
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1"):
+        GreedyCoreset(size=size)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,), (2, 2, 2)])
+def test_no_matrix(shape):
+    with pytest.raises(ValueError, match=r"matrix \(N, D\)"):
+        GreedyCoreset(progress=False).fit(np.zeros(shape))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(bad):
+    points = np.zeros((10, 3))
+    points[4, 1] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        GreedyCoreset(progress=False).fit(points)
+
+
+def test_too_large_for_float32():
+    with pytest.raises(ValueError, match="too large for float32"):
+        GreedyCoreset(progress=False).fit(np.random.default_rng(0).normal(size=(50, 3)) * 1e25)

@@ -1,0 +1,144 @@
+"""Images in: everything a camera or an operator may hand over. Images out: heatmaps."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from patchcore_plugin.bundle import Preprocessing
+from patchcore_plugin.images import ImageError, find_images, overlay, read_image
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def encoded(mode="RGB", form="PNG", size=(40, 30)) -> bytes:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    image.convert(mode).save(stream, form)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("I;16", "PNG"),
+        ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "BMP"), ("RGB", "TIFF"), ("I;16", "TIFF"), ("RGB", "WEBP"),
+    ],
+)  # fmt: skip
+def test_every_kind_is_read_as_training_reads_it(tmp_path, mode, form):
+    from anomalib.data.utils import read_image as anomalib_read_image
+
+    source = "L" if mode == "I;16" else mode
+    path = tmp_path / f"image.{form.lower()}"
+    if mode == "I;16":
+        values = np.random.default_rng(0).integers(0, 65536, (30, 40), dtype=np.uint16)
+        Image.fromarray(values).save(path)
+    else:
+        path.write_bytes(encoded(source, form))
+    expected = (anomalib_read_image(path, as_tensor=True).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    np.testing.assert_array_equal(read_image(path), expected)
+    np.testing.assert_array_equal(read_image(io.BytesIO(path.read_bytes())), expected)
+
+
+def test_arrays_and_pil_images():
+    grey = np.random.default_rng(0).integers(0, 256, (5, 4), dtype=np.uint8)
+    colour = np.stack([grey] * 3, axis=2)
+    for source in (
+        grey,
+        grey[:, :, None],
+        colour,
+        colour[::1, ::-1][:, ::-1],
+        Image.fromarray(grey),
+        Image.fromarray(colour),
+    ):
+        result = read_image(source)
+        np.testing.assert_array_equal(result, colour)
+        assert result.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "must be uint8 with values 0 to 255, got float32"),
+        (np.zeros((4, 4), np.uint16), "got uint16"),
+        (np.zeros((4, 4, 4), np.uint8), r"got \(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"got \(0, 4, 3\)"),
+        (np.zeros(5, np.uint8), r"got \(5,\)"),
+    ],
+)
+def test_wrong_arrays(array, message):
+    with pytest.raises(ImageError, match=message):
+        read_image(array)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"<svg/>"])
+def test_no_image(tmp_path, content):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"broken\.png cannot be read as an image"):
+        read_image(path)
+    with pytest.raises(ImageError, match="the image data cannot be read as an image"):
+        read_image(io.BytesIO(content))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "absent.png")
+
+
+def test_decompression_bomb():
+    stream = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(stream, "PNG")
+    with pytest.raises(ImageError, match="decompression bomb"):
+        read_image(io.BytesIO(stream.getvalue()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), form=st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))
+def test_damaged_images_are_refused_or_read(data, form):
+    """Truncated or flipped bytes give an image or an ImageError, never anything else."""
+    content = bytearray(encoded(form=form))
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    try:
+        result = read_image(io.BytesIO(bytes(content)))
+    except ImageError:
+        return
+    assert result.ndim == 3
+    assert result.dtype == np.uint8
+
+
+def test_find_images(tmp_path):
+    for name in ("b.PNG", "sub/a.jpg", "note.txt", ".hidden/c.png", "sub/.d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert find_images(tmp_path) == [tmp_path / "b.PNG", tmp_path / "sub" / "a.jpg"]
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find_images(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="holds no image"):
+        find_images(tmp_path / "empty")
+
+
+def test_overlay_leaves_normal_parts_plain_and_reddens_anomalous_ones():
+    image = np.full((90, 120, 3), 100, np.uint8)
+    values = np.zeros((64, 64), np.float32)
+    values[:, 48:] = 1
+    picture = np.asarray(overlay(image, values, Preprocessing(resize=(64, 64), **IMAGENET))).astype(int)
+    assert picture.shape == image.shape
+    assert (picture[:, :80] == 100).all()
+    assert (picture[:, 100:, 0] - picture[:, 100:, 2] > 100).all()
+
+
+def test_overlay_stays_within_the_crop():
+    image = np.full((200, 100, 3), 50, np.uint8)
+    recipe = Preprocessing(resize=(64, 64), crop=(32, 32), **IMAGENET)
+    picture = np.asarray(overlay(image, np.ones((32, 32), np.float32), recipe))
+    changed = np.argwhere((picture != 50).any(2))
+    assert changed.min(0).tolist() == [50, 25]
+    assert changed.max(0).tolist() == [149, 74]

@@ -1,0 +1,101 @@
+"""The score arithmetic against slow float64 code, for numpy and torch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.scoring import anomaly_map, normalize, reweight, score
+
+
+def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours: int) -> float:
+    """Equations 6 and 7 for one image's patches (P, D), in float64 and loops."""
+    embedding, vectors = embedding.astype(np.float64), vectors.astype(np.float64)
+    distances = np.array([[np.linalg.norm(patch - vector) for vector in vectors] for patch in embedding])
+    worst = int(distances.min(1).argmax())
+    nearest = int(distances[worst].argmin())
+    largest = distances[worst, nearest]
+    if neighbours == 1:
+        return largest
+    around = np.argsort(np.linalg.norm(vectors - vectors[nearest], axis=1), kind="stable")[:neighbours]
+    weights = np.exp(distances[worst, around] - distances[worst, around].max())
+    return (1 - np.exp(largest - distances[worst, around].max()) / weights.sum()) * largest
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 3),
+    height=st.integers(1, 4),
+    width=st.integers(1, 5),
+    columns=st.integers(1, 8),
+    size=st.integers(1, 20),
+    neighbours=st.integers(1, 12),
+    scale=st.sampled_from([0.01, 1.0, 100.0]),
+)
+def test_score(seed, batch, height, width, columns, size, neighbours, scale):
+    rng = np.random.default_rng(seed)
+    vectors = (scale * rng.normal(size=(size, columns))).astype(np.float32)
+    embedding = (scale * rng.normal(size=(batch, height, width, columns))).astype(np.float32)
+    bank = MemoryBank(vectors)
+    scores = bank.score(embedding, neighbours)
+    expected = [reference_image_score(image.reshape(-1, columns), vectors, neighbours) for image in embedding]
+    np.testing.assert_allclose(scores.image, expected, rtol=1e-3, atol=1e-5 * scale)
+    assert scores.patch.shape == (batch, height, width)
+
+    def search(queries, k):
+        return tuple(torch.from_numpy(part) for part in bank.search(queries.numpy(), k))
+
+    tensors = score(torch.from_numpy(embedding), torch.from_numpy(vectors), search, neighbours)
+    np.testing.assert_allclose(tensors.image.numpy(), scores.image, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(tensors.patch.numpy(), scores.patch)
+
+
+def test_reweight_does_not_overflow():
+    result = reweight(np.float32([1000.0]), np.float32([[1000.0, 1500.0, 2000.0]]))
+    np.testing.assert_allclose(result, [1000.0])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 45), (256, 256)])
+def test_map_against_torch_and_scipy(size):
+    patch = np.random.default_rng(0).random((2, 8, 6)).astype(np.float32)
+    upsampled = torch.nn.functional.interpolate(torch.from_numpy(patch)[:, None].double(), size=size, mode="bilinear")
+    expected = [gaussian_filter(image, 4, mode="mirror", truncate=4.0) for image in upsampled[:, 0].numpy()]
+    np.testing.assert_allclose(anomaly_map(patch, size), expected, rtol=1e-5)
+    np.testing.assert_allclose(anomaly_map(torch.from_numpy(patch), size).numpy(), expected, rtol=1e-5)
+
+
+def test_map_of_one_patch_and_of_one_pixel():
+    np.testing.assert_allclose(anomaly_map(np.full((1, 1, 1), 3, np.float32), (40, 30)), 3, rtol=1e-6)
+    np.testing.assert_allclose(anomaly_map(np.full((1, 1, 1), 3, np.float32), (1, 1)), 3, rtol=1e-6)
+
+
+def test_map_keeps_constants_and_range():
+    patch = np.random.default_rng(0).random((1, 32, 32)).astype(np.float32)
+    values = anomaly_map(patch, (256, 256))
+    assert patch.min() <= values.min() <= values.max() <= patch.max()
+    np.testing.assert_allclose(anomaly_map(np.ones((1, 7, 9), np.float32), (50, 60)), 1, rtol=1e-6)
+
+
+def test_unknown_upsampling():
+    with pytest.raises(ValueError, match="'bilinear' or 'nearest', got 'cubic'"):
+        anomaly_map(np.zeros((1, 2, 2), np.float32), (8, 8), "cubic")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=10),
+    threshold=st.floats(-50, 50, width=32),
+    minimum=st.floats(-50, 50, width=32),
+    span=st.sampled_from([0.0, 0.5, 30.0]),
+)
+def test_normalize_is_anomalibs(values, threshold, minimum, span):
+    from anomalib.post_processing import PostProcessor
+
+    maximum = float(np.float32(minimum + span))
+    arguments = [torch.tensor(number, dtype=torch.float32) for number in (minimum, maximum, threshold)]
+    expected = PostProcessor._normalize(torch.tensor(values, dtype=torch.float32), *arguments).numpy()
+    np.testing.assert_allclose(normalize(np.float32(values), threshold, minimum, maximum), expected, atol=1e-6)
