@@ -21,7 +21,7 @@ from patchcore_plugin.images import ImageError, read_image
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 BUNDLE_VARIABLE = "PATCHCORE_BUNDLE"
-MODEL = "patchcore:latest"
+MODEL = "patchcore"  # in a bento: the alias of the model that was built in
 
 
 class Size(BaseModel):

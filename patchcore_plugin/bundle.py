@@ -1,7 +1,7 @@
 """The bundle: the folder that training hands to serving.
 
     manifest.json   what the model is, how to read its scores, and the sha256 of every other file
-    features.xml    OpenVINO IR: images (B, H, W, 3) u8 of any size to patch embeddings (B, h, w, D) f32
+    features.xml    OpenVINO IR: RGB images (B, H, W, 3) f32 in [0, 255], of any size, to embeddings (B, h, w, D) f32
     features.bin    its weights
     bank.faiss      the memory bank
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, FEATURES, WEIGHTS, BANK = "manifest.json", "features.xml", "features.bin", "bank.faiss"
+_NAMES = {MANIFEST, FEATURES, WEIGHTS, BANK}
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand
 
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
@@ -145,7 +146,7 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError as error:
         msg = f"{path} is no bundle: {MANIFEST} is missing."
         raise BundleError(msg) from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, BundleError):
             raise
         msg = f"{file} is damaged: {error}"
@@ -194,35 +195,44 @@ def describe_files(folder: Path) -> dict[str, File]:
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty folder to fill, and move it to ``path`` at the end; on an error nothing is left.
+    """Give an empty folder to fill, and move it to ``path`` at the end.
+
+    On any error, an interrupt too, nothing new is left and what was at ``path`` is there still.
 
     Raises:
-        BundleError: If ``path`` exists and is not to be overwritten, or is no bundle.
+        BundleError: If ``path`` exists and is not to be overwritten or is no bundle, or the folder cannot be written.
     """
+    path = path.resolve()  # through a link, the folder that it names is replaced
     if path.exists():
         if not overwrite:
             msg = f"{path} exists already. Choose another folder, or pass --overwrite (overwrite=True)."
             raise BundleError(msg)
-        if not (path / MANIFEST).is_file():
-            msg = f"{path} exists and is no bundle; it is not overwritten."
+        if not path.is_dir() or not {MANIFEST} <= {file.name for file in path.iterdir()} <= _NAMES:
+            msg = f"{path} is no bundle, or holds more than one; it is not overwritten."
             raise BundleError(msg)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unique = uuid.uuid4().hex[:8]
     draft, old = path.with_name(f".{path.name}.{unique}.tmp"), path.with_name(f".{path.name}.{unique}.old")
-    draft.mkdir()
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        msg = f"The folder {path} cannot be written: {error}"
+        raise BundleError(msg) from error
     try:
         yield draft
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             draft.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        except OSError as error:
+            msg = f"The bundle cannot be moved to {path}: {error}. Is a file of the old one in use?"
+            raise BundleError(msg) from error
     finally:
+        if old.exists():
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(path)
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:

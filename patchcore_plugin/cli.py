@@ -7,6 +7,7 @@ import functools
 import logging
 import sys
 from pathlib import Path
+from pickle import UnpicklingError  # the exception alone
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,7 +35,7 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            missing = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo"}
+            missing = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo", "psutil": "demo"}
             extra = missing.get(error.name or "", "train")
             msg = f"{error}. This command needs more than the base install: pip install 'patchcore-plugin[{extra}]'"
             raise click.ClickException(msg) from error
@@ -96,7 +97,11 @@ def export(checkpoint: Path, bundle: Path, name: str | None, overwrite: bool) ->
     from patchcore_plugin.export import export_bundle
     from patchcore_plugin.model.lightning_model import FaissPatchcore
 
-    model = FaissPatchcore.load_from_checkpoint(checkpoint, map_location="cpu")
+    try:
+        model = FaissPatchcore.load_from_checkpoint(checkpoint, map_location="cpu")
+    except (KeyError, UnpicklingError, EOFError, RuntimeError, TypeError) as error:
+        msg = f"{checkpoint} is not a checkpoint of FaissPatchcore: {error}"
+        raise click.ClickException(msg) from error
     export_bundle(model, bundle, name, overwrite=overwrite)
     click.echo(f"Bundle: {bundle}")
 
@@ -124,7 +129,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     from patchcore_plugin.runtime import PatchcoreRuntime
 
     runtime = PatchcoreRuntime.load(bundle)
-    images = find_images(folder)
+    images = [path for path in find_images(folder) if output.resolve() not in path.resolve().parents]
     output.mkdir(parents=True, exist_ok=True)
     columns = ["image", "score", "normalized_score", "verdict", "threshold", "error"]
     failed = anomalous = 0
@@ -154,11 +159,8 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--name", default="patchcore", show_default=True, help="Model name in the store; the service loads 'patchcore'."
-)
 @_plain_errors
-def pack(bundle: Path, name: str) -> None:
+def pack(bundle: Path) -> None:
     """Put a BUNDLE into BentoML's model store, where `bentoml serve` and `bentoml build` find it."""
     import shutil
 
@@ -169,7 +171,7 @@ def pack(bundle: Path, name: str) -> None:
     manifest = read_manifest(bundle)
     verify(bundle, manifest)
     labels = {"model": manifest.name, "backbone": manifest.backbone, "format_version": str(manifest.format_version)}
-    with bentoml.models.create(name, labels=labels) as stored:
+    with bentoml.models.create("patchcore", labels=labels) as stored:
         for file in (MANIFEST, *manifest.files):
             shutil.copyfile(bundle / file, Path(stored.path) / file)
     click.echo(f"Packed as {stored.tag}. Serve it: bentoml serve patchcore_plugin.bento.service:PatchcoreService")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -63,9 +65,9 @@ class GreedyCoreset:
         progress: bool = True,
     ) -> None:
         check_ratio(ratio)
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            msg = f"size must be a whole number of at least 1, got {size!r}."
-            raise ValueError(msg)
+        if size is not None:
+            check_count("size", size)
+        check_random_state(random_state)
         self.ratio = ratio
         self.size = size
         self.random_state = random_state
@@ -86,8 +88,11 @@ class GreedyCoreset:
             ValueError: If ``embeddings`` is not a matrix with at least one row and column, or holds NaN or infinity.
         """
         points = _as_matrix(embeddings)
+        home = points.device
+        if home.type == "mps":
+            points = points.cpu()  # Apple's GPUs have no float64
         wanted = min(len(points), self.size or max(1, int(len(points) * self.ratio)))
-        with _progress_bar(enabled=self.progress) as bar, torch.inference_mode(), _full_float32():
+        with _progress_bar(enabled=self.progress) as bar, torch.inference_mode(), _full_float32(points.device.type):
             task = bar.add_task("Coreset", total=wanted)
             state = _Traversal(points, self.random_state)
             bar.update(task, completed=1)
@@ -95,7 +100,7 @@ class GreedyCoreset:
                 bar.update(task, completed=len(state.picks))
             bar.update(task, total=len(state.picks), completed=len(state.picks))
         self.radius_ = math.sqrt(float(state.nearest.max()))
-        return torch.tensor(state.picks, dtype=torch.int64, device=points.device)
+        return torch.tensor(state.picks, dtype=torch.int64, device=home)
 
 
 class _Traversal:
@@ -116,6 +121,7 @@ class _Traversal:
             raise ValueError(msg)
         # Rounding of a float32 dot product of D terms, with room for the three terms of the expansion and the centring.
         self.epsilon = (points.shape[1] + 8) * 2.0**-24 * 4
+        self.underflow = (points.shape[1] + 8) * 2.0**-149 * 4  # what squares of tiny values lose
         self.nearest = torch.full((len(points),), math.inf, dtype=torch.float64, device=points.device)
         self.picks = [self._start(random_state)]
         self.candidates = _MIN_CANDIDATES
@@ -127,7 +133,7 @@ class _Traversal:
         if random_state is None:
             generator.seed()
         else:
-            generator.manual_seed(random_state)
+            generator.manual_seed(int(random_state))
         direction = torch.randn(self.points.shape[1], dtype=torch.float64, generator=generator).to(self.points.device)
         return int(torch.cat([self.points[rows].double() @ direction for rows in self._blocks()]).argmax())
 
@@ -175,7 +181,7 @@ class _Traversal:
             # float32 filter: which (row, centre) pairs may lie nearer than the row's centre so far
             product = torch.addmm(norms, self._centred(self.points[rows]), centres.T, alpha=-2)
             lowest = product.amin(1) + self.norms[rows]
-            slack = self.epsilon * (self.norms[rows] + largest)
+            slack = self.epsilon * (self.norms[rows] + largest) + self.underflow
             limit = self.nearest[rows]
             near = torch.nonzero(lowest.double() < limit + slack).squeeze(1)
             if not len(near):
@@ -199,7 +205,7 @@ class _Traversal:
 
 def check_ratio(ratio: Any) -> None:
     """Raise a ValueError unless ``ratio`` is a number in (0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
         msg = (
             f"coreset_sampling_ratio must be a number in (0, 1], got {ratio!r}. "
             "0.1 keeps every tenth patch (the paper's 10 %), 0.01 every hundredth, 1 keeps them all."
@@ -207,8 +213,27 @@ def check_ratio(ratio: Any) -> None:
         raise ValueError(msg)
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        msg = f"{name} must be a whole number of at least 1, got {value!r}."
+        raise ValueError(msg)
+
+
+def check_random_state(value: Any) -> None:
+    """Raise a ValueError unless ``value`` is None or a whole number that torch takes as a seed."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63):
+        msg = f"random_state must be None or a whole number from 0 on, got {value!r}."
+        raise ValueError(msg)
+
+
 def _as_matrix(embeddings: torch.Tensor | ArrayLike) -> torch.Tensor:
+    if isinstance(embeddings, np.ndarray):
+        embeddings = np.ascontiguousarray(embeddings)  # torch takes no negative strides
     points = torch.as_tensor(embeddings).detach()
+    if points.is_complex():
+        msg = f"embeddings must be real numbers, got {points.dtype}."
+        raise ValueError(msg)
     if points.ndim != 2 or 0 in points.shape:
         msg = f"embeddings must be a matrix (N, D) with at least one row and one column, got shape {tuple(points.shape)}."
         raise ValueError(msg)
@@ -221,14 +246,25 @@ def _as_matrix(embeddings: torch.Tensor | ArrayLike) -> torch.Tensor:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def _full_float32(device_type: str) -> Iterator[None]:
     """Keep float32 products float32: the filter's error bound does not hold for the bf16 or TF32 a user may allow."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if hasattr(backends[0], "fp32_precision"):  # torch 2.9 and later
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+    else:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device_type, enabled=False):
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if hasattr(backends[0], "fp32_precision"):
+            for backend, value in zip(backends, before, strict=True):
+                backend.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _progress_bar(*, enabled: bool) -> Progress:

@@ -33,6 +33,7 @@ _START_LIMIT = 120  # seconds
 _CELLS_SHOWN = 4  # of each kind, in the figure
 
 console = Console()
+_http = httpx.Client(trust_env=False)  # the service is on this machine, whatever proxy leads out of it
 
 
 def run(folder: Path) -> None:
@@ -120,7 +121,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
     with console.status("Waiting for the service"):
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                if httpx.get(f"{url}/readyz", timeout=2).is_success:
+                if _http.get(f"{url}/readyz", timeout=2).is_success:
                     return
             except httpx.TransportError:
                 pass
@@ -148,7 +149,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ask(url: str, path: Path) -> dict[str, Any]:
-    response = httpx.post(
+    response = _http.post(
         f"{url}/predict", files={"image": (path.name, path.read_bytes(), "image/png")}, data={"heatmap": "true"}, timeout=60
     )
     response.raise_for_status()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import random
-import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -46,8 +45,7 @@ def lay_out(root: Path) -> dict[str, int]:
         target = root / folder
         target.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            file = target / Path(path).name
-            if not file.exists():
-                with (data / path).open("rb") as source, file.open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
+            file, content = target / Path(path).name, (data / path).read_bytes()
+            if not file.exists() or file.stat().st_size != len(content):
+                file.write_bytes(content)
     return {folder: len(paths) for folder, paths in folders.items()}

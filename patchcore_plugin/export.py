@@ -182,11 +182,12 @@ def _write_ir(network: _Embedding, recipe: Preprocessing, path: Path) -> tuple[t
         _, rows, columns, dimension = network(example).shape
     ir = ov.convert_model(network, example_input=example, input=[-1, 3, height, width])
     steps = PrePostProcessor(ir)
-    # Any image: u8, NHWC, any height and width. Everything up to the network's input happens in the graph.
-    steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
+    # RGB, f32 in [0, 255], NHWC, any height and width: the IR is complete in itself. The runtime hands it images that
+    # Pillow has resized in the same way: OpenVINO's resize is right but slow, and holds the whole image as floats.
+    steps.input().tensor().set_element_type(ov.Type.f32).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
     steps.input().model().set_layout(ov.Layout("NCHW"))
     # Pillow's bilinear filter is the antialiased one of training; on floats it does not round in between.
-    process = steps.input().preprocess().convert_element_type(ov.Type.f32)
+    process = steps.input().preprocess()
     process.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW, *recipe.resize)
     if recipe.crop:
         top, left = recipe.offset
@@ -203,8 +204,8 @@ def _compare(runtime: PatchcoreRuntime, network: _Embedding, recipe: Preprocessi
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with torch.no_grad():
         transformed = model.pre_processor.transform(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
-        expected = network(transformed).numpy()
-    error = float(np.abs(runtime.embed(images) - expected).max() / np.abs(expected).max())
+        expected = network(transformed.cpu()).numpy()
+    error = float(np.abs(runtime.embed(list(images)) - expected).max() / np.abs(expected).max())
     if not error <= _TOLERANCE:
         msg = f"The exported network differs from the model by {error:.2g} of its largest feature; nothing was written."
         raise BundleError(msg)

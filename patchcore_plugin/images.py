@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 """File name endings, in lower case, that a folder of images is searched for."""
 
+# The same as SUFFIXES, for Pillow. It would also open PostScript, and hand that to Ghostscript.
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+
+MAX_PIXELS = 90_000_000
+"""Largest image file that is decoded, in pixels: a few hundred KB of PNG can claim to be many gigabytes."""
+
 # Of a normalised map, whose threshold is 0.5: where colour begins, where it is full, and how much of it covers the image.
 _VISIBLE_FROM, _FULL_AT, _OPACITY = 0.45, 0.85, 0.75
 
@@ -43,17 +49,45 @@ def read_image(source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8]) 
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, Image.Image):
-        return np.asarray(source.convert("RGB"))
     label = str(source) if isinstance(source, str | Path) else "the image data"
     try:
-        with Image.open(source) as image:
-            return np.asarray(image.convert("RGB"))
+        if isinstance(source, Image.Image):
+            return _from_pil(source)
+        with Image.open(source, formats=_FORMATS) as image:
+            return _from_pil(image)
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         msg = f"{label} cannot be read as an image: {error}"
         raise ImageError(msg) from error
+
+
+def _from_pil(image: Image.Image) -> NDArray[np.uint8]:
+    pixels = image.width * image.height
+    if not 0 < pixels <= MAX_PIXELS:
+        msg = f"it has {image.width} x {image.height} pixels, and from 1 to {MAX_PIXELS:,} are read"
+        raise ImageError(msg)
+    return np.asarray(image.convert("RGB"))
+
+
+def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize an RGB image (H, W, 3), u8, with the antialiased bilinear filter that training uses on tensors.
+
+    Pillow's filter is that of torchvision; on float channels it rounds nothing in between. One channel at a time, it needs
+    little memory beside the image.
+
+    Args:
+        image: The image.
+        size: Height and width to resize to, in pixels.
+
+    Returns:
+        Resized image (h, w, 3), float32, in [0, 255].
+    """
+    resized = np.empty((*size, 3), np.float32)
+    for channel in range(3):
+        plane = Image.fromarray(image[:, :, channel].astype(np.float32))
+        resized[:, :, channel] = plane.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return resized
 
 
 def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 _BLOCK_ROWS = 4096
+_LARGEST = 1e16  # the sum of a few thousand such squares still is a float32
 
 
 class MemoryBank:
@@ -110,9 +111,7 @@ class MemoryBank:
         except (RuntimeError, MemoryError) as error:
             msg = f"{path} is not a readable FAISS index (truncated or damaged)."
             raise ValueError(msg) from error
-        if type(index) is not faiss.IndexFlatL2 and not (
-            isinstance(index, faiss.IndexFlat) and index.metric_type == faiss.METRIC_L2
-        ):
+        if not (isinstance(index, faiss.IndexFlat) and index.metric_type == faiss.METRIC_L2):
             msg = f"{path} holds a {type(index).__name__}; a memory bank is a flat L2 index."
             raise ValueError(msg)
         bank = cls.__new__(cls)
@@ -120,8 +119,8 @@ class MemoryBank:
             msg = f"{path} holds an empty memory bank."
             raise ValueError(msg)
         bank._adopt(index)
-        if not np.isfinite(bank.vectors).all():
-            msg = f"{path} holds NaN or infinite values."
+        if not (np.abs(bank.vectors) < _LARGEST).all():
+            msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
             raise ValueError(msg)
         return bank
 
@@ -146,7 +145,7 @@ def _as_matrix(values: ArrayLike, name: str) -> NDArray[np.float32]:
     if matrix.ndim != 2 or not matrix.shape[1]:
         msg = f"{name} must be a matrix (N, D), got shape {matrix.shape}."
         raise ValueError(msg)
-    if not np.isfinite(matrix).all():
-        msg = f"{name} hold NaN or infinite values."
+    if not (np.abs(matrix) < _LARGEST).all():
+        msg = f"{name} hold NaN or infinite values, or values too large for float32 distances."
         raise ValueError(msg)
     return matrix

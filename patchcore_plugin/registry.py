@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 GROUP = "anomalib.models"
 
@@ -28,23 +28,37 @@ def register() -> list[type]:
     for entry in entry_points(group=GROUP):
         try:
             model = entry.load()
-        except Exception as error:  # a third party's fault must not take our models down
-            _warn(entry.name, entry.value, f"{type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:  # a third party's fault must not take our models down
+            _warn(entry, f"is left out: {type(error).__name__}: {error}")
             continue
         if not (isinstance(model, type) and issubclass(model, AnomalibModule)):
-            _warn(entry.name, entry.value, "it is no AnomalibModule")
+            _warn(entry, "is left out: it is no AnomalibModule")
             continue
-        if AnomalibModule not in model.__bases__:
-            # anomalib finds models among the direct subclasses alone; the resolution order stays as it was
-            model.__bases__ += (AnomalibModule,)
-        if not hasattr(anomalib.models, model.__name__):
-            setattr(anomalib.models, model.__name__, model)
-        elif getattr(anomalib.models, model.__name__) is not model:
-            _warn(entry.name, entry.value, f"anomalib has another model named {model.__name__}; use the full class_path")
         anomalib.models.ALLOWED_MODULES.update({entry.module, model.__module__})
         models.append(model)
+        if getattr(anomalib.models, model.__name__, model) is not model:
+            _warn(entry, f"has the name of anomalib's own {model.__name__}: choose it by its full class_path")
+        elif not _make_direct_subclass(model, AnomalibModule):
+            _warn(entry, "is not found by short name, for anomalib finds direct subclasses alone: use its full class_path")
+        else:
+            setattr(anomalib.models, model.__name__, model)
     return models
 
 
-def _warn(name: str, value: str, reason: str) -> None:
-    warnings.warn(f"Entry point {name!r} ({value}) of group {GROUP!r} is left out: {reason}", stacklevel=3)
+def _make_direct_subclass(model: type, base: type) -> bool:
+    """Add ``base`` to the bases of one of its indirect subclasses; False where that would change the resolution order."""
+    if base in model.__bases__:
+        return True
+    bases, order = model.__bases__, model.__mro__
+    try:
+        model.__bases__ = (*bases, base)
+    except TypeError:  # no consistent order
+        return False
+    if model.__mro__ == order:
+        return True
+    model.__bases__ = bases
+    return False
+
+
+def _warn(entry: EntryPoint, reason: str) -> None:
+    warnings.warn(f"Entry point {entry.name!r} ({entry.value}) of group {GROUP!r} {reason}", stacklevel=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -11,12 +11,12 @@ import numpy as np
 import openvino as ov
 
 from patchcore_plugin.bundle import BANK, FEATURES, WEIGHTS, BundleError, Manifest, Scale, read_manifest, verify
-from patchcore_plugin.images import overlay, read_image
+from patchcore_plugin.images import overlay, read_image, resize
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.scoring import anomaly_map, normalize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -106,7 +106,7 @@ class PatchcoreRuntime:
 
         Args:
             images: Paths, open binary files, PIL images, or u8 arrays (H, W), (H, W, 1) or (H, W, 3) in RGB.
-            batch_size: Images of one size that go through the network together, at most. The answers do not depend on it.
+            batch_size: Images that are decoded and go through the network together. The answers do not depend on it.
 
         Returns:
             One prediction per image, in order.
@@ -115,35 +115,36 @@ class PatchcoreRuntime:
             FileNotFoundError: If a path leads nowhere.
             ImageError: If something is no image.
             TypeError: If ``images`` is a single image instead of a list of them.
+            ValueError: If ``batch_size`` is below 1.
         """
         if isinstance(images, str | Path | np.ndarray) or not hasattr(images, "__iter__") or hasattr(images, "read"):
             msg = f"predict takes a list of images, got one {type(images).__name__}: predict([image])."
             raise TypeError(msg)
-        decoded = [read_image(image) for image in images]
+        if batch_size < 1:
+            msg = f"batch_size must be at least 1, got {batch_size}."
+            raise ValueError(msg)
         predictions: list[Prediction] = []
-        for _, same_size in groupby(decoded, key=lambda image: image.shape):
-            group = list(same_size)
-            for start in range(0, len(group), batch_size):
-                predictions += self._predict_batch(np.stack(group[start : start + batch_size]))
+        sources = iter(images)
+        while batch := [read_image(image) for image in islice(sources, batch_size)]:
+            # One search per image: the same products whatever the batch, so the same answer to the last digit.
+            predictions += [self._answer(embedding[None]) for embedding in self.embed(batch)]
         return predictions
 
-    def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Patch embeddings (B, h, w, D) of RGB images (B, H, W, 3), u8, of one size."""
-        return self._features.infer_new_request([images])[0]
+    def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Patch embeddings (B, h, w, D) of RGB images (H, W, 3), u8, of any sizes."""
+        size = self.manifest.preprocessing.resize
+        return self._features.infer_new_request([np.stack([resize(image, size) for image in images])])[0]
 
     def heatmap(self, image: str | Path | BinaryIO | Image.Image | NDArray[np.uint8], prediction: Prediction) -> Image.Image:
         """Lay a prediction's map over its image; see :func:`patchcore_plugin.images.overlay`.
 
         A model that was never validated has no scale; its map is then stretched from 0 to its own largest value.
         """
-        values = prediction.normalized_map
-        if values is None:
+        if prediction.normalized_map is None:
             values = prediction.anomaly_map / max(float(prediction.anomaly_map.max()), 1e-12)
+        else:  # anomalib moves the threshold in the map by the sensitivity; colours begin at 0.5
+            values = prediction.normalized_map + self.manifest.pixel.sensitivity - 0.5
         return overlay(read_image(image), values, self.manifest.preprocessing)
-
-    def _predict_batch(self, images: NDArray[np.uint8]) -> list[Prediction]:
-        # One search per image: the same products whatever the batch, so the same answer to the last digit.
-        return [self._answer(embedding[None]) for embedding in self.embed(images)]
 
     def _answer(self, embedding: NDArray[np.float32]) -> Prediction:
         scores = self.bank.score(embedding, self.manifest.num_neighbors)

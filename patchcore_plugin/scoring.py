@@ -57,8 +57,8 @@ def score(embedding: Any, vectors: Any, search: Search, num_neighbors: int) -> S
     # Row, among all queries, of each image's most anomalous patch.
     worst = xp.argmax(patch, axis=1) + patches * xp.arange(patch.shape[0], device=device(patch))
     image = xp.take(distance, worst, axis=0)
-    if num_neighbors > 1:
-        k = min(num_neighbors, vectors.shape[0])
+    k = min(num_neighbors, vectors.shape[0])
+    if k > 1:  # a neighbourhood of one would weigh every score with nothing
         _, support = search(xp.take(vectors, xp.take(index, worst, axis=0), axis=0), k)
         neighbours = xp.reshape(xp.take(vectors, xp.reshape(support, (-1,)), axis=0), (-1, k, dimensions))
         difference = xp.take(queries, worst, axis=0)[:, None, :] - neighbours

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from pickle import UnpicklingError  # the exception alone
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -93,7 +94,13 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract features of normalised images (B, 3, H, W): one (B, C, h, w) per layer."""
-        features = self.net(images)
+        try:
+            features = self.net(images)
+        except AssertionError as error:  # timm's transformers of a fixed image size
+            msg = (
+                f"{error} Give the pre-processor a size that fits: FaissPatchcore.configure_pre_processor(image_size=(...))."
+            )
+            raise ValueError(msg) from error
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return [features[position] for position in self._order]
@@ -117,14 +124,18 @@ def _layer_indices(name: str, architecture: str, layers: Sequence[str]) -> list[
 
 
 def _create(architecture: str, indices: list[int] | None, *, pretrained: bool, device: str = "cpu") -> nn.Module:
-    arguments: dict[str, Any] = {} if indices is None else {"out_indices": tuple(sorted(indices))}
-    if architecture.startswith("vit_"):
-        arguments["dynamic_img_size"] = True  # position embeddings follow the pre-processor's image size
+    arguments: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "exportable": True}
+    if indices is not None:
+        arguments["out_indices"] = tuple(sorted(indices))
     try:
         with torch.device(device):
-            return timm.create_model(architecture, pretrained=pretrained, features_only=True, exportable=True, **arguments)
+            try:
+                # Transformers that can: position embeddings follow the pre-processor's image size.
+                return timm.create_model(architecture, dynamic_img_size=True, **arguments)
+            except TypeError:
+                return timm.create_model(architecture, **arguments)
     except Exception as error:
-        if pretrained:
+        if pretrained or ":" in architecture:  # hf_hub:... asks the hub even for the architecture
             raise BackboneWeightsError(_unreachable(architecture, error)) from error
         if not timm.is_model(architecture):
             similar = timm.list_models(f"*{re.split('[._]', architecture)[0]}*")[:8]
@@ -159,7 +170,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and hostile files make the readers raise nearly anything
         refused = "it is no file of tensors, or holds more than tensors, which is never loaded"
-        reason = refused if type(error).__name__ == "UnpicklingError" else (str(error) or type(error).__name__)
+        reason = refused if isinstance(error, UnpicklingError) else (str(error) or type(error).__name__)
         raise _unreadable(path, reason) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -177,27 +188,23 @@ def _load_by_name(net: nn.Module, weights: Mapping[str, torch.Tensor], source: s
     """Fill every tensor of ``net`` from ``weights``, by name, after a check of its shape."""
     state = {}
     problems = []
+    # Feature extractors of some networks flatten the first level of names: stages.0 becomes stages_0.
+    flattened = {name.replace(".", "_", 1): tensor for name, tensor in weights.items()}
     for name, tensor in net.state_dict().items():
-        found = next((alias for alias in _aliases(name) if alias in weights), None)
+        original = name.removeprefix("model.")  # transformers: the feature wrapper adds a level
+        found = weights.get(name, weights.get(original, flattened.get(name)))
         if found is None:
             if not name.endswith("num_batches_tracked"):
                 problems.append(f"{name} is missing")
-        elif weights[found].shape != tensor.shape:
-            problems.append(f"{name} is {tuple(weights[found].shape)}, expected {tuple(tensor.shape)}")
+        elif found.shape != tensor.shape:
+            problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
         else:
-            state[name] = weights[found]
+            state[name] = found
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         msg = f"The weights of {source} do not fit the backbone: {listed}. Were they saved from another architecture?"
         raise BackboneWeightsError(msg)
     net.load_state_dict(state, strict=False)
-
-
-def _aliases(name: str) -> Iterator[str]:
-    """Names that a tensor of a timm feature extractor has in the full model's state dict."""
-    yield name
-    yield name.removeprefix("model.")  # transformers: the feature wrapper adds a level
-    yield re.sub(r"^([a-zA-Z]+)_(\d+)\.", r"\1.\2.", name)  # networks whose stages timm flattens: stages_0 is stages.0
 
 
 def _embedded_weights(net: nn.Module) -> dict[str, torch.Tensor]:

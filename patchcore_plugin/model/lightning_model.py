@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from patchcore_plugin.coreset import GreedyCoreset, check_ratio
+from patchcore_plugin.coreset import GreedyCoreset, check_count, check_random_state, check_ratio
 from patchcore_plugin.model.backbone import weights_from_checkpoint
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 
@@ -82,10 +83,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         random_state: int | None = 0,
     ) -> None:
         check_ratio(coreset_sampling_ratio)
-        if isinstance(num_neighbors, bool) or not isinstance(num_neighbors, int) or num_neighbors < 1:
-            msg = f"num_neighbors must be a whole number of at least 1, got {num_neighbors!r}."
-            raise ValueError(msg)
+        check_count("num_neighbors", num_neighbors)
+        check_random_state(random_state)
         dtype = _dtype(precision)
+        if not isinstance(layers, str):
+            layers = list(layers)  # a plain list: what get_model's omegaconf gives could not be loaded from the checkpoint
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -163,11 +165,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """
         del args, kwargs
         images, paths = batch.image, batch.image_path
-        if batch.gt_label is not None:
-            normal = batch.gt_label == 0
-            self._skipped += int((~normal).sum())
-            images = images[normal]
-            paths = [path for path, keep in zip(paths, normal, strict=True) if keep] if paths else None
+        if batch.gt_label is not None and bool((anomalous := batch.gt_label != 0).any()):
+            self._skipped += int(anomalous.sum())
+            images = images[~anomalous]
+            paths = [path for path, skip in zip(paths, anomalous, strict=True) if not skip] if paths else None
         if len(images):
             embedding = self.model.embed(images)
             _check_finite(embedding, paths)
@@ -183,6 +184,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """
         if self._skipped:
             logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", self._skipped)
+        if not self._embeddings and not self._is_fitting():
+            return  # nothing was trained: scoring says so, and what to do
         if not self._embeddings:
             found = f" It has {self._skipped} anomalous ones." if self._skipped else ""
             msg = (
@@ -226,14 +229,14 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self._refuse_half_filled()
 
     def _is_fitting(self) -> bool:
-        return self.trainer.state.fn == TrainerFn.FITTING
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def _refuse_half_filled(self) -> None:
         if self._embeddings and not self._is_fitting():
             seen = sum(map(len, self._embeddings))
             msg = (
                 f"The memory bank is half-filled: training collected {seen} embeddings and ended before the coreset was "
-                "built from them. Run the training to its end (Engine.fit), or call model.fit()."
+                "built from them. Run the training to its end (Engine.fit)."
             )
             raise MemoryBankError(msg)
 
@@ -253,7 +256,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
         The checkpoint holds the backbone too: neither hub, nor package, nor weight file is needed.
         """
-        with weights_from_checkpoint():
+        # A checkpoint loaded loosely may lack some of the backbone: then its weights are loaded first.
+        loose = kwargs.get("strict") is False
+        with nullcontext() if loose else weights_from_checkpoint():
             return super().load_from_checkpoint(*args, **kwargs)
 
 

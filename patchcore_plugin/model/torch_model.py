@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import ImageUpscaleMode
 from anomalib.models.components import DynamicBufferMixin
 from torch import nn
 from torch.nn import functional as F
@@ -87,19 +89,35 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings (B, h, w, D) of normalised images (B, 3, H, W), in the memory bank's precision."""
-        images = images.to(next(self.feature_extractor.parameters()).dtype)
+        tiles = self._tile(images).to(next(self.feature_extractor.parameters()).dtype)
         # A CPU computes float16 convolutions a hundred times slower than float32 ones: there only the bank is halved.
         half = self.memory_bank.dtype == torch.float16 and images.device.type != "cpu"
         with torch.no_grad(), torch.autocast(images.device.type, torch.float16) if half else nullcontext():
-            features = self.feature_extractor(self.tiler.tile(images) if self.tiler else images)
+            features = self.feature_extractor(tiles)
             # Section 3.1: each patch is averaged with its 3 x 3 neighbourhood, then layers are brought to one grid.
             features = [F.avg_pool2d(feature, kernel_size=3, stride=1, padding=1) for feature in features]
             grid = features[0].shape[-2:]
             features[1:] = [F.interpolate(feature, size=grid, mode="bilinear") for feature in features[1:]]
             embedding = torch.cat(features, dim=1)
         if self.tiler:
-            embedding = self.tiler.untile(embedding)
+            embedding = self._untile(embedding, self.tiler)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
+
+    def _tile(self, images: torch.Tensor) -> torch.Tensor:
+        if self.tiler is None:
+            return images
+        if self.tiler.mode != ImageUpscaleMode.PADDING:
+            msg = f"Tiling mode {self.tiler.mode.value!r} would resize embeddings like images; use mode 'padding'."
+            raise ValueError(msg)
+        return self.tiler.tile(images)
+
+    @staticmethod
+    def _untile(embedding: torch.Tensor, tiler: Tiler) -> torch.Tensor:
+        """Put the tiles' embeddings together, without the patches of the border that the tiler padded."""
+        embedding = tiler.untile(embedding)
+        rows = math.ceil(embedding.shape[2] * tiler.input_h / tiler.resized_h)
+        columns = math.ceil(embedding.shape[3] * tiler.input_w / tiler.resized_w)
+        return embedding[:, :, :rows, :columns]
 
     def score(self, embedding: torch.Tensor, size: Sequence[int], upsampling: str = "bilinear") -> InferenceBatch:
         """Score patch embeddings (B, h, w, D); ``size`` is the height and width of the anomaly map in pixels."""
@@ -116,18 +134,26 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
                 "restore the backbone and layers it was trained with."
             )
             raise MemoryBankError(msg)
-        vectors = self.memory_bank.float()
-        scores = score(embedding.float(), vectors, self._search, self.num_neighbors)
-        maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling)
+        if not _is_traced() and not bool(embedding.isfinite().all()):
+            msg = (
+                "The backbone gives NaN or infinite features for these images. With 16-bit precision features can overflow: "
+                "use float32. Otherwise check the images, and the backbone's weights for NaN."
+            )
+            raise ValueError(msg)
+        autocast = torch.is_autocast_enabled(embedding.device.type)
+        # Distances are float32 whatever the trainer's precision: bf16 has three digits.
+        with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
+            scores = score(embedding.float(), self.memory_bank.float(), self._search, self.num_neighbors)
+            maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling)
         return InferenceBatch(pred_score=scores.image, anomaly_map=maps[:, None])
 
     def _search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances and bank indices (N, k) of the nearest bank vectors, nearest first."""
-        if queries.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if queries.device.type == "cpu" and not _is_traced():
             distances, indices = self._faiss_bank().search(queries.numpy(), k)
             return torch.from_numpy(distances), torch.from_numpy(indices)
         vectors = self.memory_bank.float()
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if _is_traced():
             return _nearest(queries, vectors, k)
         blocks = [_nearest(rows, vectors, k) for rows in queries.split(_BLOCK_ROWS)]
         distances, indices = zip(*blocks, strict=True)
@@ -136,8 +162,9 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
     def _faiss_bank(self) -> MemoryBank:
         """FAISS bank of the buffer's present content."""
         buffer = self.memory_bank
-        if self._faiss is None or self._faiss[0] is not buffer or self._faiss[1] != buffer._version:
-            self._faiss = (buffer, buffer._version, MemoryBank(buffer.detach().float().numpy()))
+        version = -1 if buffer.is_inference() else buffer._version  # inference tensors count no versions
+        if self._faiss is None or self._faiss[0] is not buffer or self._faiss[1] != version:
+            self._faiss = (buffer, version, MemoryBank(buffer.detach().float().numpy()))
         return self._faiss[2]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,9 +172,15 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         return {**self.__dict__, "_faiss": None}
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _nearest(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the k nearest vectors by one matrix product; distances are taken again by differences, which lose no digits."""
-    squared = vectors.square().sum(1) - 2 * queries @ vectors.T  # plus |query|^2, the same for every vector of a row
+    mean = vectors.mean(0)  # what both sides share would cost the product its digits
+    centred = vectors - mean
+    squared = centred.square().sum(1) - 2 * (queries - mean) @ centred.T  # without |query|^2, the same all along a row
     indices = squared.argmin(1, keepdim=True) if k == 1 else squared.topk(k, dim=1, largest=False).indices
     neighbours = vectors[indices.reshape(-1)].reshape(-1, k, vectors.shape[1])
     distances = (queries[:, None] - neighbours).square().sum(2).sqrt()

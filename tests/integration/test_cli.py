@@ -80,6 +80,10 @@ def test_short_names_and_export(cells, tmp_path, test_images):
     assert Image.open(tmp_path / "answers" / "heatmaps" / "a.png.png").size == (300, 300)
     assert Image.open(tmp_path / "answers" / "heatmaps" / "sub" / "b.jpg.png").size == (400, 200)
     (images / "broken.png").unlink()
+    for _ in range(2):
+        result = run("patchcore", "predict", "../out/bundle", ".", cwd=images)
+        assert "2 images" in result.stdout, "the heatmaps of the first run are no images to score"
+    shutil.rmtree(images / "predictions")
     run("patchcore", "predict", "out/bundle", images, "--output", "plain", "--no-heatmaps", cwd=tmp_path)
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["results.csv"]
 

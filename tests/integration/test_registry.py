@@ -19,6 +19,13 @@ class NotAModel:
 
 class Patchcore(FaissPatchcore):  # a name that anomalib has already
     pass
+
+class Mixin:
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
+class Reordered(Padim, Mixin):  # making it a direct subclass would let Mixin's method win
+    pass
 """
 
 ENTRY_POINTS = """
@@ -29,6 +36,8 @@ broken_module = third_party_absent:Model
 broken_name = third_party:Absent
 raises = third_party_raises:Model
 same_name = third_party:Patchcore
+reordered = third_party:Reordered
+exits = third_party_exits:Model
 """
 
 
@@ -38,6 +47,7 @@ def site(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     (site / "third_party.py").write_text(PLUGIN)
     (site / "third_party_raises.py").write_text("raise RuntimeError('third party is ill')")
+    (site / "third_party_exits.py").write_text("raise SystemExit(3)")
     info = site / "third_party-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
@@ -87,6 +97,9 @@ def test_models_are_usable_wherever_anomalib_takes_one(site):
         by_path = get_model({"class_path": "third_party.ThirdPartyPadim", "init_args": padim})
         assert type(by_path) is third_party.ThirdPartyPadim
         assert third_party.ThirdPartyPadim.__mro__[1].__name__ == "Padim"
+        assert third_party.Reordered.on_save_checkpoint is third_party.Padim.on_save_checkpoint
+        by_path = get_model({"class_path": "third_party.Reordered", "init_args": padim})
+        assert type(by_path) is third_party.Reordered
         assert anomalib.models.Patchcore.__module__.startswith("anomalib.")
         print("all good")
         """,
@@ -114,7 +127,9 @@ def test_broken_entry_points_are_warnings_that_name_them(site):
         "broken_module": "ModuleNotFoundError",
         "broken_name": "AttributeError",
         "raises": "RuntimeError: third party is ill",
-        "same_name": "anomalib has another model named Patchcore",
+        "same_name": "has the name of anomalib's own Patchcore: choose it by its full class_path",
+        "reordered": "is not found by short name",
+        "exits": "SystemExit: 3",
     }.items():
         (line,) = (line for line in result.stdout.splitlines() if f"'{name}'" in line)
         assert reason in line

@@ -218,3 +218,43 @@ def test_other_backbone(cells, tmp_path, test_images):
     np.testing.assert_allclose([answer.score for answer in runtime.predict(test_images[::20])], scores, rtol=1e-3)
     assert runtime.manifest.layers == ["layer2", "layer3"]
     assert runtime.manifest.layers != LAYERS
+
+
+def test_network_is_complete_in_itself(bundle, runtime, test_images):
+    """features.xml takes images of any size without the runtime's resize, in any OpenVINO program."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(bundle / "features.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in [(300, 300), (768, 1024), (100, 90)]:
+        images = [np.asarray(Image.open(path).convert("RGB").resize(size[::-1])) for path in test_images[:3]]
+        result = compiled(np.stack(images).astype(np.float32))[0]
+        np.testing.assert_allclose(result, runtime.embed(images), atol=1e-4 * np.abs(result).max())
+
+
+def test_memory_of_a_large_photo(runtime):
+    """24 megapixels: resized one channel at a time, not held as floats several times over."""
+    import tracemalloc
+
+    photo = np.random.default_rng(0).integers(0, 256, (4000, 6000, 3), dtype=np.uint8)
+    tracemalloc.start()
+    runtime.predict([photo])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * 4 * 4000 * 6000
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_out_of_range(runtime, test_images, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        runtime.predict(test_images[:1], batch_size=batch_size)
+
+
+def test_pixel_sensitivity_moves_the_colours(trained, tmp_path, test_images):
+    coloured = []
+    for sensitivity in (0.3, 0.5, 0.8):
+        model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+        model.post_processor.pixel_sensitivity = sensitivity
+        runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / f"bundle{sensitivity}"))
+        picture = np.asarray(runtime.heatmap(test_images[0], runtime.predict(test_images[:1])[0])).astype(int)
+        coloured.append(int((picture[:, :, 0] != picture[:, :, 2]).sum()))
+    assert coloured[0] < coloured[1] < coloured[2]

@@ -21,6 +21,29 @@ def scores_of(predictions) -> np.ndarray:
     return torch.cat([batch.pred_score.flatten() for batch in predictions]).numpy()
 
 
+class Mislabelled(torch.utils.data.Dataset):
+    """Training images of which only some are normal."""
+
+    def __init__(self, cells, labels):
+        self.images = sorted((cells / "train/good").iterdir())[: len(labels)]
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        from anomalib.data import ImageItem
+
+        image = read_image(self.images[index], as_tensor=True)
+        return ImageItem(image=image, gt_label=torch.tensor(self.labels[index]), image_path=str(self.images[index]))
+
+
+def loader_of(dataset):
+    from anomalib.data import ImageBatch
+
+    return torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=ImageBatch.collate)
+
+
 def test_is_an_anomalib_model_with_patchcores_arguments():
     import inspect
 
@@ -269,30 +292,7 @@ def test_interrupted_training_leaves_a_half_filled_bank(cells, tmp_path):
     with pytest.raises(MemoryBankError, match=r"half-filled: training collected 16384 embeddings.*Run the training"):
         make_engine(tmp_path).test(model, datamodule=folder_datamodule(cells))
     model.fit()
-    assert make_engine(tmp_path).test(model, datamodule=folder_datamodule(cells))[0]["image_AUROC"] > 0.8
-
-
-class Mislabelled(torch.utils.data.Dataset):
-    """Training images of which only some are normal."""
-
-    def __init__(self, cells, labels):
-        self.images = sorted((cells / "train/good").iterdir())[: len(labels)]
-        self.labels = labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        from anomalib.data import ImageItem
-
-        image = read_image(self.images[index], as_tensor=True)
-        return ImageItem(image=image, gt_label=torch.tensor(self.labels[index]), image_path=str(self.images[index]))
-
-
-def loader_of(dataset):
-    from anomalib.data import ImageBatch
-
-    return torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=ImageBatch.collate)
+    assert len(model.model.memory_bank) == 16384 * 2 // 100
 
 
 def test_no_normal_image(cells, tmp_path):
@@ -332,3 +332,85 @@ def test_backbone_weights_of_a_file(trained, tmp_path):
     model = FaissPatchcore(backbone="tf_efficientnet_lite0", layers=LAYERS, backbone_weights=weights, visualizer=False)
     image = torch.rand(1, 3, 256, 256)
     torch.testing.assert_close(model.model.embed(image), trained.model.model.embed(image))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_trainer_in_bfloat16(trained, cells, tmp_path, precision):
+    """The trainer's precision may lower the features', never the distances'."""
+    model = make_model()
+    metrics = make_engine(tmp_path, precision=precision).train(model, datamodule=folder_datamodule(cells))
+    assert metrics[0]["image_AUROC"] == pytest.approx(trained.metrics["image_AUROC"], abs=0.03)
+    answer = model.eval()(torch.rand(1, 3, 300, 300))
+    assert answer.anomaly_map.dtype == answer.pred_score.dtype == torch.float32
+
+
+def test_tiling_in_float16_with_tiles_that_do_not_fit(cells, tmp_path):
+    """Tiles of 96 pad 256 pixels to 288: the patches of the padding belong neither to the bank nor to the map."""
+    model = make_model(precision="float16", coreset_sampling_ratio=1.0)
+    tiler = TilerConfigurationCallback(enable=True, tile_size=96, stride=96)
+    make_engine(tmp_path, callbacks=[tiler]).fit(model, train_dataloaders=loader_of(Mislabelled(cells, [0] * 4)))
+    assert model.model.memory_bank.dtype == torch.float16
+    assert model.model.embed(torch.zeros(1, 3, 256, 256)).shape == (1, 32, 32, 152)
+    assert len(model.model.memory_bank) <= 4 * 1024
+
+
+def test_tiling_mode_that_would_resize_embeddings():
+    from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
+
+    model = make_model().model
+    model.tiler = Tiler(tile_size=96, stride=96, mode=ImageUpscaleMode.INTERPOLATION)
+    with pytest.raises(ValueError, match="use mode 'padding'"):
+        model.embed(torch.zeros(1, 3, 256, 256))
+
+
+def test_checkpoint_of_get_model_can_be_loaded(cells, tmp_path):
+    """anomalib's get_model passes omegaconf's lists, which a safe load of the checkpoint would refuse."""
+    import anomalib.models
+
+    import patchcore_plugin
+
+    patchcore_plugin.register()
+    arguments = {"backbone": "efficientnet_lite0", "layers": LAYERS, "coreset_sampling_ratio": 0.02, "visualizer": False}
+    model = anomalib.models.get_model({"class_path": "patchcore_plugin.FaissPatchcore", "init_args": arguments})
+    engine = make_engine(tmp_path)
+    engine.fit(model, datamodule=folder_datamodule(cells))
+    loaded = FaissPatchcore.load_from_checkpoint(engine.best_model_path)
+    assert torch.equal(loaded.model.memory_bank, model.model.memory_bank)
+
+
+def test_loose_checkpoint_never_leaves_random_weights(trained, tmp_path):
+    content = torch.load(trained.checkpoint, weights_only=False)
+    content["state_dict"] = {k: v for k, v in content["state_dict"].items() if "feature_extractor" not in k}
+    torch.save(content, tmp_path / "part.ckpt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        FaissPatchcore.load_from_checkpoint(tmp_path / "part.ckpt")
+    loaded = FaissPatchcore.load_from_checkpoint(tmp_path / "part.ckpt", strict=False)
+    image = torch.rand(1, 3, 256, 256)
+    torch.testing.assert_close(loaded.model.embed(image), trained.model.model.embed(image))
+
+
+def test_inference_mode(trained, test_images):
+    image = read_image(test_images[0], as_tensor=True)[None]
+    with torch.inference_mode():
+        model = FaissPatchcore.load_from_checkpoint(trained.checkpoint).eval()
+        assert float(model(image).pred_score) == pytest.approx(float(trained.model(image).pred_score))
+
+
+def test_validation_of_an_untrained_model(cells, tmp_path):
+    with pytest.raises(MemoryBankError, match=r"memory bank is empty.*Train first"):
+        make_engine(tmp_path).validate(make_model(), datamodule=folder_datamodule(cells))
+
+
+def test_nan_at_inference(trained):
+    with pytest.raises(ValueError, match="NaN or infinite features for these images"):
+        trained.model(torch.full((1, 3, 300, 300), torch.nan))
+
+
+def test_search_without_faiss_far_from_the_origin():
+    from patchcore_plugin.memory_bank import MemoryBank
+    from patchcore_plugin.model.torch_model import _nearest
+
+    rng = torch.Generator().manual_seed(0)
+    vectors, queries = (100 + 0.1 * torch.randn(count, 152, generator=rng) for count in (500, 200))
+    distances, _ = _nearest(queries, vectors, 3)
+    np.testing.assert_allclose(distances, MemoryBank(vectors.numpy()).search(queries.numpy(), 3)[0], rtol=1e-4)

@@ -71,6 +71,8 @@ def test_local_weights(tmp_path, resnet, suffix, wrap):
         ("swin_tiny_patch4_window7_224", ["layers.1"]),
         ("vit_tiny_patch16_224", ["blocks.3", "blocks.5"]),
         ("mobilenetv3_small_100", ["blocks.1"]),
+        ("densenet121", ["features.denseblock2"]),
+        ("cspresnet50", ["stages.1"]),
     ],
 )
 def test_local_weights_of_other_families(tmp_path, name, layers):
@@ -164,3 +166,20 @@ def test_code_in_a_zipped_checkpoint_is_never_run(tmp_path):
 def test_no_such_weight_file(tmp_path):
     with pytest.raises(BackboneWeightsError, match="there is no file"):
         Backbone("resnet18", ["layer2"], weights=tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_transformers_follow_the_image_size(name):
+    (features,) = Backbone(name, ["blocks.5"], pre_trained=False)(torch.zeros(1, 3, 224, 336))
+    assert features.shape[3] > features.shape[2]
+
+
+def test_image_size_that_a_transformer_cannot_take():
+    backbone = Backbone("vit_tiny_patch16_224", ["blocks.5"], pre_trained=False)
+    with pytest.raises(ValueError, match=r"configure_pre_processor\(image_size"):
+        backbone(torch.zeros(1, 3, 250, 250))
+
+
+def test_hub_name_offline_names_the_three_ways_out():
+    with pytest.raises(BackboneWeightsError, match="Three ways out"):
+        Backbone("hf_hub:timm/resnet18.a1_in1k", ["layer2"])

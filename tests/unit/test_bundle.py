@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -191,7 +192,7 @@ def test_never_overwrites_what_is_no_bundle(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
     with (
-        pytest.raises(BundleError, match="is no bundle; it is not overwritten"),
+        pytest.raises(BundleError, match="it is not overwritten"),
         atomic_folder(tmp_path / "photos", overwrite=True),
     ):
         pytest.fail("the folder must not be given")
@@ -212,3 +213,58 @@ def test_bundle_is_one_folder_to_copy(bundle, tmp_path, test_images):
     copy = shutil.copytree(bundle, tmp_path / "Förderband 3")
     one, other = (PatchcoreRuntime.load(path).predict(test_images[:2]) for path in (bundle, copy))
     assert [answer.score for answer in one] == [answer.score for answer in other]
+
+
+def fill(target, text, **arguments):
+    with atomic_folder(target, **arguments) as draft:
+        (draft / MANIFEST).write_text(text)
+
+
+@pytest.mark.parametrize("failing", ["first", "second"])
+def test_failed_move_keeps_the_old(tmp_path, monkeypatch, failing):
+    """A file in use on Windows makes a rename fail; so may an interrupt come between the two."""
+    target = tmp_path / "bundle"
+    fill(target, "old")
+    rename, calls = Path.rename, []
+
+    def sometimes(self, other):
+        calls.append(self.suffix)
+        if len(calls) == {"first": 1, "second": 2}[failing]:
+            raise PermissionError("in use")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", sometimes)
+    with pytest.raises(BundleError, match=r"cannot be moved to .*bundle: in use"):
+        fill(target, "new", overwrite=True)
+    assert (target / MANIFEST).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_overwriting_through_a_link_keeps_the_link(tmp_path):
+    fill(tmp_path / "v1", "old")
+    (tmp_path / "current").symlink_to(tmp_path / "v1")
+    fill(tmp_path / "current", "new", overwrite=True)
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "v1" / MANIFEST).read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_folder_with_more_than_a_bundle_is_not_overwritten(tmp_path):
+    fill(tmp_path / "app", "a web app's manifest")
+    (tmp_path / "app" / "index.html").write_text("precious")
+    with pytest.raises(BundleError, match="it is not overwritten"):
+        fill(tmp_path / "app", "new", overwrite=True)
+    assert (tmp_path / "app" / "index.html").read_text() == "precious"
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="cannot be written"):
+        fill(tmp_path / "file" / "bundle", "new")
+
+
+def test_manifest_that_is_a_folder(bundle_copy):
+    (bundle_copy / MANIFEST).unlink()
+    (bundle_copy / MANIFEST).mkdir()
+    with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+        read_manifest(bundle_copy)

@@ -183,3 +183,33 @@ def test_not_finite(bad):
 def test_too_large_for_float32():
     with pytest.raises(ValueError, match="too large for float32"):
         GreedyCoreset(progress=False).fit(np.random.default_rng(0).normal(size=(50, 3)) * 1e25)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e-19, 1e12])
+def test_extreme_scales(scale):
+    """Where squares leave the range of float32, or of its normal numbers."""
+    assert_same_picks((np.random.default_rng(0).normal(size=(2000, 20)) * scale).astype(np.float32), 200)
+
+
+def test_autocast_changes_nothing():
+    points = clustered(np.random.default_rng(0), 3000, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_picks(points, 300)
+
+
+def test_negative_strides_and_complex_numbers():
+    points = np.random.default_rng(0).normal(size=(500, 4))
+    assert_same_picks(points[::-1], 30)
+    with pytest.raises(ValueError, match="real numbers, got"):
+        GreedyCoreset(progress=False).fit(points.astype(complex))
+
+
+@pytest.mark.parametrize("state", [1.5, -1, "seed", True])
+def test_wrong_random_state(state):
+    with pytest.raises(ValueError, match="random_state must be None or a whole number"):
+        GreedyCoreset(random_state=state)
+
+
+def test_numpy_integers_are_whole_numbers():
+    points = np.random.default_rng(0).normal(size=(50, 4))
+    assert len(GreedyCoreset(size=np.int64(7), random_state=np.int32(3), progress=False).fit(points)) == 7

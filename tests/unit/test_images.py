@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from patchcore_plugin.bundle import Preprocessing
-from patchcore_plugin.images import ImageError, find_images, overlay, read_image
+from patchcore_plugin.images import ImageError, find_images, overlay, read_image, resize
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -93,7 +93,7 @@ def test_no_file(tmp_path):
 def test_decompression_bomb():
     stream = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(stream, "PNG")
-    with pytest.raises(ImageError, match="decompression bomb"):
+    with pytest.raises(ImageError, match=r"30000 x 30000 pixels|decompression bomb"):
         read_image(io.BytesIO(stream.getvalue()))
 
 
@@ -142,3 +142,29 @@ def test_overlay_stays_within_the_crop():
     changed = np.argwhere((picture != 50).any(2))
     assert changed.min(0).tolist() == [50, 25]
     assert changed.max(0).tolist() == [149, 74]
+
+
+def test_postscript_is_never_opened(monkeypatch):
+    """Pillow would hand it to Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(ImageError, match="cannot identify"):
+        read_image(io.BytesIO(eps))
+
+
+@pytest.mark.parametrize("size", [(12_000, 12_000), (0, 0), (0, 5)])
+def test_too_many_or_no_pixels(size):
+    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels, and from 1 to 90,000,000 are read"):
+        read_image(Image.new("1", size))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 70), (300, 200), (400, 512)])
+def test_resize_is_trainings(size):
+    import torch
+    from torchvision.transforms.v2.functional import resize as torch_resize
+
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    expected = torch_resize(torch.from_numpy(image).permute(2, 0, 1).float(), list(size), antialias=True)
+    np.testing.assert_allclose(resize(image, size), expected.permute(1, 2, 0).numpy(), atol=5e-3)

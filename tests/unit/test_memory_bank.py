@@ -143,3 +143,10 @@ def test_load_of_an_empty_or_poisoned_bank(tmp_path):
     path.write_bytes(faiss.serialize_index(index).tobytes())
     with pytest.raises(ValueError, match="NaN or infinite"):
         MemoryBank.load(path)
+
+
+def test_values_too_large_for_float32_distances():
+    with pytest.raises(ValueError, match="too large"):
+        MemoryBank(np.full((3, 2), 1e25))
+    with pytest.raises(ValueError, match="too large"):
+        MemoryBank(np.ones((3, 2))).search(np.full((1, 2), 1e25))

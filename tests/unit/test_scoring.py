@@ -18,7 +18,7 @@ def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours
     worst = int(distances.min(1).argmax())
     nearest = int(distances[worst].argmin())
     largest = distances[worst, nearest]
-    if neighbours == 1:
+    if min(neighbours, len(vectors)) == 1:
         return largest
     around = np.argsort(np.linalg.norm(vectors - vectors[nearest], axis=1), kind="stable")[:neighbours]
     weights = np.exp(distances[worst, around] - distances[worst, around].max())
@@ -99,3 +99,9 @@ def test_normalize_is_anomalibs(values, threshold, minimum, span):
     arguments = [torch.tensor(number, dtype=torch.float32) for number in (minimum, maximum, threshold)]
     expected = PostProcessor._normalize(torch.tensor(values, dtype=torch.float32), *arguments).numpy()
     np.testing.assert_allclose(normalize(np.float32(values), threshold, minimum, maximum), expected, atol=1e-6)
+
+
+def test_bank_of_one_vector():
+    """With no neighbour to weigh by, the score is the distance, not 0."""
+    scores = MemoryBank(np.zeros((1, 2))).score(np.float32([[[[3, 4]]]]), 9)
+    assert scores.image.tolist() == [5.0]
