@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FaissPatchcore", "PatchcoreRuntime", "register"]
 __version__ = "0.1.0"
+
+# The wheel carries bento/ and configs/ inside the package. In a checkout they stand beside it, and are found there, also
+# where the working directory shadows an installed package.
+_CHECKOUT = Path(__file__).parents[1]
+if (_CHECKOUT / "bento" / "service.py").is_file():
+    __path__.append(str(_CHECKOUT))
 
 # Loaded at first use: the runtime must start without the training packages, and importing this package costs nothing.
 _HOMES = {

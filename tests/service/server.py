@@ -13,8 +13,8 @@ SERVICE = "patchcore_plugin.bento.service:PatchcoreService"
 
 
 @contextmanager
-def bentoml_serve(command, folder, **environment):
-    """Run a server on a free loopback port from ``folder``; a RuntimeError with its log if it never becomes ready."""
+def bentoml_serve(command, folder, cwd=None, **environment):
+    """Run a server on a free loopback port; a RuntimeError with its log if it never becomes ready. Logs to ``folder``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -22,7 +22,7 @@ def bentoml_serve(command, folder, **environment):
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder,
+            cwd=cwd or folder,
             env={**os.environ, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,

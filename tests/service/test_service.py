@@ -181,6 +181,9 @@ def test_base_and_serve_install_alone(bundle, runtime, test_images, tmp_path):
         answer = ask(url, test_images[0], heatmap="true").json()
     assert answer["score"] == pytest.approx(runtime.predict(test_images[:1])[0].score, rel=1e-6)
     assert answer["heatmap"]
+    # From the top of a clone, whose patchcore_plugin/ hides the installed one.
+    with bentoml_serve(command, tmp_path, cwd=ROOT, PATCHCORE_BUNDLE=str(bundle)) as url:
+        assert ask(url, test_images[0]).status_code == 200
     patchcore = str(scripts / "patchcore")
     train = subprocess.run([patchcore, "train", "--help"], capture_output=True, text=True, check=False)
     assert train.returncode == 1
