@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -248,23 +249,21 @@ def _as_matrix(embeddings: torch.Tensor | ArrayLike) -> torch.Tensor:
 @contextmanager
 def _full_float32(device_type: str) -> Iterator[None]:
     """Keep float32 products float32: the filter's error bound does not hold for the bf16 or TF32 a user may allow."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    if hasattr(backends[0], "fp32_precision"):  # torch 2.9 and later
-        before = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
+        settings = [(torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.mkldnn.matmul, "fp32_precision")]
+        before = [getattr(*setting) for setting in settings]
+        for setting in settings:
+            setattr(*setting, "ieee")
+        restore = [partial(setattr, *setting, value) for setting, value in zip(settings, before, strict=True)]
     else:
-        precision = torch.get_float32_matmul_precision()
+        restore = [partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())]
         torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if hasattr(backends[0], "fp32_precision"):
-            for backend, value in zip(backends, before, strict=True):
-                backend.fp32_precision = value
-        else:
-            torch.set_float32_matmul_precision(precision)
+        for action in restore:
+            action()
 
 
 def _progress_bar(*, enabled: bool) -> Progress:

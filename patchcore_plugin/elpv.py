@@ -32,7 +32,7 @@ def lay_out(root: Path) -> dict[str, int]:
         msg = "The demo's images come with the package elpv-dataset, which is not installed: pip install elpv-dataset"
         raise ImportError(msg) from error
     rows = list(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True))
-    cells = [(path, float(probability)) for path, probability, kind in rows if kind == "mono"]
+    cells = [(path, float(probability)) for path, probability, kind, *_ in rows if kind == "mono"]
     sound = sorted(path for path, probability in cells if probability == 0)
     random.Random(SEED).shuffle(sound)  # noqa: S311
     split = int(len(sound) * TRAIN_SHARE)

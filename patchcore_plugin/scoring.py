@@ -55,7 +55,7 @@ def score(embedding: Any, vectors: Any, search: Search, num_neighbors: int) -> S
     distance, index = distance[:, 0], index[:, 0]
     patch = xp.reshape(distance, (-1, patches))
     # Row, among all queries, of each image's most anomalous patch.
-    worst = xp.argmax(patch, axis=1) + patches * xp.arange(patch.shape[0], device=device(patch))
+    worst = xp.argmax(patch, axis=1) + patches * xp.arange(patch.shape[0], dtype=xp.int64, device=device(patch))
     image = xp.take(distance, worst, axis=0)
     k = min(num_neighbors, vectors.shape[0])
     if k > 1:  # a neighbourhood of one would weigh every score with nothing

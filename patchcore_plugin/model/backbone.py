@@ -111,7 +111,7 @@ def _layer_indices(name: str, architecture: str, layers: Sequence[str]) -> list[
     if isinstance(layers, str) or not layers or not all(isinstance(layer, str) for layer in layers):
         msg = f"layers must be a non-empty list of layer names, got {layers!r}."
         raise ValueError(msg)
-    model = _create(architecture, None, pretrained=False, device="meta")
+    model = _create(architecture, None, pretrained=False)
     available = [info["module"] for info in model.feature_info.info]
     missing = [layer for layer in layers if layer not in available]
     if missing:
@@ -123,17 +123,16 @@ def _layer_indices(name: str, architecture: str, layers: Sequence[str]) -> list[
     return [available.index(layer) for layer in layers]
 
 
-def _create(architecture: str, indices: list[int] | None, *, pretrained: bool, device: str = "cpu") -> nn.Module:
+def _create(architecture: str, indices: list[int] | None, *, pretrained: bool) -> nn.Module:
     arguments: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "exportable": True}
     if indices is not None:
         arguments["out_indices"] = tuple(sorted(indices))
     try:
-        with torch.device(device):
-            try:
-                # Transformers that can: position embeddings follow the pre-processor's image size.
-                return timm.create_model(architecture, dynamic_img_size=True, **arguments)
-            except TypeError:
-                return timm.create_model(architecture, **arguments)
+        try:
+            # Transformers that can: position embeddings follow the pre-processor's image size.
+            return timm.create_model(architecture, dynamic_img_size=True, **arguments)
+        except TypeError:
+            return timm.create_model(architecture, **arguments)
     except Exception as error:
         if pretrained or ":" in architecture:  # hf_hub:... asks the hub even for the architecture
             raise BackboneWeightsError(_unreachable(architecture, error)) from error
