@@ -7,42 +7,38 @@ most twice the smallest possible.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from functools import partial
+import time
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from patchcore_plugin.distances import full_float32
+from patchcore_plugin.traversal import Traversal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    import torch.distributed as dist
     from numpy.typing import ArrayLike
 
-# Rows of one distance product: small enough that the product of a batch of centres stays in cache.
-_BLOCK_ROWS = 8192
-_MIN_CANDIDATES = 128
-_MAX_CANDIDATES = 4096
-_MAX_BATCH = 512
+DEFAULT_RATIO = 0.1
 
 
 class GreedyCoreset:
     """Select the patches of the memory bank by exact farthest-first traversal.
 
     Each pick is the embedding farthest (Euclidean) from all picks so far, the lowest index where several are equally
-    far. Distances that decide are float64; float32 products only rule out what cannot matter, so the picks are those of
-    a float64 one-at-a-time search, tens of times sooner.
+    far. Distances that decide are float64; low-precision products only rule out what cannot matter, so the picks are
+    those of a float64 one-at-a-time search, hundreds of times sooner. :mod:`patchcore_plugin.traversal` says how.
 
-    How: every row knows its distance to the nearest centre. These only shrink as centres are added, so they are upper
-    bounds between two updates. The farthest rows become candidates, and picking goes on among them alone for as long
-    as the best candidate still lies farther than the largest bound outside. Then one matrix product brings all rows up
-    to date with the whole batch of new centres.
+    Picking stops at ``size`` (or ``ratio``) or at ``radius``, whichever comes first.
 
     Args:
-        ratio: Share of the rows to keep, in (0, 1]; at least one row is kept. Ignored when ``size`` is given.
-        size: Number of rows to keep, at least 1. More than there are rows keeps them all.
+        ratio: Share of the rows to keep, in (0, 1]; at least one row is kept. ``None`` is 0.1 where neither ``size`` nor
+            ``radius`` is given, and no limit otherwise.
+        size: Number of rows to keep, at least 1, instead of ``ratio``. More than there are rows keeps them all.
+        radius: Stop as soon as every row lies within this distance of the coreset, in feature units, at least 0.
         random_state: Seed of the starting row, which is the farthest one along a random direction: the order of the rows
             does not matter. ``None`` draws a new direction at every fit.
         progress: Show a progress bar.
@@ -51,7 +47,8 @@ class GreedyCoreset:
         radius_: Covering radius after :meth:`fit`: the largest distance of any row to the coreset, in feature units.
 
     Raises:
-        ValueError: If ``ratio`` is outside (0, 1] or ``size`` is below 1.
+        ValueError: If ``ratio`` is outside (0, 1], ``size`` below 1, ``radius`` negative or not finite, or both ``ratio``
+            and ``size`` are given.
 
     Example:
         >>> indices = GreedyCoreset(ratio=0.1).fit(embeddings)
@@ -60,26 +57,37 @@ class GreedyCoreset:
 
     def __init__(
         self,
-        ratio: float = 0.1,
+        ratio: float | None = None,
         size: int | None = None,
+        radius: float | None = None,
         random_state: int | None = 0,
         progress: bool = True,
     ) -> None:
-        check_ratio(ratio)
+        if ratio is not None:
+            check_ratio(ratio)
         if size is not None:
             check_count("size", size)
+        if ratio is not None and size is not None:
+            msg = f"ratio ({ratio!r}) and size ({size!r}) both set the number of rows: give one of them."
+            raise ValueError(msg)
+        if radius is not None:
+            check_radius("radius", radius)
         check_random_state(random_state)
-        self.ratio = ratio
+        self.ratio = DEFAULT_RATIO if ratio is None and size is None and radius is None else ratio
         self.size = size
+        self.radius = radius
         self.random_state = random_state
         self.progress = progress
         self.radius_: float = math.nan
 
-    def fit(self, embeddings: torch.Tensor | ArrayLike) -> torch.Tensor:
+    def fit(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """Pick the coreset.
 
         Args:
             embeddings: Patch embeddings (N, D), float16, bfloat16, float32 or float64, on any device, or an array.
+            group: Processes (``torch.distributed``) that share the work: each passes its own rows, any number of them,
+                and gets the coreset of all. Rows are numbered through all processes in order of rank, and the picks are
+                those of one process that holds them all.
 
         Returns:
             Indices of the picked rows (K,), int64, in the order of picking, on the device of ``embeddings``. Fewer than
@@ -88,120 +96,78 @@ class GreedyCoreset:
         Raises:
             ValueError: If ``embeddings`` is not a matrix with at least one row and column, or holds NaN or infinity.
         """
-        points = _as_matrix(embeddings)
+        return self._traverse(embeddings, group)[0]
+
+    def sample(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """Pick the coreset and return its rows (K, D), in every process of a group; otherwise like :meth:`fit`."""
+        return self._traverse(embeddings, group)[1]()
+
+    def count(self, rows: int) -> int:
+        """Number of rows to keep of ``rows``; ``rows`` where only ``radius`` limits it."""
+        if self.size is not None:
+            return min(rows, self.size)
+        return rows if self.ratio is None else max(1, int(rows * self.ratio))
+
+    def _traverse(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None) -> tuple:
+        points = _as_matrix(embeddings, shared=group is not None)
         home = points.device
         if home.type == "mps":
             points = points.cpu()  # Apple's GPUs have no float64
-        wanted = min(len(points), self.size or max(1, int(len(points) * self.ratio)))
-        with _progress_bar(enabled=self.progress) as bar, torch.inference_mode(), _full_float32(points.device.type):
-            task = bar.add_task("Coreset", total=wanted)
-            state = _Traversal(points, self.random_state)
-            bar.update(task, completed=1)
-            while len(state.picks) < wanted and state.advance(wanted):
-                bar.update(task, completed=len(state.picks))
-            bar.update(task, total=len(state.picks), completed=len(state.picks))
-        self.radius_ = math.sqrt(float(state.nearest.max()))
-        return torch.tensor(state.picks, dtype=torch.int64, device=home)
+        floor = 0.0 if self.radius is None else self.radius**2
+        with torch.inference_mode(), full_float32(points.device.type):
+            traversal = Traversal(points, self.random_state, group)
+            wanted = self.count(traversal.total)
+            enabled = self.progress and traversal.shards.rank == 0
+            with _Bar(wanted, known=self.ratio is not None or self.size is not None, enabled=enabled) as bar:
+                while len(traversal.picks) < wanted and traversal.advance(wanted, floor):
+                    bar.update(len(traversal.picks))
+            self.radius_ = math.sqrt(traversal.farthest)
+            return traversal.picks.to(home), lambda: traversal.vectors.to(home)
 
 
-class _Traversal:
-    """One farthest-first traversal: the picks so far, and every row's exact squared distance to the nearest of them."""
+class _Bar:
+    """Progress by picks, with the time left from what rounds of picks cost: a part for the round, a part for each pick."""
 
-    def __init__(self, points: torch.Tensor, random_state: int | None) -> None:
-        self.points = points
-        # Centring changes no distance and makes the float32 expansion |x|^2 - 2xc + |c|^2 lose fewer digits.
-        self.mean = torch.zeros(points.shape[1], dtype=torch.float64, device=points.device)
-        for rows in self._blocks():
-            self.mean += points[rows].double().sum(0)
-        self.mean = (self.mean / len(points)).float()
-        self.norms = torch.empty(len(points), dtype=torch.float32, device=points.device)
-        for rows in self._blocks():
-            self.norms[rows] = self._centred(self.points[rows]).square().sum(1)
-        if not bool(self.norms.isfinite().all()):
-            msg = "embeddings hold values too large for float32 distances; scale them down first."
-            raise ValueError(msg)
-        # Rounding of a float32 dot product of D terms, with room for the three terms of the expansion and the centring.
-        self.epsilon = (points.shape[1] + 8) * 2.0**-24 * 4
-        self.underflow = (points.shape[1] + 8) * 2.0**-149 * 4  # what squares of tiny values lose
-        self.nearest = torch.full((len(points),), math.inf, dtype=torch.float64, device=points.device)
-        self.picks = [self._start(random_state)]
-        self.candidates = _MIN_CANDIDATES
-        self._update(self.picks)
+    def __init__(self, wanted: int, *, known: bool, enabled: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[left]}"), disable=not enabled)
+        self.wanted = wanted
+        self.task = self.bar.add_task("Coreset", total=wanted if known else None, completed=1, left="")
+        self.rounds: list[tuple[int, float]] = []
+        self.done, self.at = 1, time.perf_counter()
+        self.known = known
 
-    def _start(self, random_state: int | None) -> int:
-        """The row farthest along a random direction: random, but the same however the rows are shuffled."""
-        generator = torch.Generator()
-        if random_state is None:
-            generator.seed()
-        else:
-            generator.manual_seed(int(random_state))
-        direction = torch.randn(self.points.shape[1], dtype=torch.float64, generator=generator).to(self.points.device)
-        return int(torch.cat([self.points[rows].double() @ direction for rows in self._blocks()]).argmax())
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
 
-    def advance(self, wanted: int) -> bool:
-        """Pick as many rows as the candidates allow, then update all distances; False when nothing is left to pick."""
-        count = min(self.candidates, len(self.points))
-        values, rows = torch.topk(self.nearest, min(count + 1, len(self.points)))
-        if values[0] == 0:
-            return False
-        # Nothing outside the candidates lies farther than this; with all rows as candidates, nothing lies outside.
-        outside = float(values[count]) if len(values) > count else -1.0
-        rows = rows[:count].sort().values  # argmax takes the first of equals: the lowest index, as a plain search does
-        vectors = self.points[rows].double()
-        nearest = self.nearest[rows].clone()
-        batch: list[int] = []
-        while len(batch) < _MAX_BATCH and len(self.picks) + len(batch) < wanted:
-            best = int(nearest.argmax())
-            value = float(nearest[best])
-            if value <= outside or value == 0:
-                break
-            batch.append(int(rows[best]))
-            torch.minimum(nearest, (vectors - vectors[best]).square_().sum(1), out=nearest)
-        if not batch:  # the candidates tie with a row outside them: one plain pick, the lowest index of the farthest
-            batch = [int(self.nearest.argmax())]
-        self._adapt(len(batch))
-        self._update(batch)
-        self.picks += batch
-        return True
+    def __exit__(self, *_: object) -> None:
+        self.bar.update(self.task, total=self.done, completed=self.done, left="")
+        self.bar.stop()
 
-    def _adapt(self, picked: int) -> None:
-        """Keep the candidates' work per pick and the picks per update in balance."""
-        if picked < self.candidates // 16:
-            self.candidates = min(self.candidates * 2, _MAX_CANDIDATES)
-        elif picked > self.candidates // 4:
-            self.candidates = max(self.candidates // 2, _MIN_CANDIDATES)
+    def update(self, done: int) -> None:
+        now = time.perf_counter()
+        self.rounds.append((done - self.done, now - self.at))
+        self.done, self.at = done, now
+        left = seconds_left(self.rounds, self.wanted - done) if self.known else None
+        text = "" if left is None else f"about {int(left) // 60}:{int(left) % 60:02d} left"
+        self.bar.update(self.task, completed=done, left=text)
 
-    def _update(self, batch: list[int]) -> None:
-        """Lower every row's distance to the nearest centre by the centres of one batch."""
-        index = torch.tensor(batch, device=self.points.device)
-        exact = self.points[index].double()
-        centres = self._centred(self.points[index])
-        norms = self.norms[index]
-        largest = float(norms.max())
-        for rows in self._blocks():
-            # float32 filter: which (row, centre) pairs may lie nearer than the row's centre so far
-            product = torch.addmm(norms, self._centred(self.points[rows]), centres.T, alpha=-2)
-            lowest = product.amin(1) + self.norms[rows]
-            slack = self.epsilon * (self.norms[rows] + largest) + self.underflow
-            limit = self.nearest[rows]
-            near = torch.nonzero(lowest.double() < limit + slack).squeeze(1)
-            if not len(near):
-                continue
-            bound = torch.minimum(lowest[near] + 2 * slack[near], (limit[near] + slack[near]).float() * (1 + 2.0**-20))
-            which, centre = torch.nonzero(product[near] + self.norms[rows][near, None] <= bound[:, None], as_tuple=True)
-            # exact recheck in float64, by differences
-            row = near[which] + rows.start
-            for part in torch.arange(len(row), device=row.device).split(_BLOCK_ROWS):
-                distance = (self.points[row[part]].double() - exact[centre[part]]).square_().sum(1)
-                self.nearest.scatter_reduce_(0, row[part], distance, "amin")
 
-    def _centred(self, vectors: torch.Tensor) -> torch.Tensor:
-        # A float64 row is rounded after the subtraction, so that its error too stays relative to the centred row.
-        return (vectors - self.mean).float() if vectors.dtype == torch.float64 else vectors.float() - self.mean
+def seconds_left(rounds: list[tuple[int, float]], picks: int) -> float | None:
+    """Time for ``picks`` more picks, from the picks and seconds of past rounds; ``None`` where too little is known.
 
-    def _blocks(self) -> Iterator[slice]:
-        for start in range(0, len(self.points), _BLOCK_ROWS):
-            yield slice(start, min(start + _BLOCK_ROWS, len(self.points)))
+    Early rounds pick few rows and cost almost as much as later ones: time per pick falls steeply at first, so a line is
+    put through the rounds' costs instead, and further rounds are taken to be as large as the last.
+    """
+    sizes, seconds = np.array(rounds, dtype=float).T
+    if len(rounds) < 4 or sizes.sum() * 20 < picks:
+        return None
+    recent = slice(-8, None)
+    each, base = np.polyfit(sizes[recent], seconds[recent], 1) if np.ptp(sizes[recent]) else (0.0, seconds[recent].mean())
+    if each < 0 or base < 0:  # rounds differ for other reasons: take the plain average
+        each, base = seconds[recent].sum() / sizes[recent].sum(), 0.0
+    return float(each * picks + base * math.ceil(picks / sizes[-1]))
 
 
 def check_ratio(ratio: Any) -> None:
@@ -221,6 +187,16 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_radius(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a finite distance of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        msg = (
+            f"{name} must be a finite number of at least 0, got {value!r}. It is a distance between patch embeddings: "
+            "train once with a coreset ratio, and take the covering radius that the log reports as a start."
+        )
+        raise ValueError(msg)
+
+
 def check_random_state(value: Any) -> None:
     """Raise a ValueError unless ``value`` is None or a whole number that torch takes as a seed."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63):
@@ -228,44 +204,16 @@ def check_random_state(value: Any) -> None:
         raise ValueError(msg)
 
 
-def _as_matrix(embeddings: torch.Tensor | ArrayLike) -> torch.Tensor:
+def _as_matrix(embeddings: torch.Tensor | ArrayLike, *, shared: bool) -> torch.Tensor:
     if isinstance(embeddings, np.ndarray):
         embeddings = np.ascontiguousarray(embeddings)  # torch takes no negative strides
     points = torch.as_tensor(embeddings).detach()
     if points.is_complex():
         msg = f"embeddings must be real numbers, got {points.dtype}."
         raise ValueError(msg)
-    if points.ndim != 2 or 0 in points.shape:
+    if points.ndim != 2 or points.shape[1] == 0 or (len(points) == 0 and not shared):
         msg = f"embeddings must be a matrix (N, D) with at least one row and one column, got shape {tuple(points.shape)}."
         raise ValueError(msg)
     if not points.is_floating_point():
         points = points.double()
-    if not all(bool(part.isfinite().all()) for part in points.split(_BLOCK_ROWS)):
-        msg = "embeddings hold NaN or infinite values; farthest-first distances are not defined on them."
-        raise ValueError(msg)
     return points
-
-
-@contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """Keep float32 products float32: the filter's error bound does not hold for the bf16 or TF32 a user may allow."""
-    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
-        settings = [(torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.mkldnn.matmul, "fp32_precision")]
-        before = [getattr(*setting) for setting in settings]
-        for setting in settings:
-            setattr(*setting, "ieee")
-        restore = [partial(setattr, *setting, value) for setting, value in zip(settings, before, strict=True)]
-    else:
-        restore = [partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())]
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for action in restore:
-            action()
-
-
-def _progress_bar(*, enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not enabled)
