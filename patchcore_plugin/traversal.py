@@ -101,26 +101,39 @@ class Traversal:
         points: This process's rows (N, D).
         random_state: Seed of the starting row.
         group: The processes; ``None`` for this one alone.
+        seeds: Centres (S, D) to start from instead of a row; they are no picks.
 
     Attributes:
         picks: Numbers of the picked rows (K,), int64, in order; rows are numbered through all processes by rank.
         total: Rows of all processes.
     """
 
-    def __init__(self, points: torch.Tensor, random_state: int | None, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        points: torch.Tensor,
+        random_state: int | None,
+        group: dist.ProcessGroup | None = None,
+        seeds: torch.Tensor | None = None,
+    ) -> None:
         self.shards = Shards(group)
         device = points.device
         counts = self.shards.gather(torch.tensor([len(points)], device=device)).tolist()
         self.total, self.offset = sum(counts), sum(counts[: self.shards.rank])
-        self.rows = Rows(points, _lens(points, self.shards, self.total), clusters=True)
+        seeds = points[:0] if seeds is None else seeds
+        # rows may belong to a seed, which has no number: then there are no clusters to keep
+        self.rows = Rows(points, _lens([points, seeds], self.shards), clusters=not len(seeds))
         # More candidates mean fewer, larger updates; picking among a small share of the rows costs little beside them.
         self.candidates = max(_MIN_CANDIDATES, min(_MAX_CANDIDATES, self.total // 32))
         self.picks = torch.empty(0, dtype=torch.int64, device=device)
         self._vectors: list[torch.Tensor] = []  # the centres, where other processes' rows are among them
         self._rank = self.picks
         self._prune_from = _PRUNE_FROM
-        start, vector = self._start(random_state)
-        self._add(start, vector, torch.zeros_like(start))
+        if len(seeds):
+            for part in seeds.split(_MAX_BATCH):
+                self.rows.update(part)
+        else:
+            start, vector = self._start(random_state)
+            self._add(start, vector, torch.zeros_like(start))
 
     def _start(self, random_state: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The row farthest along a random direction: random, but the same however the rows are shuffled."""
@@ -170,7 +183,7 @@ class Traversal:
         facts = rows.nearest.new_full((count if world > 1 else len(mine), 4), -1)  # a shard may have fewer
         facts[: len(mine), 0] = rows.nearest.index_select(0, mine)
         facts[: len(mine), 1] = (mine + self.offset).double()  # whole numbers, exact below 2^53
-        facts[: len(mine), 2] = rows.owner.index_select(0, mine).double()
+        facts[: len(mine), 2] = 0 if rows.owner is None else rows.owner.index_select(0, mine).double()
         facts[:, 3] = outside
         points = rows.points.new_zeros((len(facts), rows.points.shape[1]))
         points[: len(mine)] = rows.points.index_select(0, mine)
@@ -195,7 +208,12 @@ class Traversal:
         """Add centres, each with the number of the centre that its row belonged to."""
         before = len(self.picks)
         reach = None
-        if before >= self._prune_from and len(numbers) >= _PRUNE_BATCH and len(self.rows.points):
+        if (
+            self.rows.owner is not None
+            and before >= self._prune_from
+            and len(numbers) >= _PRUNE_BATCH
+            and len(self.rows.points)
+        ):
             reach = ClusterReach(self.rows, self._rank, self._centres)
         self.rows.update(vectors, before, reach)
         if reach is not None and reach.kept > 0.85 * len(reach.first) * len(numbers):
@@ -218,16 +236,17 @@ class Traversal:
         return self._vectors[0].index_select(0, numbers)
 
 
-def _lens(points: torch.Tensor, shards: Shards, total: int) -> Lens:
-    columns = points.shape[1]
-    facts = points.new_zeros((1, columns + 1), dtype=torch.float64)  # sums of the columns, largest absolute value
-    for part in points.split(max(1, 2**18 // columns)):
+def _lens(matrices: list[torch.Tensor], shards: Shards) -> Lens:
+    columns = matrices[0].shape[1]
+    facts = matrices[0].new_zeros((1, columns + 2), dtype=torch.float64)  # sums of the columns, rows, largest magnitude
+    for part in (part for matrix in matrices for part in matrix.split(max(1, 2**18 // columns)) if len(part)):
         wide = part if part.dtype == torch.float64 else part.float()
         facts[0, :columns] += wide.sum(0)
-        facts[0, columns] = torch.maximum(facts[0, columns], torch.stack(wide.aminmax()).abs().amax())
+        facts[0, columns] += len(part)
+        facts[0, -1] = torch.maximum(facts[0, -1], torch.stack(wide.aminmax()).abs().amax())
     facts = shards.gather(facts)
-    mean = (facts[:, :columns].sum(0) / total).float()
-    largest = float(facts[:, columns].max())
+    mean = (facts[:, :columns].sum(0) / facts[:, columns].sum()).float()
+    largest = float(facts[:, -1].max())
     longest = (largest + float(mean.abs().max())) * math.sqrt(columns)
     if not math.isfinite(largest):
         msg = "embeddings hold NaN or infinite values; farthest-first distances are not defined on them."
@@ -237,4 +256,4 @@ def _lens(points: torch.Tensor, shards: Shards, total: int) -> Lens:
         raise ValueError(msg)
     # Powers of two that a float32 can hold
     scale = 2.0 ** max(-120, min(120, -math.frexp(longest)[1])) if longest else 1.0
-    return Lens(mean, scale, product_type(points.device, columns, torch.get_num_threads()))
+    return Lens(mean, scale, product_type(mean.device, columns, torch.get_num_threads()))

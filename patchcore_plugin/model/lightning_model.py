@@ -16,12 +16,15 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from patchcore_plugin.coreset import GreedyCoreset, check_count, check_random_state, check_ratio
+from patchcore_plugin.coreset import GreedyCoreset, check_count, check_radius, check_random_state, check_ratio
+from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.model.backbone import weights_from_checkpoint
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 
@@ -53,6 +56,16 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         backbone_weights: Local ``.pth`` or ``.safetensors`` file with the backbone's weights. Tensors only: nothing else
             in it is loaded. Wins over ``pre_trained``.
         random_state: Seed of the coreset's first patch: the same images give the same bank. ``None`` draws a new one.
+        coreset_radius: Keep as many patches as it takes for every training patch to lie within this distance of one of
+            them, instead of ``coreset_sampling_ratio``. In feature units; the log of any training tells the radius that
+            it reached.
+        embedding_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: type in which training holds the embeddings. The
+            last two halve their memory. ``None`` takes the bank's.
+        memory_budget: GiB that the embeddings and the coreset may take, per process. Where they need more, the coreset is
+            kept up to date while embeddings come, at a somewhat larger radius. ``None`` takes most of the free memory.
+
+    With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, all of them pick
+    the coreset together, and every one gets the bank that a single process would have picked.
 
     Raises:
         ValueError: If an argument is out of range, the backbone unknown, or a layer not one of its own.
@@ -81,11 +94,19 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
         backbone_weights: str | Path | None = None,
         random_state: int | None = 0,
+        coreset_radius: float | None = None,
+        embedding_dtype: str | None = None,
+        memory_budget: float | None = None,
     ) -> None:
         check_ratio(coreset_sampling_ratio)
+        if coreset_radius is not None:
+            check_radius("coreset_radius", coreset_radius)
+        if memory_budget is not None:
+            check_budget(memory_budget)
         check_count("num_neighbors", num_neighbors)
         check_random_state(random_state)
         dtype = _dtype(precision)
+        self.embedding_dtype = dtype if embedding_dtype is None else _embedding_dtype(embedding_dtype)
         if not isinstance(layers, str):
             layers = list(layers)  # a plain list: what get_model's omegaconf gives could not be loaded from the checkpoint
         super().__init__(
@@ -95,6 +116,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             visualizer=visualizer,
         )
         self.coreset_sampling_ratio = coreset_sampling_ratio
+        self.coreset_radius = coreset_radius
+        self.memory_budget = memory_budget
         self.random_state = random_state
         self.model = FaissPatchcoreModel(
             layers=layers,
@@ -104,8 +127,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             backbone_weights=backbone_weights,
             dtype=dtype,
         )
-        self._embeddings: list[torch.Tensor] = []
-        self._skipped = 0
+        self._embeddings: EmbeddingStore | None = None
+        self._seen = self._skipped = 0
 
     @classmethod
     def configure_pre_processor(
@@ -143,38 +166,84 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """One pass over the training images, on one device."""
-        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+        """One pass over the training images."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0}
 
     @property
     def learning_type(self) -> LearningType:
         """Trained on normal images only."""
         return LearningType.ONE_CLASS
 
+    def setup(self, stage: str) -> None:
+        """Give DistributedDataParallel the parameter without which it refuses to run; its gradient is always zero."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.world_size > 1:
+            next(self.model.feature_extractor.parameters()).requires_grad_(True)
+
+    def on_fit_end(self) -> None:
+        """Freeze the whole backbone again."""
+        self.model.feature_extractor.requires_grad_(False)
+
     def on_train_epoch_start(self) -> None:
         """Start a new memory bank: training again replaces the old one."""
-        self._embeddings.clear()
-        self._skipped = 0
+        self._embeddings = None
+        self._seen = self._skipped = 0
         self._is_fitted = torch.tensor([False], device=self.device)
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Collect the patch embeddings of the batch's normal images.
 
         Raises:
-            ValueError: If the backbone gives NaN or infinite features.
+            ValueError: If the backbone gives NaN or infinite features, or the memory budget is far too small.
         """
         del args, kwargs
         images, paths = batch.image, batch.image_path
-        if batch.gt_label is not None and bool((anomalous := batch.gt_label != 0).any()):
-            self._skipped += int(anomalous.sum())
-            images = images[~anomalous]
-            paths = [path for path, skip in zip(paths, anomalous, strict=True) if not skip] if paths else None
+        use = torch.ones(len(images), dtype=torch.bool)
+        use[self._real_images(len(images)) :] = False
+        self._seen += len(images)
+        if batch.gt_label is not None:
+            anomalous = (batch.gt_label != 0).cpu()
+            self._skipped += int((anomalous & use).sum())
+            use &= ~anomalous
+        if not use.all():
+            images = images[use.to(images.device)]
+            paths = [path for path, used in zip(paths, use, strict=True) if used] if paths else None
         if len(images):
-            embedding = self.model.embed(images)
+            embedding = self.model.embed(images).to(self.embedding_dtype)
             _check_finite(embedding, paths)
+            if self._embeddings is None:
+                self._embeddings = self._new_store(embedding)
             self._embeddings.append(embedding.reshape(-1, embedding.shape[-1]))
-        # Lightning wants a loss; the model has no parameter that it could change.
+        # Lightning wants a loss. Nothing is learned from it: there is no optimizer.
+        parameter = next(self.model.feature_extractor.parameters())
+        if parameter.requires_grad:
+            return parameter.sum() * 0
         return torch.zeros((), requires_grad=True, device=self.device)
+
+    def _new_store(self, embedding: torch.Tensor) -> EmbeddingStore:
+        """Store for the embeddings of all training images, of which ``embedding`` (B, h, w, D) is the first batch."""
+        images = _images(self.trainer)
+        radius = self.coreset_radius
+        return EmbeddingStore(
+            GreedyCoreset(
+                ratio=self.coreset_sampling_ratio if radius is None else None, radius=radius, random_state=self.random_state
+            ),
+            dtype=self.embedding_dtype,
+            expected_rows=None if images is None else images * embedding.shape[1] * embedding.shape[2],
+            budget=None if self.memory_budget is None else self.memory_budget * GIB,
+            processes=self.trainer.num_devices,
+        )
+
+    def _real_images(self, size: int) -> int:
+        """How many of this process's next ``size`` images are its own.
+
+        A distributed sampler makes all processes' shares equally large, and repeats images for that. They come last.
+        """
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+            return size
+        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
+        return max(0, min(size, own - self._seen))
 
     def fit(self) -> None:
         """Reduce the collected embeddings to the coreset and make it the memory bank.
@@ -182,26 +251,32 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             MemoryBankError: If no embedding was collected.
         """
-        if self._skipped:
-            logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", self._skipped)
-        if not self._embeddings and not self._is_fitting():
+        group = None
+        counts = torch.tensor([self._embeddings.rows if self._embeddings else 0, self._skipped], device=self.device)
+        if self._is_fitting() and self.trainer.world_size > 1:
+            group = torch.distributed.group.WORLD
+            torch.distributed.all_reduce(counts, group=group)
+        rows, skipped = counts.tolist()
+        if skipped and self.global_rank == 0:
+            logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", skipped)
+        if not rows and not self._is_fitting():
             return  # nothing was trained: scoring says so, and what to do
-        if not self._embeddings:
-            found = f" It has {self._skipped} anomalous ones." if self._skipped else ""
+        if not rows:
+            found = f" It has {skipped} anomalous ones." if skipped else ""
             msg = (
                 f"The training set has no normal image, and PatchCore learns from normal images only.{found} Check the data "
                 "section of the config: normal_dir (or the data set's training split) must hold defect-free images."
             )
             raise MemoryBankError(msg)
-        embeddings = torch.cat(self._embeddings)
-        self._embeddings.clear()
-        sampler = GreedyCoreset(ratio=self.coreset_sampling_ratio, random_state=self.random_state)
-        self.model.memory_bank = embeddings[sampler.fit(embeddings)]
+        store = self._embeddings or EmbeddingStore(GreedyCoreset(), dtype=self.embedding_dtype)
+        self._embeddings = None
+        self.model.memory_bank = store.bank(group).to(self.model.memory_bank.dtype)
+        self.model.covering_radius.fill_(store.radius_)
         logger.info(
             "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
             len(self.model.memory_bank),
-            len(embeddings),
-            sampler.radius_,
+            rows,
+            store.radius_,
         )
 
     def on_validation_start(self) -> None:
@@ -211,7 +286,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             MemoryBankError: If validation starts before the training epoch has collected all its embeddings.
         """
         if self._is_fitting() and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            seen = sum(map(len, self._embeddings))
+            seen = self._embeddings.rows if self._embeddings else 0
             msg = (
                 f"Validation started in the middle of the training epoch, with a half-filled memory bank ({seen} embeddings "
                 "so far). PatchCore validates after the epoch: leave val_check_interval at 1.0."
@@ -232,11 +307,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def _refuse_half_filled(self) -> None:
-        if self._embeddings and not self._is_fitting():
-            seen = sum(map(len, self._embeddings))
+        if self._embeddings is not None and not self._is_fitting():
             msg = (
-                f"The memory bank is half-filled: training collected {seen} embeddings and ended before the coreset was "
-                "built from them. Run the training to its end (Engine.fit)."
+                f"The memory bank is half-filled: training collected {self._embeddings.rows} embeddings and ended before "
+                "the coreset was built from them. Run the training to its end (Engine.fit)."
             )
             raise MemoryBankError(msg)
 
@@ -269,6 +343,24 @@ def _dtype(precision: str | PrecisionType) -> torch.dtype:
         msg = f"precision must be 'float32' or 'float16', got {precision!r}."
         raise ValueError(msg)
     return dtypes[value]
+
+
+def _embedding_dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        msg = f"embedding_dtype must be one of {', '.join(map(repr, dtypes))} or None, got {name!r}."
+        raise ValueError(msg)
+    return dtypes[name]
+
+
+def _images(trainer: Trainer) -> int | None:
+    """Images that an epoch gives to this process, at most; None if unknown."""
+    loader = trainer.train_dataloader
+    try:
+        images = len(loader.sampler)
+    except (AttributeError, TypeError):  # an iterable data set, or several loaders
+        return None
+    return min(images, int(min(trainer.num_training_batches, images)) * (loader.batch_size or images))
 
 
 def _check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:

@@ -47,10 +47,12 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
+        covering_radius: Largest distance of any training patch to the bank; NaN until fitted.
         tiler: anomalib's tiler, set by its tiling callback.
     """
 
     memory_bank: torch.Tensor
+    covering_radius: torch.Tensor
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         self.layers = tuple(layers)
         self.feature_extractor = Backbone(backbone, layers, pre_trained, backbone_weights)
         self.register_buffer("memory_bank", torch.empty(0, dtype=dtype))
+        self.register_buffer("covering_radius", torch.tensor(math.nan))
         self._faiss: tuple[torch.Tensor, int, MemoryBank] | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | InferenceBatch:
@@ -158,6 +161,10 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         blocks = [_nearest(rows, vectors, k) for rows in queries.split(_BLOCK_ROWS)]
         distances, indices = zip(*blocks, strict=True)
         return torch.cat(distances), torch.cat(indices)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "covering_radius", torch.tensor(math.nan))  # older checkpoints have none
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _faiss_bank(self) -> MemoryBank:
         """FAISS bank of the buffer's present content."""

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchcore_plugin import distances, traversal
-from patchcore_plugin.coreset import GreedyCoreset
+from patchcore_plugin.coreset import GreedyCoreset, seconds_left
 
 
 @pytest.fixture(params=["float32", "bfloat16", "many rounds"], autouse=True)
@@ -227,3 +227,50 @@ def test_wrong_random_state(state):
 def test_numpy_integers_are_whole_numbers():
     points = np.random.default_rng(0).normal(size=(50, 4))
     assert len(GreedyCoreset(size=np.int64(7), random_state=np.int32(3), progress=False).fit(points)) == 7
+
+
+def test_radius_stops_as_soon_as_it_is_reached():
+    points = clustered(np.random.default_rng(0), 3000, 16)
+    order, _ = reference(points, 600, GreedyCoreset(size=1, progress=False).fit(points)[0])
+    radii = [reference(points, k, order[0])[1] for k in (199, 200)]
+    sampler = GreedyCoreset(radius=sum(radii) / 2, progress=False)
+    assert sampler.fit(points).tolist() == order[:200]
+    assert sampler.radius_ == pytest.approx(radii[1])
+
+
+def test_radius_and_size_stop_at_whichever_comes_first():
+    points = np.random.default_rng(0).normal(size=(2000, 8))
+    assert len(GreedyCoreset(size=30, radius=0, progress=False).fit(points)) == 30
+    assert len(GreedyCoreset(size=30, radius=100, progress=False).fit(points)) == 1
+
+
+def test_radius_of_zero_keeps_every_distinct_row():
+    points = np.random.default_rng(0).integers(0, 5, (900, 2))
+    sampler = GreedyCoreset(radius=0, progress=False)
+    assert len(sampler.fit(points)) == 25
+    assert sampler.radius_ == 0
+
+
+@pytest.mark.parametrize("radius", [-1, float("nan"), float("inf"), "wide", True])
+def test_radius_out_of_range(radius):
+    with pytest.raises(ValueError, match="radius must be a finite number of at least 0"):
+        GreedyCoreset(radius=radius)
+
+
+def test_ratio_and_size_together():
+    with pytest.raises(ValueError, match="give one of them"):
+        GreedyCoreset(ratio=0.1, size=5)
+
+
+def test_sample_gives_the_rows():
+    points = torch.randn(300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float16)
+    sampler = GreedyCoreset(size=20, progress=False)
+    assert torch.equal(sampler.sample(points), points[sampler.fit(points)])
+
+
+def test_time_left_is_that_of_rounds_and_picks():
+    rounds = [(picks, 0.5 + 0.01 * picks) for picks in (10, 50, 200, 400)]
+    assert seconds_left(rounds, 4000) == pytest.approx(10 * 0.5 + 0.01 * 4000)
+    assert seconds_left(rounds[:3], 4000) is None
+    assert seconds_left(rounds, 40_000) is None
+    assert seconds_left([(100, 2.0)] * 5, 1000) == pytest.approx(20)

@@ -1,0 +1,147 @@
+"""Training within a memory budget, at other precisions, to a radius, and by several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import folder_datamodule, make_engine, make_model
+
+from patchcore_plugin import FaissPatchcore
+
+
+def fit(model, cells, tmp_path, **arguments) -> FaissPatchcore:
+    make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells, **arguments))
+    return model
+
+
+def auroc(model, cells, tmp_path) -> float:
+    return make_engine(tmp_path).test(model, datamodule=folder_datamodule(cells))[0]["image_AUROC"]
+
+
+def test_radius_reached_is_stored_and_true(trained, real_embeddings):
+    radius, bank = trained.model.model.covering_radius, trained.model.model.memory_bank
+    reached = max(torch.cdist(part, bank).amin(1).max() for part in torch.from_numpy(real_embeddings).split(1024))
+    assert 0.5 * radius < reached <= radius * (1 + 1e-5)
+    assert torch.load(trained.checkpoint, weights_only=False)["state_dict"]["model.covering_radius"] == radius
+
+
+def test_checkpoint_without_a_radius(trained, tmp_path):
+    """As written before models kept it."""
+    checkpoint = torch.load(trained.checkpoint, weights_only=False)
+    del checkpoint["state_dict"]["model.covering_radius"]
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    model = FaissPatchcore.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert model.model.covering_radius.isnan()
+    assert torch.equal(model.model.memory_bank, trained.model.model.memory_bank)
+
+
+def test_coreset_radius(cells, tmp_path, trained):
+    radius = 1.1 * float(trained.model.model.covering_radius)
+    model = fit(make_model(coreset_radius=radius), cells, tmp_path)
+    assert float(model.model.covering_radius) <= radius
+    assert 20 < len(model.model.memory_bank) < len(trained.model.model.memory_bank)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_the_memory_for_embeddings(cells, tmp_path, trained, dtype):
+    model = fit(make_model(embedding_dtype=dtype), cells, tmp_path)
+    bank = model.model.memory_bank
+    assert bank.dtype == torch.float32
+    assert torch.equal(bank, bank.to(getattr(torch, dtype)).float())
+    assert len(bank) == len(trained.model.model.memory_bank)
+    assert auroc(model, cells, tmp_path) == pytest.approx(trained.metrics["image_AUROC"], abs=0.02)
+
+
+def test_data_ten_times_the_budget(cells, tmp_path, trained, real_embeddings):
+    model = fit(make_model(memory_budget=24 * 1024 * 152 * 4 * 1.25 / 10 / 2**30), cells, tmp_path)
+    bank = model.model.memory_bank
+    assert len(bank) == len(trained.model.model.memory_bank)
+    reached = max(torch.cdist(part, bank).amin(1).max() for part in torch.from_numpy(real_embeddings).split(4096))
+    assert reached <= model.model.covering_radius
+    assert reached < 1.3 * trained.model.model.covering_radius
+    assert auroc(model, cells, tmp_path) > trained.metrics["image_AUROC"] - 0.03
+
+
+def test_budget_far_too_small(cells, tmp_path):
+    with pytest.raises(ValueError, match="Raise memory_budget to at least"):
+        fit(make_model(memory_budget=1e-6), cells, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"coreset_radius": -1}, "coreset_radius must be a finite number of at least 0, got -1"),
+        ({"coreset_radius": "wide"}, "coreset_radius must be a finite number"),
+        ({"embedding_dtype": "int8"}, "embedding_dtype must be one of 'float32', 'float16', 'bfloat16' or None, got 'int8'"),
+        ({"memory_budget": 0}, "memory_budget must be a number of GiB above 0, got 0"),
+    ],
+)
+def test_wrong_arguments(argument, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**argument)
+
+
+SCRIPT = """
+import os, sys, torch
+from conftest import folder_datamodule, make_engine, make_model
+if __name__ == "__main__":
+    cells, folder, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    model = make_model(**eval(sys.argv[4]))
+    engine = make_engine(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    data = folder_datamodule(cells, train_batch_size=4)
+    engine.fit(model, datamodule=data)
+    metrics = engine.test(model, datamodule=data)[0]
+    found = {"bank": model.model.memory_bank, "radius": float(model.model.covering_radius), "metrics": metrics}
+    found["trainable"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    torch.save(found, f"{folder}/{os.environ.get('LOCAL_RANK', 0)}.pt")
+"""
+
+
+def train_by(devices: int, cells: Path, folder: Path, arguments: dict | None = None) -> list[dict]:
+    """What each process of a training ends with."""
+    folder.mkdir()
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "NODE_RANK"):
+        environment.pop(name, None)
+    command = [sys.executable, "script.py", str(cells), str(folder), str(devices), repr(arguments or {})]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
+
+
+@pytest.fixture(scope="module")
+def odd_cells(cells, tmp_path_factory) -> Path:
+    """The cells without one of the training images: two processes cannot share them evenly."""
+    root = tmp_path_factory.mktemp("odd")
+    for image in (cells / "train/good").iterdir():
+        (root / "train/good").mkdir(parents=True, exist_ok=True)
+        (root / "train/good" / image.name).hardlink_to(image)
+    next((root / "train/good").iterdir()).unlink()
+    (root / "test").symlink_to(cells / "test", target_is_directory=True)
+    return root
+
+
+def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path):
+    (one,) = train_by(1, odd_cells, tmp_path / "one")
+    first, second = train_by(2, odd_cells, tmp_path / "two")
+    assert torch.equal(first["bank"], second["bank"])
+    # 23 images: the sampler repeats one for the second process, and it must not count
+    assert len(first["bank"]) == 23 * 1024 * 2 // 100
+    # An image's embedding depends on its batch and the number of threads in the last digits.
+    np.testing.assert_allclose(first["bank"], one["bank"], atol=1e-3)
+    assert first["radius"] == pytest.approx(one["radius"], rel=1e-5)
+    assert first["metrics"] == pytest.approx(second["metrics"])
+    assert first["metrics"]["image_AUROC"] == pytest.approx(one["metrics"]["image_AUROC"], abs=0.02)
+    assert first["trainable"] == []
+
+
+def test_two_processes_within_a_budget(odd_cells, tmp_path):
+    first, second = train_by(2, odd_cells, tmp_path / "two", {"memory_budget": 0.003})
+    assert torch.equal(first["bank"], second["bank"])
+    assert len(first["bank"]) == 23 * 1024 * 2 // 100
+    assert first["metrics"]["image_AUROC"] > 0.85

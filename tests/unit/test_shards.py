@@ -1,0 +1,87 @@
+"""The coreset of several processes is that of one."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from patchcore_plugin import traversal
+from patchcore_plugin.coreset import GreedyCoreset
+from patchcore_plugin.embedding_store import EmbeddingStore
+
+
+def work(rank: int, folder: str, name: str, world: int) -> None:
+    torch.set_num_threads(1)
+    traversal._MIN_CANDIDATES = 64  # several rounds on small data
+    traversal._PRUNE_FROM = 8
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    rows = torch.from_numpy(np.load(f"{folder}/{rank}.npy"))
+    try:
+        if name == "store":
+            store = EmbeddingStore(GreedyCoreset(ratio=0.1, progress=False), expected_rows=len(rows))
+            if len(rows):
+                store.append(rows)
+            found = {"bank": store.bank(dist.group.WORLD), "radius": store.radius_}
+        else:
+            sampler = GreedyCoreset(size=200, progress=False)
+            found = {"picks": sampler.fit(rows, dist.group.WORLD), "radius": sampler.radius_}
+            found["bank"] = sampler.sample(rows, dist.group.WORLD)
+    except ValueError as error:
+        found = {"error": str(error)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def together(folder, shards: list[np.ndarray], name: str = "sampler") -> list[dict]:
+    """What each of several processes finds."""
+    for rank, shard in enumerate(shards):
+        np.save(folder / f"{rank}.npy", shard)
+    multiprocessing.spawn(work, args=(str(folder), name, len(shards)), nprocs=len(shards))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(len(shards))]
+
+
+@pytest.fixture(scope="module")
+def points() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(12, 24)) * 4
+    return (centres[rng.integers(0, 12, 5000)] + rng.normal(size=(5000, 24))).astype(np.float32)
+
+
+@pytest.mark.parametrize("cuts", [[2500], [4990], [0], [100, 3000]], ids=str)
+def test_same_picks_on_every_process_however_uneven(points, cuts, tmp_path):
+    alone = GreedyCoreset(size=200, progress=False)
+    picks = alone.fit(points)
+    for found in together(tmp_path, np.split(points, cuts)):
+        assert torch.equal(found["picks"], picks)
+        assert torch.equal(found["bank"], torch.from_numpy(points)[picks])
+        assert found["radius"] == pytest.approx(alone.radius_, rel=1e-12)
+
+
+def test_ties_across_processes_take_the_lowest_number(tmp_path):
+    points = np.random.default_rng(0).integers(0, 4, (3000, 5)).astype(np.float32)
+    picks = GreedyCoreset(size=200, progress=False).fit(points)
+    for found in together(tmp_path, np.split(points, [700])):
+        assert torch.equal(found["picks"], picks)
+
+
+def test_half_precision(points, tmp_path):
+    half = points.astype(np.float16)
+    picks = GreedyCoreset(size=200, progress=False).fit(half)
+    for found in together(tmp_path, np.split(half, [700])):
+        assert torch.equal(found["picks"], picks)
+
+
+def test_bad_values_in_one_process_stop_all(points, tmp_path):
+    bad = points.copy()
+    bad[4000] = np.nan
+    assert ["NaN or infinite" in found["error"] for found in together(tmp_path, np.split(bad, [700]))] == [True, True]
+
+
+def test_store_of_a_process_without_rows(points, tmp_path):
+    store = EmbeddingStore(GreedyCoreset(ratio=0.1, progress=False), expected_rows=len(points))
+    store.append(torch.from_numpy(points))
+    bank = store.bank()
+    for found in together(tmp_path, [points, points[:0]], "store"):
+        assert torch.equal(found["bank"], bank)
+        assert found["radius"] == pytest.approx(store.radius_)
