@@ -114,6 +114,7 @@ class Manifest(_Record):
     embedding_dimension: PositiveInt
     bank_size: PositiveInt
     coreset_sampling_ratio: Annotated[float, Field(gt=0, le=1)]
+    covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None  # of the training patches around the bank
     num_neighbors: PositiveInt
     image: Scale
     pixel: Scale

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from patchcore_plugin.distances import full_float32
-from patchcore_plugin.traversal import Traversal
+from patchcore_plugin.distances import full_float32, piece
+from patchcore_plugin.traversal import Shards, Traversal, rows_of_all
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -42,13 +42,17 @@ class GreedyCoreset:
         random_state: Seed of the starting row, which is the farthest one along a random direction: the order of the rows
             does not matter. ``None`` draws a new direction at every fit.
         progress: Show a progress bar.
+        projection: Largest relative error of squared distances, in (0, 1), that picking may make for speed: rows are
+            first projected at random to the dimension that keeps it (Johnson and Lindenstrauss 1984), where that is lower
+            than their own. ``None`` picks by the rows as they are, which is exact.
 
     Attributes:
-        radius_: Covering radius after :meth:`fit`: the largest distance of any row to the coreset, in feature units.
+        radius_: Covering radius after :meth:`fit`: the largest distance of any row to the coreset, in feature units; with
+            a projection, an upper bound of it.
 
     Raises:
-        ValueError: If ``ratio`` is outside (0, 1], ``size`` below 1, ``radius`` negative or not finite, or both ``ratio``
-            and ``size`` are given.
+        ValueError: If ``ratio`` is outside (0, 1], ``size`` below 1, ``radius`` negative or not finite, ``projection``
+            outside (0, 1), or if arguments are given that exclude each other.
 
     Example:
         >>> indices = GreedyCoreset(ratio=0.1).fit(embeddings)
@@ -62,6 +66,7 @@ class GreedyCoreset:
         radius: float | None = None,
         random_state: int | None = 0,
         progress: bool = True,
+        projection: float | None = None,
     ) -> None:
         if ratio is not None:
             check_ratio(ratio)
@@ -73,11 +78,17 @@ class GreedyCoreset:
         if radius is not None:
             check_radius("radius", radius)
         check_random_state(random_state)
+        if projection is not None:
+            check_projection("projection", projection)
+            if radius is not None:
+                msg = f"radius ({radius!r}) is a distance of the rows as they are: leave projection ({projection!r}) out."
+                raise ValueError(msg)
         self.ratio = DEFAULT_RATIO if ratio is None and size is None and radius is None else ratio
         self.size = size
         self.radius = radius
         self.random_state = random_state
         self.progress = progress
+        self.projection = projection
         self.radius_: float = math.nan
 
     def fit(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -96,11 +107,18 @@ class GreedyCoreset:
         Raises:
             ValueError: If ``embeddings`` is not a matrix with at least one row and column, or holds NaN or infinity.
         """
-        return self._traverse(embeddings, group)[0]
+        points = _as_matrix(embeddings, shared=group is not None)
+        home = points.device
+        if home.type not in {"cpu", "cuda"}:
+            points = points.cpu()  # Apple's and some of Intel's GPUs have no float64
+        with torch.inference_mode(), full_float32(points.device.type):
+            picks = self._pick(points, group).to(home)
+        return picks.clone()  # usable in a computation that records gradients
 
     def sample(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """Pick the coreset and return its rows (K, D), in every process of a group; otherwise like :meth:`fit`."""
-        return self._traverse(embeddings, group)[1]()
+        points = _as_matrix(embeddings, shared=group is not None)
+        return rows_of_all(points, self.fit(points, group), Shards(group))
 
     def count(self, rows: int) -> int:
         """Number of rows to keep of ``rows``; ``rows`` where only ``radius`` limits it."""
@@ -108,21 +126,20 @@ class GreedyCoreset:
             return min(rows, self.size)
         return rows if self.ratio is None else max(1, int(rows * self.ratio))
 
-    def _traverse(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None) -> tuple:
-        points = _as_matrix(embeddings, shared=group is not None)
-        home = points.device
-        if home.type == "mps":
-            points = points.cpu()  # Apple's GPUs have no float64
-        floor = 0.0 if self.radius is None else self.radius**2
-        with torch.inference_mode(), full_float32(points.device.type):
-            traversal = Traversal(points, self.random_state, group)
-            wanted = self.count(traversal.total)
-            enabled = self.progress and traversal.shards.rank == 0
-            with _Bar(wanted, known=self.ratio is not None or self.size is not None, enabled=enabled) as bar:
-                while len(traversal.picks) < wanted and traversal.advance(wanted, floor):
-                    bar.update(len(traversal.picks))
+    def _pick(self, points: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        radius = float(self.radius or 0)
+        seen = points if self.projection is None else project(points, self.projection, self.random_state, group)
+        traversal = Traversal(seen, self.random_state, group)
+        wanted = self.count(traversal.total)
+        enabled = self.progress and traversal.shards.rank == 0
+        with _Bar(wanted, known=self.ratio is not None or self.size is not None, enabled=enabled) as bar:
+            while len(traversal.picks) < wanted and traversal.advance(wanted, radius * radius):
+                bar.update(len(traversal.picks))
+        if seen is points:
             self.radius_ = math.sqrt(traversal.farthest)
-            return traversal.picks.to(home), lambda: traversal.vectors.to(home)
+        else:
+            self.radius_ = _radius_around(points, traversal)
+        return traversal.picks
 
 
 class _Bar:
@@ -170,6 +187,57 @@ def seconds_left(rounds: list[tuple[int, float]], picks: int) -> float | None:
     return float(each * picks + base * math.ceil(picks / sizes[-1]))
 
 
+def project(
+    points: torch.Tensor, distortion: float, random_state: int | None, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """Rows (N, D) as seen by a sparse random projection, or as they are where that would not lower their dimension.
+
+    Source: Li, Hastie and Church, "Very sparse random projections", 2006; dimension by Dasgupta and Gupta, 2003.
+
+    Args:
+        points: The rows.
+        distortion: Largest relative error of squared distances, with high probability.
+        random_state: Seed of the projection; ``None`` draws a new one.
+        group: Processes that hold more of the rows.
+
+    Returns:
+        Matrix (N, d), float32.
+    """
+    shards = Shards(group)
+    total = int(shards.gather(torch.tensor([len(points)], device=points.device)).sum())
+    columns = points.shape[1]
+    dimension = math.ceil(4 * math.log(max(total, 2)) / (distortion**2 / 2 - distortion**3 / 3))
+    if dimension >= columns:
+        return points
+    generator = torch.Generator()
+    if random_state is None:
+        generator.seed()
+    else:
+        generator.manual_seed(int(random_state))
+    density = 1 / math.sqrt(columns)
+    drawn = torch.rand((columns, dimension), generator=generator)
+    directions = torch.where(drawn < density / 2, -1.0, torch.where(drawn < density, 1.0, 0.0)) / math.sqrt(
+        density * dimension
+    )
+    directions = shards.from_first(directions.to(points.device))
+    projected = torch.empty((len(points), dimension), device=points.device)
+    for start in range(0, len(points), 2048):
+        torch.mm(points[start : start + 2048].float(), directions, out=projected[start : start + 2048])
+    return projected
+
+
+def _radius_around(points: torch.Tensor, traversal: Traversal) -> float:
+    """Largest distance of any row to the pick that is nearest by its projection: no row is farther from the coreset."""
+    shards, owner = traversal.shards, traversal.rows.owner
+    centres = rows_of_all(points, traversal.picks, shards)
+    squared = torch.zeros(1, dtype=torch.float64, device=points.device)
+    for start in range(0, len(points), piece(points)):
+        part = slice(start, start + piece(points))
+        nearest = centres.index_select(0, owner[part]).double()
+        squared = torch.maximum(squared, (nearest - points[part]).square_().sum(1).max())
+    return math.sqrt(float(shards.gather(squared).max()))
+
+
 def check_ratio(ratio: Any) -> None:
     """Raise a ValueError unless ``ratio`` is a number in (0, 1]."""
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
@@ -193,6 +261,16 @@ def check_radius(name: str, value: Any) -> None:
         msg = (
             f"{name} must be a finite number of at least 0, got {value!r}. It is a distance between patch embeddings: "
             "train once with a coreset ratio, and take the covering radius that the log reports as a start."
+        )
+        raise ValueError(msg)
+
+
+def check_projection(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a number between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
+        msg = (
+            f"{name} must be a number between 0 and 1, got {value!r}. It is the relative error of squared distances that a "
+            "random projection may make: 0.5 is coarse, 0.9 is what anomalib uses; leave it out to pick exactly."
         )
         raise ValueError(msg)
 

@@ -15,12 +15,18 @@ from typing import Protocol
 
 import torch
 
-_BLOCK = {"cpu": 2048, "cuda": 65536}  # rows: a processor keeps their working set in its cache
+_BLOCK = 2048  # rows: a processor keeps their working set in its cache
 _PIECE = 2**18  # values of a temporary: larger ones are new memory every time, whose first touch costs more than the work
+_ACCELERATOR = {"block": 2**16, "piece": 2**24}  # the same for a device whose every call has to be large
 _SEGMENT = 64  # columns of a product whose minimum is looked at first
 _PAD = 256  # products have a multiple of this many columns: few shapes, for which kernels are compiled once
 _LEAF = 512  # rows among which picks are made one by one
 _LEAF_STEPS = 32  # picks between two looks at their values: a look makes an accelerator wait
+
+
+def piece(points: torch.Tensor) -> int:
+    """Rows of ``points`` (N, D) to take at a time, where each makes temporaries."""
+    return max(1, (_PIECE if points.device.type == "cpu" else _ACCELERATOR["piece"]) // points.shape[1])
 
 
 class Lens:
@@ -40,8 +46,10 @@ class Lens:
         self.dtype = dtype
         self.bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
         self.tail = 3 if dtype == torch.bfloat16 else 1  # numbers that together hold a float32
-        # Rounding of a product's sums (with room for processors that round twice, and that flush the tiniest to zero).
+        # Error of a product's sums: relative (with room for processors that round twice), and absolute, as numbers below
+        # the range of float32 are flushed to zero.
         self.sums = (len(mean) + 16) * 2.0**-22
+        self.tiny = len(mean) * 2.0**-120
         self.result = torch.finfo(dtype).eps * 0.53  # rounding of a product's result
 
     def full(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,7 +64,8 @@ class Lens:
         rounded = full.to(self.dtype)
         back = rounded.float()
         squares = back.square().sum(1)
-        return rounded, squares, (full - back).square_().sum(1).sqrt_() + squares.sqrt() * 2.0**-22
+        lost = math.sqrt(len(self.shift)) * 2.0**-62  # what squares that underflow may hide
+        return rounded, squares, (full - back).square_().sum(1).sqrt_() + squares.sqrt() * 2.0**-22 + lost
 
     def split(self, values: torch.Tensor) -> torch.Tensor:
         """float32 values (M,) as a sum of :attr:`tail` numbers of the low precision (M, tail)."""
@@ -123,22 +132,22 @@ class Rows:
         self.points = points
         self.lens = lens
         device = points.device
-        self.block = min(_BLOCK[device.type], -(-max(len(points), 1) // _SEGMENT) * _SEGMENT)
+        block = _BLOCK if device.type == "cpu" else min(_ACCELERATOR["block"], piece(points))
+        self.block = -(-min(block, max(len(points), 1)) // _SEGMENT) * _SEGMENT
         if nearest is None:
             nearest = torch.full((len(points),), math.inf, dtype=torch.float64, device=device)
         self.nearest = nearest
         self.owner = torch.zeros(len(points), dtype=torch.int32, device=device) if clusters else None
         self._squares = torch.empty((len(points), lens.tail), dtype=lens.dtype, device=device)
         self._errors = torch.empty(len(points), device=device)
-        step = max(1, _PIECE // points.shape[1])
-        for start in range(0, len(points), step):
-            part = slice(start, start + step)
+        for start in range(0, len(points), piece(points)):
+            part = slice(start, start + piece(points))
             _, squares, self._errors[part] = lens.describe(points[part])
             self._squares[part] = lens.split(squares)
 
-    def distances(self) -> torch.Tensor:
-        """Upper bounds (N,) of the distances, scaled as the lens scales rows, float32."""
-        return self._scaled(self.nearest)
+    def distances(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Upper bounds (M,) of the distances of some rows, scaled as the lens scales rows, float32."""
+        return self._scaled(self.nearest.index_select(0, numbers))
 
     def _scaled(self, nearest: torch.Tensor) -> torch.Tensor:
         return (nearest.sqrt() * (self.lens.scale * (1 + 2.0**-22))).float()
@@ -173,7 +182,7 @@ class Rows:
             left[: len(rows), width : width + lens.tail] = squares
             # whole blocks, whatever their last rows hold: one shape fewer
             product = torch.mm(left, factor.T, out=buffer[: self.block * len(factor)].view(self.block, -1))[: len(rows)]
-            sums = (squares[:, 0].float().sqrt() * 1.01 + centres.length).square_() * lens.sums
+            sums = (squares[:, 0].float().sqrt() * 1.01 + centres.length).square_() * lens.sums + lens.tiny
             slack = self._errors.index_select(0, index) + centres.error
             row, column = self._near(product, self.nearest.index_select(0, index), slack, sums)
             real = column < (len(centres) if numbers is None else len(numbers))
@@ -220,8 +229,7 @@ class Rows:
         first: int,
     ) -> None:
         """Lower distances by pairs of ``rows[row]``, which are the rows at ``index[row]``, and ``exact[column]``."""
-        step = max(1, _PIECE // rows.shape[1])
-        for r, c in zip(row.split(step), column.split(step), strict=True):
+        for r, c in zip(row.split(piece(rows)), column.split(piece(rows)), strict=True):
             distance = exact.index_select(0, c).sub_(rows.index_select(0, r)).square_().sum(1)
             place = index.index_select(0, r)
             self.nearest.scatter_reduce_(0, place, distance, "amin")
@@ -312,8 +320,9 @@ def product_type(device: torch.device, columns: int, threads: int) -> torch.dtyp
             runs.append(time.perf_counter() - started)
         times[dtype] = min(runs)
         # Products must be summed in float32, as the error bound assumes; not every library does so everywhere.
-        truth = left.double() @ right.double().T
-        if bool(((product.double() - truth).abs() > truth.abs() * torch.finfo(dtype).eps * 0.53 + columns * 2.0**-18).any()):
+        truth = left[:128].double() @ right.double().T
+        error = (product[:128].double() - truth).abs()
+        if bool((error > truth.abs() * torch.finfo(dtype).eps * 0.53 + columns * 2.0**-18).any()):
             del times[dtype]
     return min(times, key=times.get, default=torch.float32)
 

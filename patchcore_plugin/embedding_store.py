@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.distances import full_float32
-from patchcore_plugin.traversal import Shards, Traversal
+from patchcore_plugin.traversal import Shards, Traversal, rows_of_all
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-_OVERHEAD = 1.25  # memory of the whole fit, as a multiple of its matrix
+_STATE = 48  # bytes that the coreset keeps for each row, at most
+_BUFFERS = 0.1  # share of the budget for what does not grow with the rows
 _DEFAULT_SHARE = 0.8  # of the free memory
 _SMALLEST = 1024  # rows of a matrix that is worth streaming through
+_CONTAINER = [  # a container's limit, and what it uses, in control groups of version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 
 
 class EmbeddingStore:
@@ -39,9 +45,9 @@ class EmbeddingStore:
     This is merge-and-reduce for k-center (a farthest-first traversal in each step, as in Gonzalez 1985; a doubling
     algorithm, Charikar et al. 1997, has the better worst case, a factor of 8, but drops far more rows at each step). A
     step that keeps at least as many rows as the bank has moves no row by more than twice the optimal radius for a bank
-    of that size, and errors add up: after ``s`` reductions the covering radius is at most ``2 (s + 2)`` times the
-    optimum. ``radius_`` is no worst case, but the sum of the radii that the steps did reach: no row that was ever
-    appended is farther from the bank.
+    of that size, and errors add up: after ``s`` reductions (of the process that made most) the covering radius is at
+    most ``2 (s + 2)`` times the optimum. ``radius_`` is no worst case, but the sum of the radii that the steps did reach:
+    no row that was ever appended, as rounded to ``dtype``, is farther from the bank.
 
     Args:
         sampler: Picks the bank; sets its size or radius.
@@ -75,7 +81,7 @@ class EmbeddingStore:
         self._matrix: torch.Tensor | None = None
         self._kept = 0  # rows of the running coreset, at the start of the matrix
         self._filled = 0
-        self._radius = sampler.radius or 0.0
+        self._radius = float(sampler.radius or 0)
         self._error = 0.0
 
     def append(self, embeddings: torch.Tensor) -> None:
@@ -104,7 +110,7 @@ class EmbeddingStore:
         radius = self.sampler.radius
         streamed = bool(shards.gather(torch.tensor([self._kept], device=self._device(shards))).any())
         if streamed and radius and self._filled > self._kept:
-            self._reduce()
+            self._reduce(final=True)
         facts = [self.rows, self._filled, self._error, 0 if self._matrix is None else self._matrix.shape[1]]
         facts = shards.gather(torch.tensor([facts], dtype=torch.float64, device=self._device(shards)))
         total, left, width = int(facts[:, 0].sum()), int(facts[:, 1].sum()), int(facts[:, 3].max())
@@ -113,15 +119,20 @@ class EmbeddingStore:
             raise ValueError(msg)
         if self._matrix is None:  # this process has none; others have
             self._matrix = torch.empty((0, width), dtype=self.dtype, device=self._device(shards))
-        wanted = self.sampler.count(total)
-        final = GreedyCoreset(
-            size=min(wanted, left),
-            radius=None if streamed else radius,  # what is left of a stream covers all rows within the radius
-            random_state=self.sampler.random_state,
-            progress=self.sampler.progress,
-        )
-        bank = final.sample(self._matrix[: self._filled], group)
-        self.radius_ = float(facts[:, 2].max()) + final.radius_
+        wanted, rows = self.sampler.count(total), self._matrix[: self._filled]
+        self.radius_ = float(facts[:, 2].max())
+        if streamed and radius and wanted >= left:
+            bank = rows_of_all(rows, torch.arange(left, device=rows.device), shards)
+        else:
+            final = GreedyCoreset(
+                size=min(wanted, left),
+                radius=None if streamed else radius,  # what is left of a stream covers all rows within the radius
+                random_state=self.sampler.random_state,
+                progress=self.sampler.progress,
+                projection=self.sampler.projection,
+            )
+            bank = final.sample(rows, group)
+            self.radius_ += final.radius_
         if streamed and radius is None and wanted > left == len(bank):
             logger.warning(
                 "The memory budget left room for %d patch embeddings, so the memory bank has %d instead of %d. Raise "
@@ -145,38 +156,59 @@ class EmbeddingStore:
 
     def _allocate(self, embeddings: torch.Tensor) -> torch.Tensor:
         columns = embeddings.shape[1]
+        # Apple's and some of Intel's GPUs have no float64, which the coreset needs
+        device = embeddings.device if embeddings.device.type == "cuda" else torch.device("cpu")
+        budget = free_memory(device, self.processes) * _DEFAULT_SHARE if self.budget is None else self.budget
         row = columns * torch.empty(0, dtype=self.dtype).element_size()
-        budget = free_memory(embeddings.device, self.processes) * _DEFAULT_SHARE if self.budget is None else self.budget
-        capacity = int(budget / (row * _OVERHEAD))
         needed = self.expected_rows
+        many = needed or 2**20
+        bank = min(0.5, self.sampler.count(many) * self.processes / many)  # each process gets the whole of it
+        whole = row * (1 + bank) + _STATE + (4 * columns if self.sampler.projection is not None else 0)
+        capacity = int(budget * (1 - _BUFFERS) / whole)
         if needed is not None and needed <= capacity:
             logger.info(
-                "Collecting %d patch embeddings of %d values, %.2f GiB of %.2f GiB for the fit: the coreset will be exact.",
+                "Collecting %d patch embeddings of %d values: %.2f GiB, and the fit may take %.2f GiB. The coreset will be "
+                "exact.",
                 needed, columns, needed * row / GIB, budget / GIB,
             )  # fmt: skip
-            return torch.empty((needed, columns), dtype=self.dtype, device=embeddings.device)
+            # no fewer than are worth streaming through, should more come than expected
+            rows = max(needed, min(capacity, _SMALLEST))
+            return torch.empty((rows, columns), dtype=self.dtype, device=device)
         if capacity < _SMALLEST:
+            least = _SMALLEST * whole / (1 - _BUFFERS) / GIB
+            given = f"A memory budget of {budget / GIB:.3g} GiB"
+            way_out = f"Raise memory_budget to at least {least:.3g}, or leave it out to use the free memory."
+            if self.budget is None:
+                given = f"The free memory, of which {budget / GIB:.3g} GiB may be used,"
+                way_out = f"Free at least {least / _DEFAULT_SHARE:.3g} GiB, or use fewer processes."
             msg = (
-                f"A memory budget of {budget / GIB:.3g} GiB holds {capacity} patch embeddings of {columns} values, fewer "
-                f"than the {_SMALLEST} that a streamed fit needs. Raise memory_budget to at least "
-                f"{_SMALLEST * row * _OVERHEAD / GIB:.3g}, or leave it out to use the free memory."
+                f"{given} holds {capacity} patch embeddings of {columns} values, fewer than the {_SMALLEST} that a streamed "
+                f"fit needs. {way_out}"
             )
             raise ValueError(msg)
-        logger.info(
-            "%s patch embeddings of %d values do not fit into %.2f GiB: the coreset is kept up to date while they come, "
-            "%d at a time.",
-            "An unknown number of" if needed is None else needed, columns, budget / GIB, capacity,
-        )  # fmt: skip
-        return torch.empty((capacity, columns), dtype=self.dtype, device=embeddings.device)
+        if needed is None:
+            message = (
+                "The number of patch embeddings is not known. Should they be more than %d (%d values each, in %.2f GiB)"
+            )
+            logger.info(message + ", the coreset is kept up to date while they come.", capacity, columns, budget / GIB)
+        else:
+            # whoever set no budget did not ask for it
+            logger.log(
+                logging.WARNING if self.budget is None else logging.INFO,
+                "%d patch embeddings of %d values do not fit into %.2f GiB: the coreset is kept up to date while they come, "
+                "%d at a time, and will be near the exact one. More memory, or embedding_dtype: float16, makes it exact.",
+                needed, columns, budget / GIB, capacity,
+            )  # fmt: skip
+        return torch.empty((capacity, columns), dtype=self.dtype, device=device)
 
-    def _reduce(self) -> None:
+    def _reduce(self, *, final: bool = False) -> None:
         """Make room: cover the new rows within the present radius, or, if too many rows stay, enlarge the radius."""
         matrix, capacity = self._matrix[: self._filled], len(self._matrix)
-        room = capacity * 3 // 4 - self._kept
+        room = (self._filled if final else capacity * 3 // 4) - self._kept
         with torch.inference_mode(), full_float32(matrix.device.type):
             if self._radius and room > 0:
                 new = Traversal(matrix[self._kept :], self.sampler.random_state, seeds=matrix[: self._kept])
-                while len(new.picks) < room and new.advance(room, self._radius**2):
+                while len(new.picks) < room and new.advance(room, self._radius * self._radius):
                     pass
                 if math.sqrt(new.farthest) <= self._radius:
                     self._keep(new.picks + self._kept)
@@ -221,7 +253,10 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with suppress(OSError, ValueError):  # a container's limit; another system has no such file, or the word "max" in it
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    for limit, used in _CONTAINER:
+        with suppress(OSError, ValueError):  # another system has no such file, or the word "max" in it
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            # files that were read count as used, but make room when it is needed
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", Path(used).with_name("memory.stat").read_text(), re.MULTILINE)
+            free = min(free, left + sum(map(int, cached)))
     return max(0, free) // processes

@@ -90,6 +90,7 @@ def export_bundle(model: FaissPatchcore, path: str | Path, name: str | None = No
             embedding_dimension=dimension,
             bank_size=len(bank),
             coreset_sampling_ratio=model.coreset_sampling_ratio,
+            covering_radius=None if torch_model.covering_radius.isnan() else float(torch_model.covering_radius),
             num_neighbors=torch_model.num_neighbors,
             image=image,
             pixel=pixel,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from patchcore_plugin.distances import Centres, Lens, Rows, candidates, padded, product_type
+from patchcore_plugin.distances import Centres, Lens, Rows, candidates, padded, piece, product_type
 
 _MIN_CANDIDATES = 512
 _MAX_CANDIDATES = 16384
@@ -42,12 +42,20 @@ class ClusterReach:
     def __init__(self, rows: Rows, rank: torch.Tensor, vectors: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.lens = rows.lens
         self.vectors = vectors
-        place = rank.int().index_select(0, rows.owner)
         self.radius = torch.zeros(len(rank), device=rank.device)  # of the cluster at each place
-        self.radius.scatter_reduce_(0, place.long(), rows.distances(), "amax")
-        sorted_place, self.order = place.sort(stable=True)
-        self.first = sorted_place[:: rows.block].tolist()
-        self.last = [*sorted_place[rows.block - 1 :: rows.block].tolist(), int(sorted_place[-1])][: len(self.first)]
+        keys = torch.arange(len(rows.points), device=rank.device)
+        for start in range(0, len(keys), 64 * rows.block):
+            numbers = keys[start : start + 64 * rows.block]
+            place = rank.index_select(0, rows.owner.index_select(0, numbers))
+            self.radius.scatter_reduce_(0, place, rows.distances(numbers), "amax")
+            numbers.add_(place << 32)
+        if keys.device.type == "cpu":
+            keys.numpy().sort()  # in place: torch's takes several times the memory
+        else:
+            keys = keys.sort().values
+        self.first = (keys[:: rows.block] >> 32).tolist()
+        self.last = [*(keys[rows.block - 1 :: rows.block] >> 32).tolist(), int(keys[-1] >> 32)][: len(self.first)]
+        self.order = keys.bitwise_and_(2**32 - 1)
         self.centre_at = rank.argsort()
         self.kept = 0
 
@@ -57,7 +65,7 @@ class ClusterReach:
         places = padded(torch.arange(self.first[block], self.last[block] + 1, device=self.order.device))
         rounded, squares, errors = lens.describe(self.vectors(self.centre_at.index_select(0, places)))
         far = (2 * self.radius.index_select(0, places) + errors + centres.error).square_()
-        far += ((squares.sqrt() + centres.length).square_() + far) * lens.sums
+        far += ((squares.sqrt() + centres.length).square_() + far) * lens.sums + lens.tiny
         ones = torch.ones((len(places), lens.tail), dtype=lens.dtype, device=places.device)
         left = torch.cat([rounded, lens.split(squares - far), ones], 1)
         # |c - a|^2 - far^2 is negative within reach; rounding the result keeps its sign.
@@ -84,11 +92,30 @@ class Shards:
         dist.all_gather(parts, flat, group=self.group)
         return torch.cat(parts).view(values.dtype)
 
+    def merge(self, values: torch.Tensor) -> torch.Tensor:
+        """Tensor of which each process has some values, and zeros in place of the others'."""
+        if self.world > 1:
+            dist.all_reduce(values.view(torch.uint8), group=self.group)  # sums of bytes, all but one of them zero
+        return values
+
     def from_first(self, values: torch.Tensor) -> torch.Tensor:
         """The first process's tensor; the others pass one of the same shape to write to."""
         if self.world > 1:
             dist.broadcast(values, group_src=0, group=self.group)
         return values
+
+
+def rows_of_all(points: torch.Tensor, numbers: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """Rows (K, D) of all processes' ``points``, numbered through them in order of rank; the same in every process."""
+    if shards.world == 1:
+        return points.index_select(0, numbers)
+    counts = shards.gather(torch.tensor([len(points)], device=points.device))
+    numbers = numbers - counts[: shards.rank].sum()
+    rows = points.new_zeros((len(numbers), points.shape[1]))
+    mine = ((numbers >= 0) & (numbers < len(points))).nonzero().squeeze(1)
+    for part in mine.split(piece(points)):
+        rows[part] = points.index_select(0, numbers.index_select(0, part))
+    return shards.merge(rows)
 
 
 class Traversal:
@@ -124,6 +151,8 @@ class Traversal:
         self.rows = Rows(points, _lens([points, seeds], self.shards), clusters=not len(seeds))
         # More candidates mean fewer, larger updates; picking among a small share of the rows costs little beside them.
         self.candidates = max(_MIN_CANDIDATES, min(_MAX_CANDIDATES, self.total // 32))
+        # The product of a block with more of them would take much memory beside few rows.
+        self.batch = max(_MIN_CANDIDATES, min(_MAX_BATCH, self.total // 200))
         self.picks = torch.empty(0, dtype=torch.int64, device=device)
         self._vectors: list[torch.Tensor] = []  # the centres, where other processes' rows are among them
         self._rank = self.picks
@@ -144,31 +173,28 @@ class Traversal:
         else:
             generator.manual_seed(int(random_state))
         direction = torch.randn(points.shape[1], dtype=torch.float64, generator=generator).to(points.device)
-        # float32 finds the few rows that can be the farthest, float64 decides
-        lens = self.rows.lens
-        along = torch.cat([lens.full(part) @ direction.float() for part in points.split(max(1, 2**18 // points.shape[1]))])
-        slack = float(direction.abs().sum()) * (points.shape[1] + 16) * 2.0**-22 if len(along) else 0.0
-        few = (along >= along.max() - slack).nonzero().squeeze(1) if len(along) else along.long()
-        values = points.index_select(0, few).double() @ direction
-        best = few[values.argmax()].view(1) if len(few) else few
-        found = torch.full((1,), -math.inf, dtype=torch.float64, device=points.device)
-        found[: len(best)] = values.max() if len(best) else found[: len(best)]
-        vectors = points.new_zeros((1, points.shape[1]))
-        vectors[: len(best)] = points.index_select(0, best)
-        number = self.shards.gather(torch.cat([best + self.offset, best.new_zeros(1 - len(best))]))
-        winner = self.shards.from_first(self.shards.gather(found).argmax().view(1))
-        return number.index_select(0, winner), self.shards.gather(vectors).index_select(0, winner)
+        slack = float(direction.abs().sum()) * (points.shape[1] + 16) * 2.0**-22
+        number = torch.zeros(1, dtype=torch.int64, device=points.device)
+        best = torch.full((1,), -math.inf, dtype=torch.float64, device=points.device)
+        vector = points.new_zeros((1, points.shape[1]))
+        for start in range(0, len(points), piece(points)):
+            part = points[start : start + piece(points)]
+            along = self.rows.lens.full(part) @ direction.float()
+            # float32 finds the few rows that can be the farthest, float64 decides
+            few = (along >= along.max() - slack).nonzero().squeeze(1)
+            values = (part.index_select(0, few).double() * direction).sum(1)
+            if values.max() > best:
+                best = values.max().view(1)
+                row = few[values.argmax()].view(1)
+                number, vector = row + start + self.offset, part.index_select(0, row)
+        winner = self.shards.from_first(self.shards.gather(best).argmax().view(1))
+        return self.shards.gather(number).index_select(0, winner), self.shards.gather(vector).index_select(0, winner)
 
     @property
     def farthest(self) -> float:
         """Largest squared distance of any row to its nearest centre."""
         mine = self.rows.nearest.max().view(1) if len(self.rows.nearest) else self.rows.nearest.new_zeros(1)
         return float(self.shards.gather(mine).max())
-
-    @property
-    def vectors(self) -> torch.Tensor:
-        """The picked rows (K, D)."""
-        return torch.cat(self._vectors) if self._vectors else self.rows.points.index_select(0, self.picks)
 
     def advance(self, wanted: int, floor: float) -> bool:
         """One round: pick as many rows as the candidates allow; False when no row is left above ``floor``.
@@ -191,7 +217,7 @@ class Traversal:
         distances, outside = facts[:, 0].contiguous(), max(float(facts[:, 3].max()), floor)
         if float(distances.max()) <= floor:
             return False
-        limit = min(wanted - len(self.picks), _MAX_BATCH)
+        limit = min(wanted - len(self.picks), self.batch)
         batch = torch.full((limit + 1,), -1, dtype=torch.int64, device=points.device)
         if self.shards.rank == 0:
             few = Rows(points, rows.lens, distances).farthest(limit, outside)
@@ -239,7 +265,7 @@ class Traversal:
 def _lens(matrices: list[torch.Tensor], shards: Shards) -> Lens:
     columns = matrices[0].shape[1]
     facts = matrices[0].new_zeros((1, columns + 2), dtype=torch.float64)  # sums of the columns, rows, largest magnitude
-    for part in (part for matrix in matrices for part in matrix.split(max(1, 2**18 // columns)) if len(part)):
+    for part in (part for matrix in matrices for part in matrix.split(piece(matrix)) if len(part)):
         wide = part if part.dtype == torch.float64 else part.float()
         facts[0, :columns] += wide.sum(0)
         facts[0, columns] += len(part)

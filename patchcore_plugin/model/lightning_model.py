@@ -23,7 +23,14 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from patchcore_plugin.coreset import GreedyCoreset, check_count, check_radius, check_random_state, check_ratio
+from patchcore_plugin.coreset import (
+    GreedyCoreset,
+    check_count,
+    check_projection,
+    check_radius,
+    check_random_state,
+    check_ratio,
+)
 from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.model.backbone import weights_from_checkpoint
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
@@ -59,13 +66,16 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         coreset_radius: Keep as many patches as it takes for every training patch to lie within this distance of one of
             them, instead of ``coreset_sampling_ratio``. In feature units; the log of any training tells the radius that
             it reached.
+        coreset_projection: Pick by randomly projected embeddings, for speed, with at most this relative error of squared
+            distances, in (0, 1); anomalib's sampler does so with 0.9. ``None`` picks by the embeddings themselves.
         embedding_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: type in which training holds the embeddings. The
             last two halve their memory. ``None`` takes the bank's.
         memory_budget: GiB that the embeddings and the coreset may take, per process. Where they need more, the coreset is
             kept up to date while embeddings come, at a somewhat larger radius. ``None`` takes most of the free memory.
 
     With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, all of them pick
-    the coreset together, and every one gets the bank that a single process would have picked.
+    the coreset together, and every one gets the bank that a single process would have picked, as long as the embeddings
+    fit into the memory budget.
 
     Raises:
         ValueError: If an argument is out of range, the backbone unknown, or a layer not one of its own.
@@ -95,12 +105,18 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         backbone_weights: str | Path | None = None,
         random_state: int | None = 0,
         coreset_radius: float | None = None,
+        coreset_projection: float | None = None,
         embedding_dtype: str | None = None,
         memory_budget: float | None = None,
     ) -> None:
         check_ratio(coreset_sampling_ratio)
         if coreset_radius is not None:
             check_radius("coreset_radius", coreset_radius)
+        if coreset_projection is not None:
+            check_projection("coreset_projection", coreset_projection)
+            if coreset_radius is not None:
+                msg = "coreset_radius is a distance of the embeddings themselves: leave coreset_projection out."
+                raise ValueError(msg)
         if memory_budget is not None:
             check_budget(memory_budget)
         check_count("num_neighbors", num_neighbors)
@@ -117,6 +133,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         )
         self.coreset_sampling_ratio = coreset_sampling_ratio
         self.coreset_radius = coreset_radius
+        self.coreset_projection = coreset_projection
         self.memory_budget = memory_budget
         self.random_state = random_state
         self.model = FaissPatchcoreModel(
@@ -209,8 +226,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             images = images[use.to(images.device)]
             paths = [path for path, used in zip(paths, use, strict=True) if used] if paths else None
         if len(images):
-            embedding = self.model.embed(images).to(self.embedding_dtype)
+            embedding = self.model.embed(images)
             _check_finite(embedding, paths)
+            embedding = embedding.to(self.embedding_dtype)
+            if not embedding.to(self.model.memory_bank.dtype).isfinite().all():
+                msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
+                raise ValueError(msg)
             if self._embeddings is None:
                 self._embeddings = self._new_store(embedding)
             self._embeddings.append(embedding.reshape(-1, embedding.shape[-1]))
@@ -220,16 +241,19 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             return parameter.sum() * 0
         return torch.zeros((), requires_grad=True, device=self.device)
 
-    def _new_store(self, embedding: torch.Tensor) -> EmbeddingStore:
-        """Store for the embeddings of all training images, of which ``embedding`` (B, h, w, D) is the first batch."""
-        images = _images(self.trainer)
+    def _new_store(self, embedding: torch.Tensor | None) -> EmbeddingStore:
+        """Store for the embeddings of this process's images; ``embedding`` (B, h, w, D) is the first batch, if any."""
+        images = 0 if embedding is None else _images(self.trainer)
         radius = self.coreset_radius
         return EmbeddingStore(
             GreedyCoreset(
-                ratio=self.coreset_sampling_ratio if radius is None else None, radius=radius, random_state=self.random_state
+                ratio=self.coreset_sampling_ratio if radius is None else None,
+                radius=radius,
+                random_state=self.random_state,
+                projection=self.coreset_projection,
             ),
             dtype=self.embedding_dtype,
-            expected_rows=None if images is None else images * embedding.shape[1] * embedding.shape[2],
+            expected_rows=images and images * embedding.shape[1] * embedding.shape[2],
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
         )
@@ -239,7 +263,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
         A distributed sampler makes all processes' shares equally large, and repeats images for that. They come last.
         """
-        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        loader = self.trainer.train_dataloader
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
         if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
             return size
         own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
@@ -268,9 +293,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 "section of the config: normal_dir (or the data set's training split) must hold defect-free images."
             )
             raise MemoryBankError(msg)
-        store = self._embeddings or EmbeddingStore(GreedyCoreset(), dtype=self.embedding_dtype)
+        store = self._embeddings or self._new_store(None)  # this process has none; others have
         self._embeddings = None
-        self.model.memory_bank = store.bank(group).to(self.model.memory_bank.dtype)
+        self.model.memory_bank = store.bank(group).to(self.model.memory_bank)
         self.model.covering_radius.fill_(store.radius_)
         logger.info(
             "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",

@@ -1,72 +1,81 @@
-"""Our coreset sampler against anomalib's, on the patch embeddings of ELPV's training images, in one run.
+"""Our coreset sampler against anomalib's, in one run.
 
-    python tests/benchmarks/coreset.py --ratio 0.01 --ratio 0.1
+    python tests/benchmarks/coreset.py                  # ELPV's training embeddings, 420,864 x 152, at 1 % and 10 %
+    python tests/benchmarks/coreset.py --data wide      # random clusters of wide_resnet50_2's shape, 160,000 x 1,536, 10 %
 
-anomalib's ``KCenterGreedy`` is timed over some steps and extrapolated: its steps cost the same from first to last.
+anomalib's ``KCenterGreedy`` is timed over some steps and extrapolated: its steps cost the same from first to last. The
+floor is one matrix product of all rows with all centres, in pieces as large as the sampler's, and nothing else.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import click
 import torch
-from anomalib.data.utils import read_image
 from anomalib.models.components import KCenterGreedy
-from rich.progress import track
+from common import clustered, elpv_embeddings, heading
 
-from patchcore_plugin import FaissPatchcore
 from patchcore_plugin.coreset import GreedyCoreset
-from patchcore_plugin.elpv import lay_out
 
 
-def embeddings() -> torch.Tensor:
-    """Patch embeddings (420864, 152) of the demo's 411 training images."""
-    model = FaissPatchcore(backbone="efficientnet_lite0", layers=["blocks.2", "blocks.4"])
-    with tempfile.TemporaryDirectory() as folder:
-        lay_out(Path(folder))
-        parts = []
-        for path in track(sorted(Path(folder, "train/good").iterdir()), description="Embed"):
-            image = model.pre_processor.transform(read_image(path, as_tensor=True)[None])
-            parts.append(model.model.embed(image).reshape(-1, 152))
-    return torch.cat(parts)
-
-
-@click.command()
-@click.option("--ratio", "ratios", type=float, multiple=True, default=[0.01], show_default=True, help="May be repeated.")
-@click.option("--peer-steps", default=30, show_default=True, help="Steps of anomalib's sampler to time.")
-def main(ratios: tuple[float, ...], peer_steps: int) -> None:
-    """Print the time of both samplers and its ratio."""
-    points = embeddings()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("patchcore-plugin", "anomalib", "torch"))
-    click.echo(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    click.echo(f"embeddings {tuple(points.shape)}, float32")
-
+def peer_times(points: torch.Tensor, steps: int) -> tuple[float, float]:
+    """Seconds that anomalib's sampler takes to start, and for each centre."""
     peer = KCenterGreedy(embedding=points, sampling_ratio=1.0)
     peer.coreset_size = 2
     started = time.perf_counter()
     peer.select_coreset_idxs()
     first = time.perf_counter() - started  # projection and two picks
-    peer.coreset_size = peer_steps + 2
+    peer.coreset_size = steps + 2
     started = time.perf_counter()
     peer.select_coreset_idxs()
-    step = (time.perf_counter() - started - first) / peer_steps
-    click.echo(f"anomalib: {first:.2f} s for projection and start, then {step:.3f} s a step ({peer_steps} steps timed)")
+    return first, (time.perf_counter() - started - first) / steps
 
-    for ratio in ratios:
+
+def floor(points: torch.Tensor, centres: int, dtype: torch.dtype) -> float:
+    """Seconds for one product of all rows and centres, from some of its pieces."""
+    rows, columns = points[:2048].to(dtype), points[2048:6144].to(dtype)
+    out = torch.empty(2048, 4096, dtype=dtype)
+    torch.mm(rows, columns.T, out=out)
+    started = time.perf_counter()
+    for _ in range(8):
+        torch.mm(rows, columns.T, out=out)
+    return (time.perf_counter() - started) / 8 * (len(points) / 2048) * (centres / 4096)
+
+
+@click.command()
+@click.option("--data", type=click.Choice(["elpv", "wide"]), default="elpv", show_default=True)
+@click.option("--ratio", "ratios", type=float, multiple=True, help="May be repeated.  [default: 0.01 and 0.1; wide: 0.1]")
+@click.option("--projection", type=float, help="Also pick with our sampler projected at random, with this distortion.")
+@click.option("--peer-steps", default=40, show_default=True, help="Steps of anomalib's sampler to time.")
+def main(data: str, ratios: tuple[float, ...], projection: float | None, peer_steps: int) -> None:
+    """Print the time of both samplers and their ratio."""
+    points = elpv_embeddings() if data == "elpv" else clustered(160_000, 1536)
+    click.echo(heading(columns=points.shape[1]))
+    click.echo(f"embeddings {len(points):,} x {points.shape[1]:,}, float32")
+    first, step = peer_times(points, peer_steps)
+    click.echo(f"anomalib: {first:.2f} s for projection and start, then {step:.3f} s a step ({peer_steps} steps timed)")
+    for ratio in ratios or ((0.01, 0.1) if data == "elpv" else (0.1,)):
         sampler = GreedyCoreset(ratio=ratio)
         started = time.perf_counter()
         picks = sampler.fit(points)
         ours = time.perf_counter() - started
         theirs = first + step * len(picks)
         click.echo(
-            f"{ratio:.1%}: {len(picks)} centres, ours {ours:.1f} s, anomalib {theirs:.0f} s (extrapolated): "
+            f"{ratio:.1%}: {len(picks):,} centres, ours {ours:.1f} s, anomalib {theirs:.0f} s (extrapolated): "
             f"{theirs / ours:.0f} times faster; covering radius {sampler.radius_:.4g}"
         )
+        floors = {dtype: floor(points, len(picks), dtype) for dtype in (torch.float32, torch.bfloat16)}
+        told = ", ".join(f"{ours / s:.2f} times the {s:.1f} s in {str(d).removeprefix('torch.')}" for d, s in floors.items())
+        click.echo(f"      one product of all rows and centres: ours takes {told}")
+        if projection is not None:
+            started = time.perf_counter()
+            bank = GreedyCoreset(ratio=ratio, projection=projection).sample(points)
+            ours = time.perf_counter() - started
+            reached = max(float(torch.cdist(part, bank).amin(1).max()) for part in points.split(4096))
+            click.echo(
+                f"      with projection {projection}: {ours:.1f} s, {theirs / ours:.0f} times faster; radius {reached:.4g}"
+            )
 
 
 if __name__ == "__main__":

@@ -66,6 +66,16 @@ def test_data_ten_times_the_budget(cells, tmp_path, trained, real_embeddings):
     assert auroc(model, cells, tmp_path) > trained.metrics["image_AUROC"] - 0.03
 
 
+def test_features_too_large_for_float16(cells, tmp_path):
+    model = make_model(embedding_dtype="float16")
+    with torch.no_grad():
+        for module in model.model.feature_extractor.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.mul_(1e5)
+    with pytest.raises(ValueError, match="too large for float16: use 'bfloat16' or 'float32' for embedding_dtype"):
+        fit(model, cells, tmp_path)
+
+
 def test_budget_far_too_small(cells, tmp_path):
     with pytest.raises(ValueError, match="Raise memory_budget to at least"):
         fit(make_model(memory_budget=1e-6), cells, tmp_path)
@@ -76,6 +86,8 @@ def test_budget_far_too_small(cells, tmp_path):
     [
         ({"coreset_radius": -1}, "coreset_radius must be a finite number of at least 0, got -1"),
         ({"coreset_radius": "wide"}, "coreset_radius must be a finite number"),
+        ({"coreset_projection": 1}, "coreset_projection must be a number between 0 and 1, got 1"),
+        ({"coreset_projection": 0.5, "coreset_radius": 3}, "leave coreset_projection out"),
         ({"embedding_dtype": "int8"}, "embedding_dtype must be one of 'float32', 'float16', 'bfloat16' or None, got 'int8'"),
         ({"memory_budget": 0}, "memory_budget must be a number of GiB above 0, got 0"),
     ],
@@ -138,6 +150,17 @@ def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path):
     assert first["metrics"] == pytest.approx(second["metrics"])
     assert first["metrics"]["image_AUROC"] == pytest.approx(one["metrics"]["image_AUROC"], abs=0.02)
     assert first["trainable"] == []
+
+
+def test_a_process_without_images_ends_with_the_same_bank(odd_cells, tmp_path):
+    good = tmp_path / "cells/train/good"
+    good.mkdir(parents=True)
+    image = next((odd_cells / "train/good").iterdir())
+    (good / image.name).hardlink_to(image)
+    (tmp_path / "cells/test").symlink_to(odd_cells / "test", target_is_directory=True)
+    first, second = train_by(2, tmp_path / "cells", tmp_path / "two")
+    assert torch.equal(first["bank"], second["bank"])
+    assert len(first["bank"]) == 1024 * 2 // 100
 
 
 def test_two_processes_within_a_budget(odd_cells, tmp_path):

@@ -56,6 +56,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "backbone_weights",
         "random_state",
         "coreset_radius",
+        "coreset_projection",
         "embedding_dtype",
         "memory_budget",
     }

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchcore_plugin import distances, traversal
-from patchcore_plugin.coreset import GreedyCoreset, seconds_left
+from patchcore_plugin.coreset import GreedyCoreset, project, seconds_left
 
 
 @pytest.fixture(params=["float32", "bfloat16", "many rounds"], autouse=True)
@@ -16,7 +16,7 @@ def product(request, monkeypatch):
     dtype = torch.float32 if request.param == "float32" else torch.bfloat16
     monkeypatch.setattr(traversal, "product_type", lambda *_: dtype)
     if request.param == "many rounds":
-        small = {"_BLOCK": {"cpu": 128}, "_LEAF": 16, "_SEGMENT": 8, "_PAD": 16, "_PIECE": 512}
+        small = {"_BLOCK": 128, "_LEAF": 16, "_SEGMENT": 8, "_PAD": 16, "_PIECE": 512}
         for name, value in small.items():
             monkeypatch.setattr(distances, name, value)
         for name, value in {"_MIN_CANDIDATES": 96, "_PRUNE_FROM": 4, "_PRUNE_BATCH": 1}.items():
@@ -205,6 +205,24 @@ def test_extreme_scales(scale):
     assert_same_picks((np.random.default_rng(0).normal(size=(2000, 20)) * scale).astype(np.float32), 200)
 
 
+@pytest.mark.parametrize("scale", [1e-80, 1e-59, 1e-55, 1e30])
+def test_extreme_scales_of_float64(scale):
+    assert_same_picks(np.random.default_rng(0).normal(size=(2000, 20)) * scale, 200)
+
+
+def test_details_far_smaller_than_the_range():
+    """Rows whose squared differences float32 takes for zero, beside rows that set the scale."""
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.normal(size=(600, 4)) * 1e-22, np.eye(4), -np.eye(4)]).astype(np.float32)
+    assert_same_picks(points[rng.permutation(len(points))], 500)
+
+
+def test_picks_go_into_a_computation_with_gradients():
+    points = torch.randn(300, 5, requires_grad=True)
+    points[GreedyCoreset(size=20, progress=False).fit(points)].sum().backward()
+    assert points.grad.sum() == 100
+
+
 def test_autocast_changes_nothing():
     points = clustered(np.random.default_rng(0), 3000, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -251,6 +269,10 @@ def test_radius_of_zero_keeps_every_distinct_row():
     assert sampler.radius_ == 0
 
 
+def test_radius_whose_square_overflows():
+    assert len(GreedyCoreset(radius=1e200, progress=False).fit(np.eye(5))) == 1
+
+
 @pytest.mark.parametrize("radius", [-1, float("nan"), float("inf"), "wide", True])
 def test_radius_out_of_range(radius):
     with pytest.raises(ValueError, match="radius must be a finite number of at least 0"):
@@ -274,3 +296,37 @@ def test_time_left_is_that_of_rounds_and_picks():
     assert seconds_left(rounds[:3], 4000) is None
     assert seconds_left(rounds, 40_000) is None
     assert seconds_left([(100, 2.0)] * 5, 1000) == pytest.approx(20)
+
+
+def test_projection_is_used_only_where_it_lowers_the_dimension():
+    points = torch.from_numpy(clustered(np.random.default_rng(0), 1500, 600))
+    seen = project(points, 0.9, 0)
+    assert seen.shape == (1500, 181)  # 4 ln(1500) / (0.9^2 / 2 - 0.9^3 / 3), rounded up
+    pairs = torch.randint(0, 1500, (2, 4000), generator=torch.Generator().manual_seed(0))
+    before, after = ((rows[pairs[0]] - rows[pairs[1]]).square().sum(1) for rows in (points, seen))
+    assert ((after - before).abs() <= 0.9 * before).all()
+    assert float(after.mean()) == pytest.approx(float(before.mean()), rel=0.1)
+    few = points[:, :152]
+    assert project(few, 0.9, 0) is few
+
+
+def test_projected_coreset_covers_almost_as_well():
+    points = clustered(np.random.default_rng(0), 1500, 600)
+    exact, rough = GreedyCoreset(size=100, progress=False), GreedyCoreset(size=100, progress=False, projection=0.5)
+    exact.fit(points)
+    picks = rough.fit(points)
+    assert torch.equal(rough.sample(points), torch.from_numpy(points)[picks])
+    reached = float(torch.cdist(torch.from_numpy(points), torch.from_numpy(points)[picks]).amin(1).max())
+    assert exact.radius_ < reached < 1.3 * exact.radius_
+    assert reached - 1e-3 <= rough.radius_ < 1.2 * reached
+
+
+@pytest.mark.parametrize("projection", [0, 1, -0.5, float("nan"), "rough", True])
+def test_projection_out_of_range(projection):
+    with pytest.raises(ValueError, match="projection must be a number between 0 and 1"):
+        GreedyCoreset(projection=projection)
+
+
+def test_projection_and_radius_together():
+    with pytest.raises(ValueError, match="leave projection"):
+        GreedyCoreset(radius=3, projection=0.5)

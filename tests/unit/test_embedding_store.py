@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchcore_plugin import embedding_store
 from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.embedding_store import EmbeddingStore, check_budget, free_memory
 
@@ -29,8 +30,9 @@ def data(rng, rows: int, columns: int) -> np.ndarray:
     return (centres[rng.integers(0, 15, rows)] + rng.normal(size=(rows, columns))).astype(np.float32)
 
 
-def bytes_for(rows: int, columns: int) -> float:
-    return rows * columns * 4 * 1.25 + 1
+def bytes_for(rows: int, columns: int, share: float = 0.5) -> float:
+    """Budget for a matrix, given the bank's share of the rows."""
+    return rows * (columns * 4 * (1 + share) + 48) / 0.9 + 1
 
 
 @pytest.fixture
@@ -60,7 +62,9 @@ def test_ten_times_the_budget(points, order):
     if order == "by cluster":
         points = points[points[:, 0].argsort()]
     store = fill(
-        EmbeddingStore(GreedyCoreset(ratio=0.01, progress=False), expected_rows=len(points), budget=bytes_for(1200, 12)),
+        EmbeddingStore(
+            GreedyCoreset(ratio=0.01, progress=False), expected_rows=len(points), budget=bytes_for(1200, 12, 0.01)
+        ),
         points,
     )
     bank = store.bank()
@@ -88,6 +92,7 @@ def test_radius_is_kept_while_streaming(points):
     assert store.reductions == 0
     assert store.radius_ == radius
     assert covering_radius(points, bank) <= radius
+    assert len(bank.unique(dim=0)) == len(bank)
     assert len(bank) < 1.5 * len(GreedyCoreset(radius=radius, progress=False).fit(points))
 
 
@@ -133,8 +138,45 @@ def test_half_the_memory(points, dtype):
 
 def test_budget_that_holds_next_to_nothing(points):
     store = EmbeddingStore(GreedyCoreset(progress=False), expected_rows=len(points), budget=1000)
-    with pytest.raises(ValueError, match=r"memory budget of .* holds 16 patch embeddings.*Raise memory_budget to at least"):
+    with pytest.raises(ValueError, match=r"memory budget of .* holds 8 patch embeddings.*Raise memory_budget to at least"):
         fill(store, points)
+
+
+def test_next_to_no_free_memory(points, monkeypatch):
+    monkeypatch.setattr(embedding_store, "free_memory", lambda *_: 1000)
+    with pytest.raises(ValueError, match=r"free memory, of which .* holds 7 patch embeddings.*Free at least .* GiB, or use"):
+        fill(EmbeddingStore(GreedyCoreset(progress=False), expected_rows=len(points)), points)
+
+
+@pytest.mark.parametrize("expected", [12_000, None])
+def test_default_budget_that_does_not_hold_all_is_said(points, monkeypatch, caplog, expected):
+    monkeypatch.setattr(embedding_store, "free_memory", lambda *_: bytes_for(3000, 12))
+    store = EmbeddingStore(GreedyCoreset(ratio=0.01, progress=False), expected_rows=expected)
+    with caplog.at_level(logging.INFO):
+        bank = fill(store, points).bank()
+    assert len(bank) == 120
+    expected = "12000 patch embeddings of 12 values do not fit" if expected else "number of patch embeddings is not known"
+    assert expected in caplog.text
+    assert "Reduced" in caplog.text
+
+
+@pytest.mark.parametrize("expected", [0, 1])
+def test_expectation_far_too_low(points, expected):
+    store = EmbeddingStore(GreedyCoreset(size=100, progress=False), expected_rows=expected)
+    assert len(fill(store, points).bank()) == 100
+
+
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    """What it may still take is its limit less its use, of which cached files give way."""
+    for name, text in {"memory.max": "3000000", "memory.current": "2500000"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "memory.stat").write_text("anon 1\nactive_file 300000\ninactive_file 1000000\nfile 9\n")
+    places = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"))
+    monkeypatch.setattr(embedding_store, "_CONTAINER", [("/no/such/limit", "/no/such/use"), places])
+    assert free_memory(torch.device("cpu")) == 1_800_000
+    assert free_memory(torch.device("cpu"), processes=2) == 900_000
+    (tmp_path / "memory.max").write_text("max")
+    assert free_memory(torch.device("cpu")) > 10_000_000
 
 
 def test_nothing_collected():

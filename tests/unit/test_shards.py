@@ -6,15 +6,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from patchcore_plugin import traversal
+from patchcore_plugin import distances, traversal
 from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.embedding_store import EmbeddingStore
 
 
 def work(rank: int, folder: str, name: str, world: int) -> None:
     torch.set_num_threads(1)
-    traversal._MIN_CANDIDATES = 64  # several rounds on small data
-    traversal._PRUNE_FROM = 8
+    # Several rounds, blocks and clusters on small data
+    traversal._MIN_CANDIDATES, traversal._PRUNE_FROM, traversal._PRUNE_BATCH = 64, 8, 1
+    distances._BLOCK, distances._SEGMENT, distances._PAD, distances._PIECE = 128, 8, 16, 2048
+    left_out = []
+    within = traversal.ClusterReach.within
+
+    def counted(reach: traversal.ClusterReach, block: int, centres: distances.Centres) -> torch.Tensor:
+        numbers = within(reach, block, centres)
+        left_out.append(len(centres) - len(numbers))
+        return numbers
+
+    traversal.ClusterReach.within = counted
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     rows = torch.from_numpy(np.load(f"{folder}/{rank}.npy"))
     try:
@@ -24,11 +34,12 @@ def work(rank: int, folder: str, name: str, world: int) -> None:
                 store.append(rows)
             found = {"bank": store.bank(dist.group.WORLD), "radius": store.radius_}
         else:
-            sampler = GreedyCoreset(size=200, progress=False)
+            sampler = GreedyCoreset(size=200, progress=False, projection=0.9 if name == "projection" else None)
             found = {"picks": sampler.fit(rows, dist.group.WORLD), "radius": sampler.radius_}
             found["bank"] = sampler.sample(rows, dist.group.WORLD)
     except ValueError as error:
         found = {"error": str(error)}
+    found["left out"] = sum(left_out)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -52,8 +63,10 @@ def points() -> np.ndarray:
 def test_same_picks_on_every_process_however_uneven(points, cuts, tmp_path):
     alone = GreedyCoreset(size=200, progress=False)
     picks = alone.fit(points)
-    for found in together(tmp_path, np.split(points, cuts)):
+    shards = np.split(points, cuts)
+    for shard, found in zip(shards, together(tmp_path, shards), strict=True):
         assert torch.equal(found["picks"], picks)
+        assert found["left out"] > 100 or len(shard) < 1000  # clusters out of reach of a new centre
         assert torch.equal(found["bank"], torch.from_numpy(points)[picks])
         assert found["radius"] == pytest.approx(alone.radius_, rel=1e-12)
 
@@ -70,6 +83,15 @@ def test_half_precision(points, tmp_path):
     picks = GreedyCoreset(size=200, progress=False).fit(half)
     for found in together(tmp_path, np.split(half, [700])):
         assert torch.equal(found["picks"], picks)
+
+
+def test_projection(tmp_path):
+    points = np.random.default_rng(0).normal(size=(3000, 300)).astype(np.float16)
+    alone = GreedyCoreset(size=200, progress=False, projection=0.9)
+    picks = alone.fit(points)
+    for found in together(tmp_path, np.split(points, [700]), "projection"):
+        assert torch.equal(found["picks"], picks)
+        assert torch.equal(found["bank"], torch.from_numpy(points)[picks])
 
 
 def test_bad_values_in_one_process_stop_all(points, tmp_path):
