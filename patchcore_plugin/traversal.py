@@ -158,7 +158,7 @@ class Traversal:
         self._rank = self.picks
         self._prune_from = _PRUNE_FROM
         if len(seeds):
-            for part in seeds.split(_MAX_BATCH):
+            for part in seeds.split(self.batch):
                 self.rows.update(part)
         else:
             start, vector = self._start(random_state)
