@@ -1,9 +1,10 @@
 """The bundle: the folder that training hands to serving.
 
     manifest.json   what the model is, how to read its scores, and the sha256 of every other file
-    features.xml    OpenVINO IR: RGB images (B, H, W, 3) f32 in [0, 255], of any size, to embeddings (B, h, w, D) f32
+    features.xml    OpenVINO IR: RGB images (B, H, W, 3) u8, of any size, to embeddings (B, h, w, D) f32
     features.bin    its weights
-    bank.faiss      the memory bank
+    bank.faiss      the memory bank and its index
+    bank.npy        neighbours of each bank vector, for the image score
 
 A bundle is whole or absent: it is written beside its place and moved there, and nothing of it is used before every file
 matches its checksum. Nothing in it is ever executed or unpickled.
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-FORMAT_VERSION = 1
-MANIFEST, FEATURES, WEIGHTS, BANK = "manifest.json", "features.xml", "features.bin", "bank.faiss"
-_NAMES = {MANIFEST, FEATURES, WEIGHTS, BANK}
+FORMAT_VERSION = 2
+MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
+BANK, NEIGHBORS = "bank.faiss", "bank.npy"
+_FILES = (FEATURES, WEIGHTS, BANK, NEIGHBORS)
+_NAMES = {MANIFEST, *_FILES}
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand
 
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
@@ -94,6 +97,64 @@ class Scale(_Record):
     sensitivity: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
+class IndexTrial(_Record):
+    """What one index of the memory bank did on normal images, on the machine that wrote the bundle.
+
+    Attributes:
+        index: ``"flat"``, ``"ivf"`` or ``"hnsw"``.
+        storage: Precision of the vectors that it searched.
+        width: Breadth of the search: cells probed (ivf) or candidates kept (hnsw).
+        milliseconds: Median time to search for one image's patches.
+        recall: Share of the patches whose nearest bank vector it found.
+        error: Relative error of the distance, at the 99.9th percentile of the patches, against exact search.
+        storage_error: The same of exact search in the vectors as they are stored: what the storage alone costs.
+        good: Whether recall and error were near enough to exact search in the same storage.
+    """
+
+    index: Literal["flat", "ivf", "hnsw"]
+    storage: Literal["float32", "float16", "int8"]
+    width: Annotated[int, Field(ge=0)]
+    milliseconds: Annotated[FiniteFloat, Field(ge=0)]
+    recall: Annotated[float, Field(ge=0, le=1)]
+    error: Annotated[FiniteFloat, Field(ge=0)]
+    storage_error: Annotated[FiniteFloat, Field(ge=0)] = 0
+    good: bool
+
+
+class Index(_Record):
+    """The memory bank's index.
+
+    Attributes:
+        kind: ``"flat"``, ``"ivf"`` or ``"hnsw"``.
+        storage: Precision of the bank's vectors.
+        width: Breadth of the search.
+        trials: What was measured before it was chosen; empty where nothing was.
+    """
+
+    kind: Literal["flat", "ivf", "hnsw"] = "flat"
+    storage: Literal["float32", "float16", "int8"] = "float32"
+    width: Annotated[int, Field(ge=0, le=65536)] = 0
+    trials: list[IndexTrial] = []
+
+
+class PrecisionTrial(_Record):
+    """What the network did in one precision on normal images, on the machine that wrote the bundle.
+
+    Attributes:
+        precision: ``"f32"``, ``"bf16"`` or ``"int8"``.
+        milliseconds: Median time for one image's embeddings, pre-processing included.
+        correlation: Spearman's rank correlation of the image scores with those of f32.
+        error: Mean relative error of the image scores against f32.
+        good: Whether that was near enough to f32.
+    """
+
+    precision: Literal["f32", "bf16", "int8"]
+    milliseconds: Annotated[FiniteFloat, Field(ge=0)]
+    correlation: Annotated[float, Field(ge=-1, le=1)]
+    error: Annotated[FiniteFloat, Field(ge=0)]
+    good: bool
+
+
 class File(_Record):
     """Checksum and size of one file."""
 
@@ -104,7 +165,7 @@ class File(_Record):
 class Manifest(_Record):
     """Content of manifest.json."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     name: Annotated[str, Field(min_length=1, max_length=200)]
     created: datetime
     backbone: str
@@ -116,15 +177,18 @@ class Manifest(_Record):
     coreset_sampling_ratio: Annotated[float, Field(gt=0, le=1)]
     covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None  # of the training patches around the bank
     num_neighbors: PositiveInt
+    index: Index = Index()
+    precision: Literal["f32", "bf16", "int8"] = "f32"  # of the network
+    precision_trials: list[PrecisionTrial] = []
     image: Scale
     pixel: Scale
     versions: dict[str, str]
-    files: dict[Literal["features.xml", "features.bin", "bank.faiss"], File]
+    files: dict[Literal["features.xml", "features.bin", "bank.faiss", "bank.npy"], File]
 
     @model_validator(mode="after")
     def _all_files_listed(self) -> Self:
-        if len(self.files) != 3:
-            msg = f"files lists {sorted(self.files)}, expected {FEATURES}, {WEIGHTS} and {BANK}"
+        if len(self.files) != len(_FILES):
+            msg = f"files lists {sorted(self.files)}, expected {', '.join(_FILES)}"
             raise ValueError(msg)
         return self
 
@@ -189,9 +253,7 @@ def verify(path: Path, manifest: Manifest) -> None:
 
 def describe_files(folder: Path) -> dict[str, File]:
     """Checksums and sizes of a bundle's files, for its manifest."""
-    return {
-        name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in (FEATURES, WEIGHTS, BANK)
-    }
+    return {name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in _FILES}
 
 
 @contextmanager

@@ -11,13 +11,17 @@ from pickle import UnpicklingError  # the exception alone
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from patchcore_plugin import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from patchcore_plugin.bundle import Manifest
 
 _ANOMALIB_COMMANDS = {
     "train": "Fit a model, then test it, with anomalib.",
@@ -87,23 +91,77 @@ def run_anomalib(arguments: list[str]) -> Any:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the model in the manifest.  [default: the bundle folder's name]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@click.option(
+    "--index",
+    type=click.Choice(["auto", "flat", "ivf", "hnsw"]),
+    default="auto",
+    show_default=True,
+    help="Index of the memory bank. auto takes the fastest on this machine that finds what exact search finds.",
+)
+@click.option(
+    "--storage",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the bank's vectors.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "f32", "bf16", "int8"]),
+    default="f32",
+    show_default=True,
+    help="Arithmetic of the network. auto takes the fastest whose scores are near f32's.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of normal images that were not trained on, to measure on.  [default: some of the validation set]",
+)
 @_plain_errors
-def export(checkpoint: Path, bundle: Path, name: str | None, overwrite: bool) -> None:
+def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) -> None:
     """Write a trained model as a bundle.
 
     CHECKPOINT is the .ckpt file that training left (results/FaissPatchcore/.../weights/lightning/model.ckpt); BUNDLE the
     folder to write.
     """
+    from patchcore_plugin.bundle import read_manifest
     from patchcore_plugin.export import export_bundle
+    from patchcore_plugin.images import find_images
     from patchcore_plugin.model.lightning_model import FaissPatchcore
 
+    normal = None if images is None else find_images(images)
     try:
         model = FaissPatchcore.load_from_checkpoint(checkpoint, map_location="cpu")
     except (KeyError, UnpicklingError, EOFError, RuntimeError, TypeError) as error:
         msg = f"{checkpoint} is not a checkpoint of FaissPatchcore: {error}"
         raise click.ClickException(msg) from error
-    export_bundle(model, bundle, name, overwrite=overwrite)
+    with Console(stderr=True).status("Export") as status:
+        export_bundle(model, bundle, images=normal, progress=lambda step: status.update(f"Export: {step}"), **options)
+    _print_trials(read_manifest(bundle))
     click.echo(f"Bundle: {bundle}")
+
+
+def _print_trials(manifest: Manifest) -> None:
+    """Print what was measured when a bundle was written."""
+    index = manifest.index
+    if index.trials:
+        table = Table("index", "storage", "width", "ms an image", "recall@1", "error at 99.9 %", "of storage", "")
+        for trial in index.trials:
+            taken = (trial.index, trial.width) == (index.kind, index.width)
+            table.add_row(
+                trial.index, trial.storage, str(trial.width or ""), f"{trial.milliseconds:.2f}", f"{trial.recall:.4f}",
+                f"{trial.error:.1e}", f"{trial.storage_error:.1e}", "taken" if taken else "" if trial.good else "too far",
+            )  # fmt: skip
+        Console().print(table)
+    if manifest.precision_trials:
+        table = Table("precision", "ms an image", "rank correlation", "mean error", "")
+        for trial in manifest.precision_trials:
+            taken = trial.precision == manifest.precision
+            table.add_row(
+                trial.precision, f"{trial.milliseconds:.2f}", f"{trial.correlation:.4f}", f"{trial.error:.2%}",
+                "taken" if taken else "" if trial.good else "too far from f32",
+            )  # fmt: skip
+        Console().print(table)
 
 
 @main.command()
@@ -155,6 +213,40 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     click.echo(f"{len(images)} images: {anomalous} anomalous, {failed} unreadable. Results: {output / 'results.csv'}")
     if failed:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to work with.  [default: all cores]")
+@click.option("--limit", type=click.IntRange(min=2), default=200, show_default=True, help="Images to measure, at most.")
+@_plain_errors
+def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> None:
+    """Measure where a BUNDLE's time goes on this machine, with the images below FOLDER."""
+    from patchcore_plugin import benchmark as measure
+    from patchcore_plugin.images import find_images
+    from patchcore_plugin.runtime import PatchcoreRuntime
+
+    images = find_images(folder)[:limit]
+    images *= -(-30 // len(images))  # a median of fewer says little
+    runtime = PatchcoreRuntime.load(bundle, threads=threads)
+    manifest = runtime.manifest
+    click.echo(
+        f"{manifest.name}: {manifest.backbone} in {manifest.precision}, {manifest.bank_size:,} x "
+        f"{manifest.embedding_dimension} bank ({manifest.index.kind}, {manifest.index.storage}); {runtime.threads} threads, "
+        f"{len(images)} images"
+    )
+    times = measure.stages(runtime, bundle, images)
+    table = Table("stage", "median ms", "90 % below")
+    for stage, spent in times.items():
+        median, high = (sorted(spent)[int(len(spent) * share)] for share in (0.5, 0.9))
+        table.add_row(stage, f"{median:.2f}", f"{high:.2f}")
+    whole = sorted(map(sum, zip(*times.values(), strict=True)))
+    table.add_row("all", f"{whole[len(whole) // 2]:.2f}", f"{whole[int(len(whole) * 0.9)]:.2f}")
+    Console().print(table)
+    for mode in ("latency", "throughput"):
+        runtime = PatchcoreRuntime.load(bundle, mode=mode, threads=threads)
+        click.echo(f"{measure.images_per_second(runtime, images):.0f} images/s in mode {mode}")
 
 
 @main.command()

@@ -22,6 +22,9 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 90_000_000
 """Largest image file that is decoded, in pixels: a few hundred KB of PNG can claim to be many gigabytes."""
 
+MAX_SIDE = 32_768
+"""Longest side of an image, in pixels: a line of millions of pixels would make its resize's matrix huge."""
+
 # Of a normalised map, whose threshold is 0.5: where colour begins, where it is full, and how much of it covers the image.
 _VISIBLE_FROM, _FULL_AT, _OPACITY = 0.45, 0.85, 0.75
 
@@ -67,27 +70,14 @@ def _from_pil(image: Image.Image) -> NDArray[np.uint8]:
     if not 0 < pixels <= MAX_PIXELS:
         msg = f"it has {image.width} x {image.height} pixels, and from 1 to {MAX_PIXELS:,} are read"
         raise ImageError(msg)
+    _check_sides(image.height, image.width)
     return np.asarray(image.convert("RGB"))
 
 
-def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resize an RGB image (H, W, 3), u8, with the antialiased bilinear filter that training uses on tensors.
-
-    Pillow's filter is that of torchvision; on float channels it rounds nothing in between. One channel at a time, it needs
-    little memory beside the image.
-
-    Args:
-        image: The image.
-        size: Height and width to resize to, in pixels.
-
-    Returns:
-        Resized image (h, w, 3), float32, in [0, 255].
-    """
-    resized = np.empty((*size, 3), np.float32)
-    for channel in range(3):
-        plane = Image.fromarray(image[:, :, channel].astype(np.float32))
-        resized[:, :, channel] = plane.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return resized
+def _check_sides(height: int, width: int) -> None:
+    if max(height, width) > MAX_SIDE:
+        msg = f"An image of {width} x {height} pixels is too long: at most {MAX_SIDE:,} on a side are read."
+        raise ImageError(msg)
 
 
 def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -101,6 +91,7 @@ def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         msg = f"An image array must have shape (H, W), (H, W, 1) or (H, W, 3), got {array.shape}."
         raise ImageError(msg)
+    _check_sides(*array.shape[:2])
     return np.ascontiguousarray(array)
 
 

@@ -1,9 +1,10 @@
-"""The memory bank: the coreset's patch embeddings and exact nearest-neighbour search in them, on FAISS."""
+"""The memory bank: the coreset's patch embeddings and nearest-neighbour search in them, on FAISS."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import faiss
 import numpy as np
@@ -13,39 +14,89 @@ from patchcore_plugin.scoring import Scores, score
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+Index = Literal["flat", "ivf", "hnsw"]
+Storage = Literal["float32", "float16", "int8"]
+
+DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
+"""Width of the search where none is given: lists probed (ivf), or length of the candidate list (hnsw)."""
+
+MAX_WIDTH = 65_536
+"""Greatest width of a search."""
+
 _BLOCK_ROWS = 4096
 _LARGEST = 1e16  # the sum of a few thousand such squares still is a float32
+_LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built
+_EXACT_NEIGHBOURS = 2**40  # M * M * D up to which the bank's own neighbours are searched one by one
+_SHARED_FROM, _PARTS = 64, 2  # queries from which several threads share them, and parts for each, as some take longer
+_MAPPED_FROM = 2**28  # bytes; a larger file is mapped into memory rather than read
+# An approximate search may overlook the nearest vector, and an image's score is its largest distance: one slip in a
+# thousand patches would be one in every image. So the patches of largest distance are searched again, this many times wider.
+_AGAIN, _WIDER, _MOST_AGAIN = 4, 8, 64
+_QUANTIZERS = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
+_STORAGES = {quantizer: storage for storage, quantizer in _QUANTIZERS.items()}
 
 
 class MemoryBank:
-    """Bank of normal patch embeddings, searched by Euclidean distance (FAISS, flat).
+    """Bank of normal patch embeddings, searched by Euclidean distance (FAISS).
 
-    FAISS finds the neighbours; their distances are then taken again by differences, because its blocked search expands
-    ``|x - y|^2`` and loses digits where a patch lies close to the bank.
+    Whatever the index, a distance that is returned is exact: it is taken by differences between the query and the vector
+    as it is stored. An approximate index (``"ivf"``, ``"hnsw"``) may miss the nearest vector of a patch and return one
+    a little farther; :func:`patchcore_plugin.bank_index.choose` measures how often.
 
     Args:
         vectors: Bank vectors (M, D), finite, cast to float32.
+        index: ``"flat"`` compares with every vector; ``"ivf"`` with those of the nearest cells of a k-means partition;
+            ``"hnsw"`` follows a graph of neighbours, whose building takes about 0.1 ms a vector.
+        storage: Precision in which vectors are kept: ``"float32"``, ``"float16"`` (half the memory) or ``"int8"`` (a
+            quarter; distances move by about a percent).
+        width: Breadth of an approximate search: cells probed, or candidates kept. More is slower and finds more.
+        num_neighbors: Neighbours of each bank vector that are found in advance for the image score (equation 7); 0 finds
+            them when they are needed.
 
     Raises:
-        ValueError: If ``vectors`` is no matrix, is empty, or holds NaN or infinite values.
+        ValueError: If ``vectors`` is no matrix, is empty, or holds NaN or infinite values, or another argument is none of
+            those above.
 
     Example:
-        >>> bank = MemoryBank(coreset)
+        >>> bank = MemoryBank(coreset, index="hnsw")
         >>> distances, indices = bank.search(queries, k=1)
     """
 
-    def __init__(self, vectors: ArrayLike) -> None:
+    def __init__(
+        self,
+        vectors: ArrayLike,
+        index: Index = "flat",
+        storage: Storage = "float32",
+        width: int | None = None,
+        num_neighbors: int = 0,
+    ) -> None:
         vectors = _as_matrix(vectors, "vectors")
         if not len(vectors):
             msg = "The memory bank is empty: it needs at least one patch embedding."
             raise ValueError(msg)
-        index = faiss.IndexFlatL2(vectors.shape[1])
-        index.add(vectors)
-        self._adopt(index)
+        if storage not in get_args(Storage):
+            msg = f"storage must be one of {', '.join(get_args(Storage))}; got {storage!r}."
+            raise ValueError(msg)
+        _check_storage(vectors, storage)
+        built = _build(vectors, index, storage)
+        built.train(vectors)
+        built.add(vectors)
+        if isinstance(built, faiss.IndexIVF):
+            built.make_direct_map()  # from a number to its vector
+        self._adopt(built)
+        if width is not None:
+            self.width = width
+        self.find_neighbors(num_neighbors)
 
-    def _adopt(self, index: faiss.IndexFlat) -> None:
-        self._index = index
-        self.vectors = np.asarray(_Storage(index))
+    def _adopt(self, index: faiss.Index, *, mapped: bool = False) -> None:
+        self._index, self._mapped = index, mapped
+        self.index: Index = _kind(index)
+        storage = index if self.index == "ivf" else _flat(index)
+        self.storage: Storage = _STORAGES[storage.sq.qtype] if hasattr(storage, "sq") else "float32"
+        self._width = DEFAULT_WIDTH[self.index]
+        self.neighbors: NDArray[np.int32] | None = None
+        self._threads: int | None = None
+        self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         """Number M of bank vectors."""
@@ -55,6 +106,88 @@ class MemoryBank:
     def dimension(self) -> int:
         """Number D of values of an embedding."""
         return self._index.d
+
+    @property
+    def width(self) -> int:
+        """Breadth of an approximate search; 0 for a flat bank."""
+        return self._width
+
+    @width.setter
+    def width(self, width: int) -> None:
+        if self.index == "flat":
+            return
+        if not 1 <= width <= MAX_WIDTH:
+            msg = f"width must be from 1 to {MAX_WIDTH:,}, got {width}."
+            raise ValueError(msg)
+        self._width = int(width)
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of the bank's own to search with; None leaves it to FAISS, which uses OpenMP's.
+
+        OpenMP's threads go on spinning for a while when a search is over, and slow what runs next on their cores.
+        """
+        return self._threads
+
+    @threads.setter
+    def threads(self, threads: int | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._threads = threads
+        self._pool = threads and ThreadPoolExecutor(
+            threads, thread_name_prefix="memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,)
+        )
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """The vectors (M, D) as they are stored, read-only; no copy where they are float32 and not in cells."""
+        if self.storage == "float32" and self.index != "ivf":
+            return np.asarray(_Storage(_flat(self._index), self._index))
+        vectors = self._index.reconstruct_n(0, len(self))
+        vectors.setflags(write=False)
+        return vectors
+
+    def add(self, vectors: ArrayLike) -> None:
+        """Add vectors (N, D) to the bank. Not while another thread searches.
+
+        With storage ``"int8"``, values beyond the range of the first vectors are cut off.
+
+        Raises:
+            ValueError: If their shape does not fit the bank, they hold NaN or infinite values, or the bank's file is so
+                large that it was mapped into memory.
+        """
+        if self._mapped:
+            msg = "A memory bank that is mapped into memory cannot grow."
+            raise ValueError(msg)
+        vectors = self._fitting(vectors, "vectors")
+        _check_storage(vectors, self.storage)
+        grown = faiss.clone_index(self._index)  # arrays that look into the old one stay as they are
+        grown.add(vectors)
+        self._index = grown
+        self.find_neighbors(0 if self.neighbors is None else self.neighbors.shape[1])
+
+    def find_neighbors(self, count: int) -> None:
+        """Find the ``count`` nearest bank vectors of each bank vector, itself among them, for the image score.
+
+        Every vector is compared with every other, or, where that would take minutes, searched for widely.
+        """
+        self.neighbors = None
+        count = min(count, len(self))
+        if count < 1:
+            return
+        found = np.empty((len(self), count), np.int32)
+        exact = len(self) ** 2 * self.dimension <= _EXACT_NEIGHBOURS
+        vectors = self.vectors
+        for start in range(0, len(self), _BLOCK_ROWS):
+            rows = vectors[start : start + _BLOCK_ROWS]
+            part = faiss.knn(rows, vectors, count)[1] if exact else self._find(rows, count, 4 * self._width)[1]
+            found[start : start + _BLOCK_ROWS] = part
+        # A neighbourhood begins with the vector itself; a duplicate is as near, and a search may have missed it.
+        own = np.arange(len(self), dtype=np.int32)
+        place = np.where((found == own[:, None]).any(1), (found == own[:, None]).argmax(1), count - 1)
+        found[own, place] = found[:, 0]
+        found[:, 0] = own
+        self.neighbors = found
 
     def search(self, queries: ArrayLike, k: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k nearest bank vectors of each query.
@@ -69,72 +202,273 @@ class MemoryBank:
         Raises:
             ValueError: If the queries' shape does not fit the bank, they hold NaN or infinity, or ``k`` is below 1.
         """
-        queries = _as_matrix(queries, "queries")
-        if queries.shape[1] != self.dimension:
-            msg = f"queries have {queries.shape[1]} values each, the memory bank's vectors {self.dimension}."
-            raise ValueError(msg)
+        queries = self._fitting(queries, "queries")
         if k < 1:
             msg = f"k must be at least 1, got {k}."
             raise ValueError(msg)
-        k = min(k, len(self))
-        distances = np.empty((len(queries), k), np.float32)
-        indices = np.empty((len(queries), k), np.int64)
-        for start in range(0, len(queries), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
-            _, found = self._index.search(queries[rows], k)
-            difference = queries[rows, None] - self.vectors[found]
-            exact = np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
-            order = np.argsort(exact, axis=1, kind="stable")
-            distances[rows] = np.take_along_axis(exact, order, axis=1)
-            indices[rows] = np.take_along_axis(found, order, axis=1)
-        return distances, indices
+        return self._search(queries, min(k, len(self)), self._width)
 
     def score(self, embedding: NDArray[np.float32], num_neighbors: int) -> Scores:
-        """Score embeddings (B, h, w, D); see :func:`patchcore_plugin.scoring.score`."""
-        return score(embedding, self.vectors, self.search, num_neighbors)
+        """Score embeddings (B, h, w, D); see :func:`patchcore_plugin.scoring.score`.
+
+        With an approximate index, an image's patches of largest distance are searched for again, more widely, until no
+        other can be the farthest; 64 of them at most.
+        """
+        patches = embedding.shape[1] * embedding.shape[2]
+
+        def nearest(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            distances, indices = (found[:, 0] for found in self._search(self._fitting(queries, "queries"), 1, self._width))
+            if self.index != "flat":
+                for start in range(0, len(queries), patches):
+                    rows = slice(start, start + patches)
+                    self._look_again(queries[rows], distances[rows], indices[rows])
+            return distances, indices
+
+        def support(queries: NDArray[np.float32], indices: NDArray[np.int64]) -> NDArray[np.float32]:
+            count = min(num_neighbors, len(self))
+            if self.neighbors is not None and count <= self.neighbors.shape[1]:
+                around = self.neighbors[indices, :count]
+            else:
+                around = self._search(self._take(indices), count, max(self._width, 4 * count))[1]
+                around[:, 0] = indices  # or a duplicate
+            return _exact(queries, self._take(around))
+
+        return score(embedding, nearest, support)
 
     def save(self, path: str | Path) -> None:
-        """Write the bank as a FAISS index file."""
-        Path(path).write_bytes(faiss.serialize_index(self._index).tobytes())
+        """Write the bank as a FAISS index file, and the neighbours beside it (``.npy``), where there are some."""
+        path = Path(path)
+        draft = path.with_name(f"{path.name}.part")  # a bank may be mapped from the very file that it is saved to
+        if str(draft).isascii():
+            faiss.write_index(self._index, str(draft))
+        else:  # FAISS opens no other names on every system
+            draft.write_bytes(faiss.serialize_index(self._index).tobytes())
+        draft.replace(path)
+        beside = path.with_suffix(".npy")
+        if self.neighbors is None:
+            beside.unlink(missing_ok=True)  # another bank's
+        else:
+            np.save(beside, self.neighbors)
 
     @classmethod
-    def load(cls, path: str | Path) -> MemoryBank:
-        """Read a bank that :meth:`save` wrote.
+    def load(cls, path: str | Path, width: int | None = None) -> MemoryBank:
+        """Read a bank that :meth:`save` wrote. A large one is mapped into memory.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is no flat L2 FAISS index, or holds no finite vectors.
+            ValueError: If the file is no L2 FAISS index of a kind that :class:`MemoryBank` builds, or holds no finite
+                vectors; or if the neighbours beside it are damaged.
         """
-        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
+        path = Path(path)
         try:
-            index = faiss.deserialize_index(data)
+            mapped = path.stat().st_size >= _MAPPED_FROM and str(path).isascii()
+            if mapped:
+                index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            else:
+                index = faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
         except (RuntimeError, MemoryError) as error:
             msg = f"{path} is not a readable FAISS index (truncated or damaged)."
             raise ValueError(msg) from error
-        if not (isinstance(index, faiss.IndexFlat) and index.metric_type == faiss.METRIC_L2):
-            msg = f"{path} holds a {type(index).__name__}; a memory bank is a flat L2 index."
+        if _kind(index) is None:
+            msg = f"{path} holds a {type(index).__name__}; a memory bank is a flat, IVF or HNSW L2 index of plain vectors."
             raise ValueError(msg)
         bank = cls.__new__(cls)
         if not index.ntotal:
             msg = f"{path} holds an empty memory bank."
             raise ValueError(msg)
-        bank._adopt(index)
-        if not (np.abs(bank.vectors) < _LARGEST).all():
-            msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
-            raise ValueError(msg)
+        if isinstance(index, faiss.IndexIVF):
+            _map_directly(index, path)
+        bank._adopt(index, mapped=mapped)
+        if width is not None:
+            bank.width = width
+        for start in range(0, len(bank), _BLOCK_ROWS):
+            if not (np.abs(index.reconstruct_n(start, min(_BLOCK_ROWS, len(bank) - start))) < _LARGEST).all():
+                msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
+                raise ValueError(msg)
+        if (beside := path.with_suffix(".npy")).is_file():
+            bank.neighbors = _read_neighbors(beside, len(bank))
         return bank
+
+    def _fitting(self, values: ArrayLike, name: str) -> NDArray[np.float32]:
+        matrix = _as_matrix(values, name)
+        if matrix.shape[1] != self.dimension:
+            msg = f"{name} have {matrix.shape[1]} values each, the memory bank's vectors {self.dimension}."
+            raise ValueError(msg)
+        return matrix
+
+    def _take(self, indices: NDArray) -> NDArray[np.float32]:
+        """Vectors (..., D) of bank indices (...)."""
+        if self.storage == "float32" and self.index != "ivf":
+            return self.vectors[indices]
+        flat = np.ascontiguousarray(indices.reshape(-1), np.int64)
+        return self._index.reconstruct_batch(flat).reshape(*indices.shape, self.dimension)
+
+    def _find(
+        self, queries: NDArray[np.float32], k: int, width: int
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
+        """Indices (N, k) of the vectors that the index finds, and their squared distances, where it has exact ones."""
+        if self.index == "flat":
+            # Its blocked search expands |x - y|^2 and loses digits where a patch lies close to the bank. It is one matrix
+            # product after the other, which has its own threads.
+            return None, self._index.search(queries, k)[1]
+        parameters = (
+            faiss.SearchParametersIVF(nprobe=min(width, self._index.nlist))
+            if self.index == "ivf"
+            else faiss.SearchParametersHNSW(efSearch=max(width, k))
+        )
+        squares, found = self._on_threads(queries, k, parameters)
+        missed = (found < 0).any(1)  # too few vectors in the cells probed, or out of the graph's reach
+        if missed.any() and self.index == "ivf":
+            all_cells = faiss.SearchParametersIVF(nprobe=self._index.nlist)
+            squares[missed], found[missed] = self._index.search(queries[missed], k, params=all_cells)
+        elif missed.any():
+            found[missed] = faiss.knn(queries[missed], self.vectors, k)[1]
+            return None, found
+        return squares, found
+
+    def _on_threads(
+        self, queries: NDArray[np.float32], k: int, parameters: faiss.SearchParameters | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """FAISS's search, on this bank's own threads if it has some."""
+        if self._pool is None:
+            return self._index.search(queries, k, params=parameters)
+        count = self.threads * _PARTS if len(queries) >= _SHARED_FROM else 1
+        parts = [part for part in np.array_split(queries, count) if len(part)]
+        found = list(self._pool.map(lambda part: self._index.search(part, k, params=parameters), parts))
+        return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
+
+    def _search(self, queries: NDArray[np.float32], k: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        distances = np.empty((len(queries), k), np.float32)
+        indices = np.empty((len(queries), k), np.int64)
+        for start in range(0, len(queries), _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            squares, found = self._find(queries[rows], k, width)
+            if squares is None:
+                exact = _exact(queries[rows], self._take(found))
+                if k > 1:
+                    order = np.argsort(exact, axis=1, kind="stable")
+                    exact, found = np.take_along_axis(exact, order, axis=1), np.take_along_axis(found, order, axis=1)
+            else:
+                exact = np.sqrt(squares)
+            distances[rows], indices[rows] = exact, found
+        return distances, indices
+
+    def _look_again(self, queries: NDArray[np.float32], distances: NDArray[np.float32], indices: NDArray[np.int64]) -> None:
+        """Search again for one image's farthest patches, in place, until none of the others can be farther."""
+        order = np.argsort(-distances, kind="stable")[: _MOST_AGAIN + 1]
+        largest = -np.inf
+        for start in range(0, min(len(order), _MOST_AGAIN), _AGAIN):
+            rows = order[start : start + _AGAIN]
+            if largest >= distances[rows[0]]:  # an approximate distance is never too small
+                return
+            again, found = (part[:, 0] for part in self._search(queries[rows], 1, min(_WIDER * self._width, MAX_WIDTH)))
+            nearer = again < distances[rows]
+            distances[rows[nearer]], indices[rows[nearer]] = again[nearer], found[nearer]
+            largest = max(largest, distances[rows].max())
+
+
+def _build(vectors: NDArray[np.float32], index: str, storage: str) -> faiss.Index:
+    dimension = vectors.shape[1]
+    quantizer = _QUANTIZERS.get(storage)
+    if index == "flat":
+        return faiss.IndexFlatL2(dimension) if quantizer is None else faiss.IndexScalarQuantizer(dimension, quantizer)
+    if index == "hnsw":
+        graph = (
+            faiss.IndexHNSWFlat(dimension, _LINKS) if quantizer is None else faiss.IndexHNSWSQ(dimension, quantizer, _LINKS)
+        )
+        graph.hnsw.efConstruction = _CONSTRUCTION
+        return graph
+    if index == "ivf":
+        cells = faiss.IndexFlatL2(dimension)
+        count = max(1, min(len(vectors) // 8, round(2 * len(vectors) ** 0.5)))
+        partition = (
+            faiss.IndexIVFFlat(cells, dimension, count)
+            if quantizer is None
+            else faiss.IndexIVFScalarQuantizer(cells, dimension, count, quantizer, faiss.METRIC_L2, False)
+        )
+        partition.cp.min_points_per_centroid = 1  # or it warns of few points, which is what a bank has
+        return partition
+    msg = f"index must be one of {', '.join(get_args(Index))}; got {index!r}."
+    raise ValueError(msg)
+
+
+def _flat(index: faiss.Index) -> faiss.Index:
+    """The index itself, or what a graph's vectors are stored in."""
+    return faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+
+
+def _kind(index: faiss.Index) -> Index | None:
+    """What :class:`MemoryBank` calls an index of FAISS; None for one that it would not build."""
+    if index.metric_type != faiss.METRIC_L2:
+        return None
+    if isinstance(index, faiss.IndexIVF):
+        plain = isinstance(index, faiss.IndexIVFFlat) or (
+            isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype in _STORAGES and not index.by_residual
+        )
+        return "ivf" if plain and index.quantizer.metric_type == faiss.METRIC_L2 else None
+    storage = _flat(index)
+    if storage.metric_type != faiss.METRIC_L2:
+        return None
+    if not (isinstance(storage, faiss.IndexFlat) or (_is_quantized(storage) and storage.sq.qtype in _STORAGES)):
+        return None
+    if storage is index:
+        return "flat"
+    return "hnsw" if storage.ntotal == index.ntotal and storage.d == index.d else None
+
+
+def _map_directly(index: faiss.IndexIVF, path: Path) -> None:
+    """Note where each vector is, whatever the file says of it; a ValueError if one is there twice or not at all."""
+    lists = index.invlists
+    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(index.nlist)]
+    if not np.array_equal(np.sort(np.concatenate(ids)), np.arange(index.ntotal)):
+        msg = f"{path} is damaged: its cells do not hold each of its {index.ntotal} vectors once."
+        raise ValueError(msg)
+    index.set_direct_map_type(faiss.DirectMap.NoMap)
+    index.make_direct_map()
+
+
+def _is_quantized(index: faiss.Index) -> bool:
+    return isinstance(index, faiss.IndexScalarQuantizer)
+
+
+def _check_storage(vectors: NDArray[np.float32], storage: str) -> None:
+    if storage == "float16" and np.abs(vectors).max(initial=0) > np.finfo(np.float16).max:
+        msg = "The vectors hold values too large for storage 'float16': use 'float32'."
+        raise ValueError(msg)
+
+
+def _exact(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Distances (N, k) of queries (N, D) to vectors (N, k, D)."""
+    difference = queries[:, None] - vectors
+    return np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
+
+
+def _read_neighbors(path: Path, size: int) -> NDArray[np.int32]:
+    try:
+        with path.open("rb") as file:
+            neighbors = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError, MemoryError) as error:
+        msg = f"{path} is damaged: {error}"
+        raise ValueError(msg) from error
+    if neighbors.dtype != np.int32 or neighbors.ndim != 2 or len(neighbors) != size or not neighbors.shape[1]:
+        msg = f"{path} holds {neighbors.dtype} values of shape {neighbors.shape}, not neighbours of {size} vectors."
+        raise ValueError(msg)
+    if neighbors.min() < 0 or neighbors.max() >= size or (neighbors[:, 0] != np.arange(size)).any():
+        msg = f"{path} does not hold neighbours of the bank's vectors, each of them first among its own."
+        raise ValueError(msg)
+    return neighbors
 
 
 class _Storage:
     """The vectors (M, D) inside a FAISS index as an array, so that the bank is held once. Keeps the index alive."""
 
-    def __init__(self, index: faiss.IndexFlat) -> None:
+    def __init__(self, storage: faiss.IndexFlat, index: faiss.Index) -> None:
         self._index = index
-        flat = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
+        flat = faiss.rev_swig_ptr(storage.get_xb(), storage.ntotal * storage.d)
         address = flat.__array_interface__["data"][0]
         self.__array_interface__ = {
             "version": 3,
-            "shape": (index.ntotal, index.d),
+            "shape": (storage.ntotal, storage.d),
             "typestr": np.dtype(np.float32).str,
             "data": (address, True),  # read only
         }

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from queue import LifoQueue
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
+import faiss
 import numpy as np
-import openvino as ov
 
-from patchcore_plugin.bundle import BANK, FEATURES, WEIGHTS, BundleError, Manifest, Scale, read_manifest, verify
-from patchcore_plugin.images import overlay, read_image, resize
+from patchcore_plugin.bundle import BANK, FEATURES, BundleError, Manifest, Scale, read_manifest, verify
+from patchcore_plugin.images import overlay, read_image
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.network import Network, Request, cores
 from patchcore_plugin.scoring import anomaly_map, normalize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
+
+    Source = str | Path | BinaryIO | Image.Image | NDArray[np.uint8]
 
 # anomalib's adaptive threshold is itself the score of a validation image. That image must not change sides because
 # another runtime rounds its score differently, so only a score beyond rounding lies above the threshold.
@@ -35,16 +41,28 @@ class Prediction:
         normalized_score: Score in [0, 1] with the threshold at 0.5; None if the model was never validated.
         threshold: Raw score above which an image is anomalous, sensitivity included; None without a threshold.
         verdict: ``"normal"`` or ``"anomalous"``; None without a threshold.
-        anomaly_map: Raw map (H, W), float32, over the part of the image that the model saw, in feature units.
-        normalized_map: The map in [0, 1] with the pixel threshold at 0.5; None if the model was never validated.
+        patch_distances: Distance (h, w) of each patch to its nearest bank vector, float32, in feature units.
     """
 
     score: float
     normalized_score: float | None
     threshold: float | None
     verdict: Literal["normal", "anomalous"] | None
-    anomaly_map: NDArray[np.float32]
-    normalized_map: NDArray[np.float32] | None
+    patch_distances: NDArray[np.float32]
+    _manifest: Manifest = field(repr=False)
+
+    @cached_property
+    def anomaly_map(self) -> NDArray[np.float32]:
+        """Raw map (H, W), float32, over the part of the image that the model saw, in feature units.
+
+        The patch distances, upsampled and smoothed when first asked for.
+        """
+        return anomaly_map(self.patch_distances[None], self._manifest.preprocessing.size)[0]
+
+    @cached_property
+    def normalized_map(self) -> NDArray[np.float32] | None:
+        """The map in [0, 1] with the pixel threshold at 0.5; None if the model was never validated."""
+        return _normalize(self.anomaly_map, self._manifest.pixel)
 
 
 class PatchcoreRuntime:
@@ -52,12 +70,18 @@ class PatchcoreRuntime:
 
     Args:
         path: The bundle's folder.
+        mode: ``"latency"`` works on one image with all threads, and decodes the next one meanwhile; ``"throughput"`` on
+            as many images at once as there are threads, each with one.
+        threads: How many; all cores by default.
+        cache: Folder in which OpenVINO keeps the compiled network for the next start; it is made, and several bundles may
+            share it. None compiles every time. Its files are trusted: only this user should be able to write there.
 
     Attributes:
         manifest: What the bundle says of itself.
 
     Raises:
         BundleError: If the bundle is absent, damaged, or of another version; the message names the file.
+        ValueError: If another argument is out of range.
 
     Example:
         >>> runtime = PatchcoreRuntime.load("bundle")
@@ -65,48 +89,44 @@ class PatchcoreRuntime:
         'anomalous'
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        mode: Literal["latency", "throughput"] = "latency",
+        threads: int | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
+        if mode not in ("latency", "throughput"):
+            msg = f"mode must be 'latency' or 'throughput', got {mode!r}."
+            raise ValueError(msg)
+        if threads is not None and threads < 1:
+            msg = f"threads must be at least 1, got {threads}."
+            raise ValueError(msg)
         path = Path(path)
         self.manifest: Manifest = read_manifest(path)
         verify(path, self.manifest)
-        try:
-            self.bank = MemoryBank.load(path / BANK)
-        except ValueError as error:
-            raise BundleError(str(error)) from error
-        expected = (self.manifest.bank_size, self.manifest.embedding_dimension)
-        if self.bank.vectors.shape != expected:
-            msg = f"{path / BANK} holds vectors of shape {self.bank.vectors.shape}, the manifest says {expected}."
-            raise BundleError(msg)
-        core = ov.Core()
-        try:
-            network = core.read_model(path / FEATURES, path / WEIGHTS)
-            # Without the hint, OpenVINO computes in bfloat16 where the CPU has it, and scores move with the machine.
-            self._features = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        except RuntimeError as error:
-            msg = f"{path / FEATURES} cannot be compiled by OpenVINO: {error}"
-            raise BundleError(msg) from error
-        shape = network.output(0).partial_shape
-        if len(shape) != 4 or [str(size) for size in shape][1:] != [
-            str(size) for size in (*self.manifest.grid, expected[1])
-        ]:
-            msg = f"{path / FEATURES} gives embeddings {shape}, the manifest says {(*self.manifest.grid, expected[1])}."
-            raise BundleError(msg)
+        self.bank = _load_bank(path, self.manifest)
+        self.mode, self.threads = mode, threads or cores()
+        network = _load_network(path, self.manifest, mode, self.threads, cache)
+        self._workers = 1 if mode == "latency" else self.threads
+        self.bank.threads = self.threads if mode == "latency" else None
+        self._requests: LifoQueue[Request] = LifoQueue()
+        for _ in range(self._workers):
+            self._requests.put(network.request())
+        # In mode throughput an image keeps to its thread, in FAISS too.
+        self._pool = ThreadPoolExecutor(self._workers, "patchcore", initializer=faiss.omp_set_num_threads, initargs=(1,))
 
     @classmethod
-    def load(cls, path: str | Path) -> PatchcoreRuntime:
-        """Load the bundle at ``path``."""
-        return cls(path)
+    def load(cls, path: str | Path, **options: object) -> PatchcoreRuntime:
+        """Load the bundle at ``path``; options are those of the class."""
+        return cls(path, **options)
 
-    def predict(
-        self,
-        images: Iterable[str | Path | BinaryIO | Image.Image | NDArray[np.uint8]],
-        batch_size: int = 8,
-    ) -> list[Prediction]:
+    def predict(self, images: Iterable[Source]) -> list[Prediction]:
         """Score images of any size.
 
         Args:
-            images: Paths, open binary files, PIL images, or u8 arrays (H, W), (H, W, 1) or (H, W, 3) in RGB.
-            batch_size: Images that are decoded and go through the network together. The answers do not depend on it.
+            images: Paths, open binary files, PIL images, or u8 arrays (H, W), (H, W, 1) or (H, W, 3) in RGB. An answer
+                does not depend on the other images.
 
         Returns:
             One prediction per image, in order.
@@ -115,27 +135,55 @@ class PatchcoreRuntime:
             FileNotFoundError: If a path leads nowhere.
             ImageError: If something is no image.
             TypeError: If ``images`` is a single image instead of a list of them.
-            ValueError: If ``batch_size`` is below 1.
         """
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[Source]) -> Iterator[Prediction]:
+        """Score images one after the other, as :meth:`predict` does; few of them are held at a time."""
         if isinstance(images, str | Path | np.ndarray) or not hasattr(images, "__iter__") or hasattr(images, "read"):
             msg = f"predict takes a list of images, got one {type(images).__name__}: predict([image])."
             raise TypeError(msg)
-        if batch_size < 1:
-            msg = f"batch_size must be at least 1, got {batch_size}."
-            raise ValueError(msg)
-        predictions: list[Prediction] = []
-        sources = iter(images)
-        while batch := [read_image(image) for image in islice(sources, batch_size)]:
-            # One search per image: the same products whatever the batch, so the same answer to the last digit.
-            predictions += [self._answer(embedding[None]) for embedding in self.embed(batch)]
-        return predictions
+        return self._stream(iter(images))
+
+    def _stream(self, images: Iterator[Source]) -> Iterator[Prediction]:
+        if self.mode == "latency":
+            yield from self._one_by_one(images)
+            return
+        pending = deque()
+        try:
+            for image in images:
+                pending.append(self._pool.submit(lambda image=image: self._answer(read_image(image))))
+                if len(pending) > self._workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _one_by_one(self, images: Iterator[Source]) -> Iterator[Prediction]:
+        """Answer one image with all threads, while the pool's one decodes the next."""
+        nothing = object()
+        image = next(images, nothing)
+        pixels = None if image is nothing else read_image(image)
+        while pixels is not None:
+            image = next(images, nothing)
+            # what is decoded already does not wait for another caller's files
+            ahead = None if image is nothing or isinstance(image, np.ndarray) else self._pool.submit(read_image, image)
+            yield self._answer(pixels)
+            if image is nothing:
+                return
+            pixels = read_image(image) if ahead is None else ahead.result()
 
     def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Patch embeddings (B, h, w, D) of RGB images (H, W, 3), u8, of any sizes."""
-        size = self.manifest.preprocessing.resize
-        return self._features.infer_new_request([np.stack([resize(image, size) for image in images])])[0]
+        request = self._requests.get()
+        try:
+            return np.concatenate([request.embed(image) for image in images])
+        finally:
+            self._requests.put(request)
 
-    def heatmap(self, image: str | Path | BinaryIO | Image.Image | NDArray[np.uint8], prediction: Prediction) -> Image.Image:
+    def heatmap(self, image: Source, prediction: Prediction) -> Image.Image:
         """Lay a prediction's map over its image; see :func:`patchcore_plugin.images.overlay`.
 
         A model that was never validated has no scale; its map is then stretched from 0 to its own largest value.
@@ -146,9 +194,9 @@ class PatchcoreRuntime:
             values = prediction.normalized_map + self.manifest.pixel.sensitivity - 0.5
         return overlay(read_image(image), values, self.manifest.preprocessing)
 
-    def _answer(self, embedding: NDArray[np.float32]) -> Prediction:
+    def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
+        embedding = self.embed([pixels])
         scores = self.bank.score(embedding, self.manifest.num_neighbors)
-        raw_map = anomaly_map(scores.patch, self.manifest.preprocessing.size)[0]
         image = self.manifest.image
         normalized = _normalize(scores.image, image)
         threshold = _raw_threshold(image)
@@ -163,9 +211,37 @@ class PatchcoreRuntime:
             normalized_score=None if normalized is None else float(normalized[0]),
             threshold=threshold,
             verdict=verdict,
-            anomaly_map=raw_map,
-            normalized_map=_normalize(raw_map, self.manifest.pixel),
+            patch_distances=scores.patch[0],
+            _manifest=self.manifest,
         )
+
+
+def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
+    try:
+        bank = MemoryBank.load(path / BANK, manifest.index.width or None)
+    except ValueError as error:
+        raise BundleError(str(error)) from error
+    found, expected = (len(bank), bank.dimension), (manifest.bank_size, manifest.embedding_dimension)
+    if found != expected:
+        msg = f"{path / BANK} holds vectors of shape {found}, the manifest says {expected}."
+        raise BundleError(msg)
+    if (bank.index, bank.storage) != (manifest.index.kind, manifest.index.storage):
+        msg = f"{path / BANK} is a {bank.index} index of {bank.storage}, the manifest says {manifest.index}."
+        raise BundleError(msg)
+    return bank
+
+
+def _load_network(path: Path, manifest: Manifest, mode: str, threads: int, cache: str | Path | None) -> Network:
+    try:
+        network = Network(path / FEATURES, manifest.precision, mode, threads, cache and Path(cache))
+    except RuntimeError as error:
+        msg = f"{path / FEATURES} cannot be compiled by OpenVINO: {error}"
+        raise BundleError(msg) from error
+    expected = (*manifest.grid, manifest.embedding_dimension)
+    if network.shape != expected:
+        msg = f"{path / FEATURES} gives embeddings of shape {network.shape}, the manifest says {expected}."
+        raise BundleError(msg)
+    return network
 
 
 def _normalize(values: NDArray[np.float32], scale: Scale) -> NDArray[np.float32] | None:

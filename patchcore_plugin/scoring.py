@@ -7,23 +7,24 @@ runtime calls them without torch and the training model can be traced through th
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
+
+    Nearest = Callable[[Any], tuple[Any, Any]]
+    Support = Callable[[Any, Any], Any]
 
 SIGMA = 4.0
 """Standard deviation, in pixels, of the Gaussian that smooths the anomaly map (section 3.3 of the paper)."""
 
 
-class Search(Protocol):
-    """Nearest-neighbour search in a memory bank."""
-
-    def __call__(self, queries: Any, k: int) -> tuple[Any, Any]:
-        """Return distances and bank indices (N, k), nearest first, of ``queries`` (N, D)."""
+_ALONE = 2**17  # multiplications: OpenBLAS takes threads from 2**18 on
 
 
 class Scores(NamedTuple):
@@ -38,31 +39,27 @@ class Scores(NamedTuple):
     patch: Any
 
 
-def score(embedding: Any, vectors: Any, search: Search, num_neighbors: int) -> Scores:
+def score(embedding: Any, nearest: Nearest, support: Support) -> Scores:
     """Score a batch of embeddings against a memory bank.
 
     Args:
         embedding: Patch embeddings (B, h, w, D), float32.
-        vectors: The memory bank (M, D), float32.
-        search: Nearest-neighbour search in ``vectors``.
-        num_neighbors: Size b of the neighbourhood that re-weights the image score; 1 leaves it as it is.
+        nearest: Gives the distances (N,) and bank indices (N,) of the nearest bank vectors of patches (N, D).
+        support: Gives the distances (B, b) of patches (B, D) to the b nearest neighbours of the bank vectors (B,) that are
+            nearest to them, those themselves first. A neighbourhood of one leaves the image score as it is.
     """
     xp = array_namespace(embedding)
     _, height, width, dimensions = embedding.shape
     patches = height * width
     queries = xp.reshape(embedding, (-1, dimensions))
-    distance, index = search(queries, 1)
-    distance, index = distance[:, 0], index[:, 0]
+    distance, index = nearest(queries)
     patch = xp.reshape(distance, (-1, patches))
     # Row, among all queries, of each image's most anomalous patch.
     worst = xp.argmax(patch, axis=1) + patches * xp.arange(patch.shape[0], dtype=xp.int64, device=device(patch))
     image = xp.take(distance, worst, axis=0)
-    k = min(num_neighbors, vectors.shape[0])
-    if k > 1:  # a neighbourhood of one would weigh every score with nothing
-        _, support = search(xp.take(vectors, xp.take(index, worst, axis=0), axis=0), k)
-        neighbours = xp.reshape(xp.take(vectors, xp.reshape(support, (-1,)), axis=0), (-1, k, dimensions))
-        difference = xp.take(queries, worst, axis=0)[:, None, :] - neighbours
-        image = reweight(image, xp.sqrt(xp.sum(difference**2, axis=2)))
+    around = support(xp.take(queries, worst, axis=0), xp.take(index, worst, axis=0))
+    if around.shape[1] > 1:  # a neighbourhood of one would weigh every score with nothing
+        image = reweight(image, around)
     return Scores(image, xp.reshape(distance, (-1, height, width)))
 
 
@@ -99,8 +96,10 @@ def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear",
     rows = _axis_matrix(patch.shape[1], size[0], upsampling, sigma)
     columns = _axis_matrix(patch.shape[2], size[1], upsampling, sigma).T
     if isinstance(patch, np.ndarray):
-        # einsum, not BLAS: BLAS threads go on spinning after these tiny products and slow the next search threefold.
-        return np.einsum("bij,jk->bik", np.einsum("ij,bjk->bik", rows, patch), columns)
+        # In products so small that BLAS takes no threads: those go on spinning afterwards, and slow what comes next.
+        piece = max(1, _ALONE // (patch.shape[2] * max(patch.shape[1], size[1])))
+        parts = [rows[first : first + piece] @ patch @ columns for first in range(0, size[0], piece)]
+        return np.concatenate(parts, axis=1)
     return patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
 
 

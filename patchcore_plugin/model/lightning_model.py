@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_GRAPH_LIMIT = 2**30  # bytes of the memory bank in a graph; an ONNX file ends at 2 GiB
+# Normal images of the validation set that a checkpoint keeps, 400 KB each at 256 x 256, and bytes of all of them.
+_HELD_OUT, _HELD_OUT_BYTES = 32, 2**25
+
 
 class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     """PatchCore with an exact, fast coreset and a memory bank searched by FAISS.
@@ -89,6 +93,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     """
 
     model: FaissPatchcoreModel
+    held_out: torch.Tensor | None
+    """Pre-processed normal images (B, 3, H, W), float16, that are not in the memory bank; None until validated."""
 
     def __init__(
         self,
@@ -146,6 +152,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         )
         self._embeddings: EmbeddingStore | None = None
         self._seen = self._skipped = 0
+        self.held_out: torch.Tensor | None = None
 
     @classmethod
     def configure_pre_processor(
@@ -203,7 +210,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Start a new memory bank: training again replaces the old one."""
-        self._embeddings = None
+        self._embeddings = self.held_out = None
         self._seen = self._skipped = 0
         self._is_fitted = torch.tensor([False], device=self.device)
 
@@ -342,10 +349,55 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score the images of a batch."""
         del args, kwargs
+        if self._is_fitting():
+            self._hold_out(batch)
         return batch.update(**self.model(batch.image)._asdict())
 
+    def _hold_out(self, batch: Batch) -> None:
+        """Keep some normal images of the validation set, by which an export chooses index and precision."""
+        if batch.gt_label is None:
+            return
+        normal = batch.image[(batch.gt_label == 0).to(batch.image.device)].half().cpu()
+        if not len(normal):
+            return
+        if self.held_out is None:
+            self.held_out = normal[:0]
+        if normal.shape[1:] != self.held_out.shape[1:]:
+            return  # without a resize to one size, images differ
+        room = min(_HELD_OUT, max(1, _HELD_OUT_BYTES // normal[0].nbytes)) - len(self.held_out)
+        with torch.autocast("cpu", enabled=False):  # of bfloat16, which refuses to join float16 images
+            self.held_out = torch.cat([self.held_out, normal[: max(room, 0)]])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the held-out images with the model."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["held_out"] = self.held_out
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the held-out images again; older checkpoints have none."""
+        super().on_load_checkpoint(checkpoint)
+        self.held_out = checkpoint.get("held_out")
+
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to ONNX; see anomalib's ``ExportMixin.to_onnx``. The default operator set is 18, the exporter's own."""
+        """Export to ONNX, the memory bank inside; see anomalib's ``ExportMixin.to_onnx``.
+
+        The default operator set is 18, the exporter's own.
+
+        Raises:
+            MemoryBankError: If the bank is empty, or too large for a graph: the distances of all patches to all bank
+                vectors are one matrix there.
+        """
+        size = self.model.memory_bank.numel() * 4
+        if not size:
+            msg = "The memory bank is empty: train the model before exporting it."
+            raise MemoryBankError(msg)
+        if size > _GRAPH_LIMIT:
+            msg = (
+                f"A memory bank of {len(self.model.memory_bank):,} vectors ({size / 2**20:,.0f} MiB) is too large for an "
+                "ONNX or OpenVINO graph, which compares every patch with every vector. Export a bundle, which searches it "
+                "by an index: `patchcore export CHECKPOINT BUNDLE`. Or lower coreset_sampling_ratio."
+            )
+            raise MemoryBankError(msg)
         kwargs.setdefault("opset_version", 18)
         return super().to_onnx(*args, **kwargs)
 

@@ -146,9 +146,20 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         autocast = torch.is_autocast_enabled(embedding.device.type)
         # Distances are float32 whatever the trainer's precision: bf16 has three digits.
         with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
-            scores = score(embedding.float(), self.memory_bank.float(), self._search, self.num_neighbors)
+            scores = score(embedding.float(), self._nearest, self._support)
             maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling)
         return InferenceBatch(pred_score=scores.image, anomaly_map=maps[:, None])
+
+    def _nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        distances, indices = self._search(queries, 1)
+        return distances[:, 0], indices[:, 0]
+
+    def _support(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Distances (B, b) of patches (B, D) to the neighbours of bank vectors (B,)."""
+        vectors = self.memory_bank.float()
+        _, neighbours = self._search(vectors[indices], min(self.num_neighbors, len(vectors)))
+        around = vectors[neighbours.reshape(-1)].reshape(*neighbours.shape, -1)
+        return (queries[:, None] - around).square().sum(2).sqrt()
 
     def _search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances and bank indices (N, k) of the nearest bank vectors, nearest first."""

@@ -12,6 +12,8 @@ import pytest
 from conftest import LAYERS
 from PIL import Image
 
+from patchcore_plugin.bundle import read_manifest
+
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -88,6 +90,27 @@ def test_short_names_and_export(cells, tmp_path, test_images):
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["results.csv"]
 
 
+def test_choices_of_an_export(trained, tmp_path, cells):
+    """What was measured is printed and kept; what was asked for is taken."""
+    result = run("patchcore", "export", trained.checkpoint, "auto", cwd=tmp_path)
+    assert "recall@1" in result.stdout
+    assert "taken" in result.stdout
+    manifest = read_manifest(tmp_path / "auto")
+    assert [
+        trial for trial in manifest.index.trials if (trial.index, trial.width) == (manifest.index.kind, manifest.index.width)
+    ]
+    options = ["--index", "ivf", "--storage", "float16", "--precision", "auto", "--images", cells / "test/good"]
+    result = run("patchcore", "export", trained.checkpoint, "asked", *options, cwd=tmp_path)
+    assert "rank correlation" in result.stdout
+    manifest = read_manifest(tmp_path / "asked")
+    assert (manifest.index.kind, manifest.index.storage) == ("ivf", "float16")
+    assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
+    assert {file.name for file in (tmp_path / "asked").iterdir()} == {"manifest.json", *manifest.files}
+    result = run("patchcore", "benchmark", "asked", cells / "test/good", "--limit", "5", "--threads", "1", cwd=tmp_path)
+    for word in ("decode", "preprocess", "backbone", "search", "map", "images/s in mode throughput"):
+        assert word in result.stdout
+
+
 def test_short_name_in_a_config(cells, tmp_path):
     """A config may say ``class_path: FaissPatchcore`` where our command registers first."""
     text = (files("patchcore_plugin.configs") / "elpv.yaml").read_text()
@@ -108,7 +131,8 @@ def test_help():
     for arguments, words in {
         ("--help",): ["train", "export", "predict", "pack", "demo"],
         ("predict", "--help"): ["BUNDLE", "FOLDER", "results.csv"],
-        ("export", "--help"): ["CHECKPOINT", "--overwrite"],
+        ("export", "--help"): ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images"],
+        ("benchmark", "--help"): ["BUNDLE", "FOLDER", "--threads"],
         ("demo", "--help"): ["--data-only", "Safe to run again"],
         ("train", "--help"): ["--model", "--config"],
     }.items():

@@ -1,5 +1,7 @@
 """Same numbers after export: the runtime against torch on real images, whatever their number and size."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -59,13 +61,56 @@ def test_normalised_like_anomalib(trained, runtime, test_images):
     np.testing.assert_allclose([answer.normalized_map for answer in answers], expected.anomaly_map[:, 0], atol=1e-3)
 
 
-def test_batches_of_one_three_and_eight(runtime, test_images):
+@pytest.mark.parametrize("options", [{}, {"mode": "throughput"}, {"mode": "throughput", "threads": 3}, {"threads": 1}])
+def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
+    """An answer depends neither on the other images, nor on mode, threads or what was asked before."""
     alone = [runtime.predict([path])[0] for path in test_images[:8]]
-    for batch_size in (3, 8):
-        together = runtime.predict(test_images[:8], batch_size=batch_size)
+    other = PatchcoreRuntime.load(bundle, **options)
+    for _ in range(2):
+        together = other.predict(test_images[:8])
         assert [answer.score for answer in together] == [answer.score for answer in alone]
-        for one, other in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+        for one, same in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one.anomaly_map, same.anomaly_map)
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in test_images[:8]]
+    embeddings = runtime.embed(pixels)
+    for image, embedding in zip(pixels, embeddings, strict=True):
+        np.testing.assert_array_equal(runtime.embed([image])[0], embedding)
+
+
+def test_stream_holds_few_images(bundle, test_images):
+    """Images come from a generator, and are read when it is their turn."""
+    runtime = PatchcoreRuntime.load(bundle, mode="throughput", threads=2)
+    read = []
+
+    def images():
+        for path in test_images[:20]:
+            read.append(path)
+            yield path
+
+    stream = runtime.stream(images())
+    assert not read
+    for number in range(20):
+        assert next(stream).score > 0
+        assert len(read) <= number + 1 + 2
+    assert len(list(runtime.stream(test_images[:3]))) == 3
+
+
+def test_what_happens_after_a_bad_image(bundle, test_images, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for mode in ("latency", "throughput"):
+        runtime = PatchcoreRuntime.load(bundle, mode=mode)
+        stream = runtime.stream([test_images[0], tmp_path / "text.png", *test_images[1:9]])
+        assert next(stream).score > 0
+        with pytest.raises(ImageError, match=r"text\.png cannot be read"):
+            next(stream)
+        assert len(runtime.predict(test_images[:3])) == 3
+
+
+def test_wrong_options(bundle):
+    with pytest.raises(ValueError, match="mode must be 'latency' or 'throughput', got 'fast'"):
+        PatchcoreRuntime.load(bundle, mode="fast")
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        PatchcoreRuntime.load(bundle, threads=0)
 
 
 def test_images_of_any_size_and_kind(trained, runtime, test_images, tmp_path):
@@ -99,18 +144,18 @@ def test_extreme_sizes(trained, runtime, size, tmp_path):
 
 
 def test_threads(runtime, test_images):
-    expected = [answer.score for answer in runtime.predict(test_images[:6])]
+    expected = [answer.score for answer in runtime.predict(test_images[:10])]
     results = {}
 
     def work(number):
-        results[number] = [answer.score for answer in runtime.predict(test_images[:6], batch_size=1 + number)]
+        results[number] = [answer.score for answer in runtime.predict(test_images[number : 6 + number])]
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert all(results[number] == expected for number in range(4))
+    assert all(results[number] == expected[number : 6 + number] for number in range(4))
 
 
 def test_wrong_input(runtime, tmp_path, test_images):
@@ -221,32 +266,31 @@ def test_other_backbone(cells, tmp_path, test_images):
 
 
 def test_network_is_complete_in_itself(bundle, runtime, test_images):
-    """features.xml takes images of any size without the runtime's resize, in any OpenVINO program."""
+    """features.xml takes images of any size, in any OpenVINO program."""
     import openvino
 
     compiled = openvino.Core().compile_model(bundle / "features.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for size in [(300, 300), (768, 1024), (100, 90)]:
         images = [np.asarray(Image.open(path).convert("RGB").resize(size[::-1])) for path in test_images[:3]]
-        result = compiled(np.stack(images).astype(np.float32))[0]
+        result = compiled(np.stack(images))[0]
         np.testing.assert_allclose(result, runtime.embed(images), atol=1e-4 * np.abs(result).max())
 
 
-def test_memory_of_a_large_photo(runtime):
-    """24 megapixels: resized one channel at a time, not held as floats several times over."""
-    import tracemalloc
-
-    photo = np.random.default_rng(0).integers(0, 256, (4000, 6000, 3), dtype=np.uint8)
-    tracemalloc.start()
-    runtime.predict([photo])
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2 * 4 * 4000 * 6000
-
-
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_batch_size_out_of_range(runtime, test_images, batch_size):
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
-        runtime.predict(test_images[:1], batch_size=batch_size)
+def test_memory_of_a_large_photo(bundle):
+    """24 megapixels are held as float once, and not for ever."""
+    code = """if True:
+        import sys, numpy, psutil
+        from patchcore_plugin import PatchcoreRuntime
+        runtime = PatchcoreRuntime.load(sys.argv[1])
+        small = numpy.zeros((300, 300, 3), numpy.uint8)
+        runtime.predict([small])
+        before = psutil.Process().memory_info().rss
+        runtime.predict([numpy.zeros((4000, 6000, 3), numpy.uint8)])
+        runtime.predict([small])
+        print("RESULT", psutil.Process().memory_info().rss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split("RESULT")[1]) < 2 * 4 * 3 * 4000 * 6000
 
 
 def test_pixel_sensitivity_moves_the_colours(trained, tmp_path, test_images):

@@ -178,6 +178,32 @@ def test_self_contained_export(trained, test_images, tmp_path, kind, input_size)
         assert (result["pred_label"] == expected.pred_label[:count].numpy()).all()
 
 
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_bank_too_large_for_a_graph(trained, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("patchcore_plugin.model.lightning_model._GRAPH_LIMIT", 1000)
+    with pytest.raises(MemoryBankError, match=r"[\d,]+ vectors .* too large .*`patchcore export CHECKPOINT BUNDLE`"):
+        make_engine(tmp_path).export(trained.model, kind, export_root=tmp_path)
+    with pytest.raises(MemoryBankError, match="train the model before exporting"):
+        make_engine(tmp_path).export(make_model(), kind, export_root=tmp_path)
+
+
+def test_held_out_images(trained, cells, tmp_path, caplog):
+    """Normal images of the validation set travel with the checkpoint; defective ones and training's do not."""
+    loaded = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+    assert loaded.held_out.shape == (32, 3, 256, 256)
+    torch.testing.assert_close(loaded.held_out, trained.model.held_out)
+    first = trained.model.pre_processor.transform(
+        read_image(sorted((cells / "test/good").iterdir())[0], as_tensor=True)[None]
+    )
+    assert (loaded.held_out.float() - first).abs().amax((1, 2, 3)).min() < 0.01
+    assert not any(
+        (loaded.held_out.float() - trained.model.pre_processor.transform(read_image(path, as_tensor=True)[None]))
+        .abs().amax((1, 2, 3)).min() < 0.01
+        for folder in ("test/defective", "train/good")
+        for path in sorted((cells / folder).iterdir())[:10]
+    )  # fmt: skip
+
+
 def test_anomalibs_openvino_inferencer(trained, test_images, tmp_path, monkeypatch):
     from anomalib.deploy import OpenVINOInferencer
 

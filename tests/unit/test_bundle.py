@@ -9,10 +9,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, WEIGHTS, BundleError, atomic_folder, read_manifest, verify
+from patchcore_plugin.bundle import (
+    BANK,
+    FEATURES,
+    MANIFEST,
+    NEIGHBORS,
+    WEIGHTS,
+    BundleError,
+    atomic_folder,
+    read_manifest,
+    verify,
+)
 from patchcore_plugin.runtime import PatchcoreRuntime
 
-FILES = [FEATURES, WEIGHTS, BANK]
+FILES = [FEATURES, WEIGHTS, BANK, NEIGHBORS]
 
 
 def change_manifest(folder, **changes):
@@ -67,7 +77,7 @@ def test_file_of_another_model(bundle_copy, tmp_path):
     from patchcore_plugin.bundle import describe_files
     from patchcore_plugin.memory_bank import MemoryBank
 
-    MemoryBank(np.ones((30, 5))).save(bundle_copy / BANK)
+    MemoryBank(np.ones((30, 5)), num_neighbors=9).save(bundle_copy / BANK)
     with pytest.raises(BundleError, match="its manifest says"):
         PatchcoreRuntime.load(bundle_copy)
     change_manifest(bundle_copy, files={name: file.model_dump() for name, file in describe_files(bundle_copy).items()})
@@ -97,10 +107,10 @@ def test_absent(tmp_path):
         PatchcoreRuntime.load(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1.0", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads format 1"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads format 2"):
         PatchcoreRuntime.load(bundle_copy)
 
 

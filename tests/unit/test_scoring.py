@@ -46,10 +46,14 @@ def test_score(seed, batch, height, width, columns, size, neighbours, scale):
     np.testing.assert_allclose(scores.image, expected, rtol=1e-3, atol=1e-5 * scale)
     assert scores.patch.shape == (batch, height, width)
 
-    def search(queries, k):
-        return tuple(torch.from_numpy(part) for part in bank.search(queries.numpy(), k))
+    def nearest(queries):
+        return tuple(torch.from_numpy(part[:, 0]) for part in bank.search(queries.numpy()))
 
-    tensors = score(torch.from_numpy(embedding), torch.from_numpy(vectors), search, neighbours)
+    def support(queries, indices):
+        around = torch.from_numpy(vectors[bank.search(vectors[indices.numpy()], neighbours)[1]])
+        return (queries[:, None] - around).square().sum(2).sqrt()
+
+    tensors = score(torch.from_numpy(embedding), nearest, support)
     np.testing.assert_allclose(tensors.image.numpy(), scores.image, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(tensors.patch.numpy(), scores.patch)
 

@@ -1,0 +1,116 @@
+"""The choice of a memory bank's index, by measurement on this machine."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patchcore_plugin.bundle import IndexTrial
+from patchcore_plugin.memory_bank import MemoryBank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from patchcore_plugin.memory_bank import Index, Storage
+
+RECALL = 0.999
+"""Least share of patches whose nearest bank vector an index must find, for :func:`choose` to take it."""
+
+ERROR = 1e-3
+"""Largest relative error of the distance, at the 99.9th percentile of the patches, for :func:`choose` to take an index."""
+
+_WIDTHS = {"flat": (0,), "ivf": (1, 2, 4, 8, 16, 32, 64), "hnsw": (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)}
+_SMALL = 500  # vectors: fewer are compared with as fast as any index finds its way
+
+
+def choose(
+    vectors: NDArray[np.float32],
+    embeddings: NDArray[np.float32],
+    num_neighbors: int,
+    index: Index | None = None,
+    storage: Storage = "float32",
+    progress: Callable[[str], object] | None = None,
+    threads: int | None = None,
+) -> tuple[MemoryBank, list[IndexTrial]]:
+    """Build the fastest memory bank that answers as exact search does.
+
+    Every index is searched as an image's score and map need it, one image at a time, and as narrowly as its recall@1 and
+    the error of its distances allow (:data:`RECALL`, :data:`ERROR`), both against exact search in the same storage.
+
+    Args:
+        vectors: Bank vectors (M, D), float32.
+        embeddings: Patch embeddings (B, h, w, D) of normal images that are not in the bank.
+        num_neighbors: Neighbours that the image score takes into account.
+        index: Consider this one only. Where it cannot answer well enough, it is searched as widely as is ever tried.
+        storage: Precision in which the bank keeps its vectors.
+        progress: Called with what is done next.
+        threads: Threads to search with, as serving does; None leaves it to FAISS.
+
+    Returns:
+        The bank, its width set and its neighbours found, and what was measured, the index taken among it. Flat is taken
+        where none answers well enough.
+    """
+    queries = embeddings.reshape(-1, embeddings.shape[-1])
+    flat = MemoryBank(vectors, "flat", storage)
+    nearest = flat.search(queries)[0][:, 0]
+    exact = nearest if storage == "float32" else MemoryBank(vectors).search(queries)[0][:, 0]
+    kinds = (index,) if index else ("flat",) if len(vectors) < _SMALL else ("flat", "ivf", "hnsw")
+    trials: list[IndexTrial] = []
+    banks: dict[str, MemoryBank] = {}
+    for kind in kinds:
+        if progress:
+            progress(f"index {kind}")
+        bank = banks[kind] = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
+        bank.threads = threads
+        for width in _WIDTHS[kind]:
+            bank.width = width
+            trial = _try(bank, embeddings, nearest, exact, num_neighbors)
+            trials.append(trial)
+            fastest = min((other.milliseconds for other in trials if other.good), default=np.inf)
+            if trial.good or trial.milliseconds > 1.5 * fastest:
+                break  # wider ones take longer
+    good = [trial for trial in trials if trial.good] or [trial for trial in trials if trial.index == "flat"] or trials[-1:]
+    best = min(good, key=lambda trial: trial.milliseconds)
+    bank = banks[best.index]
+    bank.width = best.width
+    if progress:
+        progress("neighbours")
+    bank.find_neighbors(num_neighbors)
+    return bank, trials
+
+
+def _try(
+    bank: MemoryBank,
+    embeddings: NDArray[np.float32],
+    nearest: NDArray[np.float32],
+    exact: NDArray[np.float32],
+    num_neighbors: int,
+) -> IndexTrial:
+    """Measure a bank; the patches' true distances (N,) are ``nearest`` to its vectors, ``exact`` to those in float32."""
+    distances = bank.search(embeddings.reshape(-1, embeddings.shape[-1]))[0][:, 0]
+    smallest = 1e-6 * max(float(exact.max()), 1e-30)  # a patch of the bank is at distance 0, and rounding may differ
+    found = distances <= nearest * (1 + 1e-5) + smallest
+    error, storage_error = (
+        float(np.quantile(np.abs(values - true) / np.maximum(true, smallest), 0.999))
+        for values, true in ((distances, nearest), (nearest, exact))
+    )
+    times = []
+    for image in embeddings:
+        started = time.perf_counter()
+        bank.score(image[None], num_neighbors)
+        times.append(time.perf_counter() - started)
+    recall = float(found.mean())
+    return IndexTrial(
+        index=bank.index,
+        storage=bank.storage,
+        width=bank.width,
+        milliseconds=1000 * float(np.median(times)),
+        recall=recall,
+        error=error,
+        storage_error=storage_error,
+        good=recall >= RECALL and error <= ERROR,
+    )

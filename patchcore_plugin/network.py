@@ -1,0 +1,127 @@
+"""The network of a bundle, compiled by OpenVINO."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+INPUT, NORMALISED = "images", "normalised"
+"""Names, in the IR, of its input and of the backbone's: pre-processing begins and ends with them."""
+
+
+class Network:
+    """From an image to its patch embeddings.
+
+    Args:
+        path: The IR, with its weights beside it.
+        precision: ``"f32"``, ``"bf16"`` (of the backbone; the pre-processing stays f32) or ``"int8"``, which is in the IR.
+        mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images as threads.
+        threads: All cores by default.
+        cache: Folder in which OpenVINO keeps what it compiled; None keeps nothing.
+
+    Attributes:
+        shape: Rows and columns of the patch grid, and values of an embedding; None where the IR leaves one open.
+
+    Raises:
+        RuntimeError: If OpenVINO cannot read or compile it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        precision: str = "f32",
+        mode: Literal["latency", "throughput"] = "latency",
+        threads: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        threads = threads or cores()
+        options = {
+            "PERFORMANCE_HINT": mode.upper(),
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1 if mode == "latency" else threads,
+        }
+        if cache is not None:
+            options["CACHE_DIR"] = str(cache)
+        core = ov.Core()
+        network = core.read_model(path)
+        network.reshape([1, -1, -1, 3])  # one image at a time: fixed sizes behind the resize are a sixth faster
+        shape = network.output(0).partial_shape
+        fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
+        self.shape = tuple(size.get_length() for size in list(shape)[1:]) if fixed else None
+        # Without a hint, OpenVINO computes in bfloat16 where the CPU has it, and scores move with the machine.
+        parts = [(network, "f32")] if precision != "bf16" else zip(_split(core, path), ("f32", "bf16"), strict=True)
+        self._parts = [
+            core.compile_model(part, "CPU", {**options, "INFERENCE_PRECISION_HINT": hint}) for part, hint in parts
+        ]
+
+    def request(self) -> Request:
+        """Buffers to compute one image at a time in; one for each thread that does."""
+        return Request(self._parts)
+
+
+_LARGE = 16_000_000  # values; OpenVINO keeps the buffers of the largest image, four bytes a value
+
+
+class Request:
+    """One image on its way through a :class:`Network`."""
+
+    def __init__(self, parts: list[ov.CompiledModel]) -> None:
+        self._parts = parts
+        self._requests = [part.create_infer_request() for part in parts]
+
+    def embed(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Patch embeddings (1, h, w, D) of an RGB image (H, W, 3), u8."""
+        values = image[None]
+        for request in self._requests:  # nothing is copied in, and what comes out is good until the next image
+            values = request.infer([values], share_inputs=True, share_outputs=True)[0]
+        found = values.copy()
+        if image.size > _LARGE:
+            for part in self._parts:
+                part.release_memory()
+        return found
+
+
+def preprocessing(core: ov.Core, path: Path) -> ov.Model:
+    """The steps of the IR at ``path`` up to the backbone's input."""
+    network = core.read_model(path)
+    network.reshape([1, -1, -1, 3])
+    return ov.Model([_normalised(network)], network.get_parameters())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _split(core: ov.Core, path: Path) -> tuple[ov.Model, ov.Model]:
+    """The IR's pre-processing, and its backbone."""
+    network = core.read_model(path)
+    network.reshape([1, -1, -1, 3])
+    end = _normalised(network)
+    images = ops.parameter(end.partial_shape, np.float32)
+    end.replace(images.output(0))
+    return preprocessing(core, path), ov.Model(network.outputs, [images])
+
+
+def _normalised(network: ov.Model) -> ov.Output:
+    for node in network.get_ops():
+        if node.get_friendly_name() == NORMALISED:
+            return node.output(0)
+    msg = f"the network has no node {NORMALISED!r}"
+    raise RuntimeError(msg)

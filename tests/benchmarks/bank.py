@@ -1,0 +1,80 @@
+"""The memory bank's search: against its size, against flat search, and for wide embeddings.
+
+    python tests/benchmarks/bank.py                 # real embeddings of solar cells, 10,000 to 1,000,000 x 152
+    python tests/benchmarks/bank.py --data wide     # random clusters of wide_resnet50_2's shape, 16,000 and 160,000 x 1,536
+
+Queries are all patches of one image, which is not in the bank; times are medians of single images.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from common import clustered, elpv_embeddings, heading
+from rich.console import Console
+from rich.table import Table
+
+from patchcore_plugin.bank_index import choose
+from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.network import cores
+
+IMAGES = 12
+
+
+def timed(call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def real(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bank vectors in random order, and the patches of images that they are not from."""
+    points = elpv_embeddings(-(-largest // 1024) + IMAGES)
+    images, points = points[: IMAGES * 1024].reshape(IMAGES, 32, 32, -1), points[IMAGES * 1024 :]
+    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))], images
+
+
+def wide(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    points = clustered(largest + IMAGES * 784, 1536)
+    return points[IMAGES * 784 :], points[: IMAGES * 784].reshape(IMAGES, 28, 28, -1)
+
+
+@click.command()
+@click.option("--data", type=click.Choice(["elpv", "wide"]), default="elpv", show_default=True)
+@click.option("--size", "sizes", type=int, multiple=True, help="Vectors; may be repeated.")
+@click.option("--storage", type=click.Choice(["float32", "float16", "int8"]), default="float32", show_default=True)
+def main(data: str, sizes: tuple[int, ...], storage: str) -> None:
+    """Print search time and recall of the index that the measured choice takes, and of flat search."""
+    sizes = sizes or ((10_000, 42_086, 200_000, 1_000_000) if data == "elpv" else (16_000, 160_000))
+    points, images = (real if data == "elpv" else wide)(max(sizes))
+    click.echo(heading("faiss-cpu", columns=points.shape[1]))
+    table = Table(
+        "vectors", "index", "build s", "file MiB", "load s", "ms an image", "recall@1", "error at 99.9 %", "flat ms", "ratio"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bank.faiss"
+        for size in sizes:
+            vectors = points[:size].numpy()
+            bank, trials = choose(vectors, images.numpy(), 9, storage=storage, threads=cores())
+            taken = next(trial for trial in trials if (trial.index, trial.width) == (bank.index, bank.width))
+            flat = trials[0].milliseconds
+            build = timed(lambda bank=bank, vectors=vectors: MemoryBank(vectors, bank.index, storage, num_neighbors=9))
+            bank.save(path)
+            load = timed(lambda: MemoryBank.load(path))
+            table.add_row(
+                f"{size:,}", f"{bank.index} {bank.width or ''}", f"{build:.1f}", f"{path.stat().st_size / 2**20:.0f}",
+                f"{load:.2f}", f"{taken.milliseconds:.1f}", f"{taken.recall:.4f}", f"{taken.error:.0e}", f"{flat:.0f}",
+                f"{flat / taken.milliseconds:.1f}",
+            )  # fmt: skip
+            del bank
+    Console(width=125).print(table)
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()

@@ -1,0 +1,59 @@
+"""The network in other precisions, and the measured choice among them."""
+
+import numpy as np
+import pytest
+
+from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.export import export_bundle
+from patchcore_plugin.network import has_bfloat16
+from patchcore_plugin.network_precision import CORRELATION, ERROR
+
+nncf = pytest.importorskip("nncf", reason="the extra quantize is not installed")
+
+
+def test_auto(trained, runtime, test_images, tmp_path):
+    """The one taken is the fastest whose scores are near f32's; what was measured is on record."""
+    bundle = PatchcoreRuntime.load(export_bundle(trained.model, tmp_path / "bundle", precision="auto"))
+    trials = {trial.precision: trial for trial in bundle.manifest.precision_trials}
+    assert set(trials) == {"f32", "int8"} | ({"bf16"} if has_bfloat16() else set())
+    assert (trials["f32"].correlation, trials["f32"].error) == (1, 0)
+    for trial in trials.values():
+        assert trial.good == (trial.correlation >= CORRELATION and trial.error <= ERROR)
+    taken = trials[bundle.manifest.precision]
+    assert taken.good
+    assert taken.milliseconds == min(trial.milliseconds for trial in trials.values() if trial.good)
+    expected = np.array([answer.score for answer in runtime.predict(test_images[:10])])
+    scores = np.array([answer.score for answer in bundle.predict(test_images[:10])])
+    assert np.mean(np.abs(scores - expected) / expected) < 2 * ERROR
+
+
+def test_bfloat16(trained, runtime, test_images, tmp_path):
+    """The resize keeps its digits: only the backbone is computed in bfloat16, where the CPU has it."""
+    bundle = PatchcoreRuntime.load(export_bundle(trained.model, tmp_path / "bundle", precision="bf16"))
+    assert bundle.manifest.precision == "bf16"
+    expected = np.array([answer.score for answer in runtime.predict(test_images[::5])])
+    scores = np.array([answer.score for answer in bundle.predict(test_images[::5])])
+    assert np.mean(np.abs(scores - expected) / expected) < 0.01
+    if has_bfloat16():
+        assert (scores != expected).any()
+
+
+def test_int8(trained, test_images, tmp_path):
+    path = export_bundle(trained.model, tmp_path / "bundle", precision="int8")
+    plain = export_bundle(trained.model, tmp_path / "plain", index="flat")
+    assert (path / "features.bin").stat().st_size < 0.5 * (plain / "features.bin").stat().st_size
+    answers = PatchcoreRuntime.load(path).predict(test_images[:2])
+    assert all(answer.score > 0 for answer in answers)
+
+
+def test_without_images(trained, tmp_path, caplog):
+    model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
+    model.held_out = None
+    with pytest.raises(BundleError, match=r"the checkpoint keeps none. Give some \(--images\)"):
+        export_bundle(model, tmp_path / "bundle", precision="auto")
+    assert not list(tmp_path.iterdir())
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    assert "No held-out normal images" in caplog.text
+    assert (runtime.bank.index, runtime.manifest.index.trials) == ("flat", [])
+    assert PatchcoreRuntime.load(export_bundle(model, tmp_path / "other", index="hnsw")).bank.index == "hnsw"
