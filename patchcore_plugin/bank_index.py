@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.memory_bank import Index, Storage
+    from patchcore_plugin.bundle import IndexKind, Storage
 
 RECALL = 0.999
 """Least share of patches whose nearest bank vector an index must find, for :func:`choose` to take it."""
@@ -31,7 +31,7 @@ def choose(
     vectors: NDArray[np.float32],
     embeddings: NDArray[np.float32],
     num_neighbors: int,
-    index: Index | None = None,
+    index: IndexKind | None = None,
     storage: Storage = "float32",
     progress: Callable[[str], object] | None = None,
     threads: int | None = None,

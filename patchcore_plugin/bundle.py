@@ -35,6 +35,13 @@ _FILES = (FEATURES, WEIGHTS, BANK, NEIGHBORS)
 _NAMES = {MANIFEST, *_FILES}
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand
 
+IndexKind = Literal["flat", "ivf", "hnsw"]
+Storage = Literal["float32", "float16", "int8"]
+Precision = Literal["f32", "bf16", "int8"]
+
+MAX_WIDTH = 65_536
+"""Greatest width of a search in the memory bank."""
+
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 
@@ -111,8 +118,8 @@ class IndexTrial(_Record):
         good: Whether recall and error were near enough to exact search in the same storage.
     """
 
-    index: Literal["flat", "ivf", "hnsw"]
-    storage: Literal["float32", "float16", "int8"]
+    index: IndexKind
+    storage: Storage
     width: Annotated[int, Field(ge=0)]
     milliseconds: Annotated[FiniteFloat, Field(ge=0)]
     recall: Annotated[float, Field(ge=0, le=1)]
@@ -131,9 +138,9 @@ class Index(_Record):
         trials: What was measured before it was chosen; empty where nothing was.
     """
 
-    kind: Literal["flat", "ivf", "hnsw"] = "flat"
-    storage: Literal["float32", "float16", "int8"] = "float32"
-    width: Annotated[int, Field(ge=0, le=65536)] = 0
+    kind: IndexKind = "flat"
+    storage: Storage = "float32"
+    width: Annotated[int, Field(ge=0, le=MAX_WIDTH)] = 0
     trials: list[IndexTrial] = []
 
 
@@ -148,7 +155,7 @@ class PrecisionTrial(_Record):
         good: Whether that was near enough to f32.
     """
 
-    precision: Literal["f32", "bf16", "int8"]
+    precision: Precision
     milliseconds: Annotated[FiniteFloat, Field(ge=0)]
     correlation: Annotated[float, Field(ge=-1, le=1)]
     error: Annotated[FiniteFloat, Field(ge=0)]
@@ -178,7 +185,7 @@ class Manifest(_Record):
     covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None  # of the training patches around the bank
     num_neighbors: PositiveInt
     index: Index = Index()
-    precision: Literal["f32", "bf16", "int8"] = "f32"  # of the network
+    precision: Precision = "f32"  # of the network
     precision_trials: list[PrecisionTrial] = []
     image: Scale
     pixel: Scale

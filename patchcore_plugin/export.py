@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle import IndexKind, Precision, Storage
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
     from patchcore_plugin.network import Request
@@ -61,9 +62,9 @@ def export_bundle(
     name: str | None = None,
     *,
     overwrite: bool = False,
-    index: Literal["auto", "flat", "ivf", "hnsw"] = "auto",
-    storage: Literal["float32", "float16", "int8"] = "float32",
-    precision: Literal["auto", "f32", "bf16", "int8"] = "f32",
+    index: IndexKind | Literal["auto"] = "auto",
+    storage: Storage = "float32",
+    precision: Precision | Literal["auto"] = "f32",
     images: Sequence[str | Path] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Path:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import faiss
 import numpy as np
 
+from patchcore_plugin.bundle import MAX_WIDTH, IndexKind, Storage
 from patchcore_plugin.scoring import Scores, score
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-Index = Literal["flat", "ivf", "hnsw"]
-Storage = Literal["float32", "float16", "int8"]
-
 DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
 """Width of the search where none is given: lists probed (ivf), or length of the candidate list (hnsw)."""
-
-MAX_WIDTH = 65_536
-"""Greatest width of a search."""
 
 _BLOCK_ROWS = 4096
 _LARGEST = 1e16  # the sum of a few thousand such squares still is a float32
@@ -65,7 +60,7 @@ class MemoryBank:
     def __init__(
         self,
         vectors: ArrayLike,
-        index: Index = "flat",
+        index: IndexKind = "flat",
         storage: Storage = "float32",
         width: int | None = None,
         num_neighbors: int = 0,
@@ -90,8 +85,8 @@ class MemoryBank:
 
     def _adopt(self, index: faiss.Index, *, mapped: bool = False) -> None:
         self._index, self._mapped = index, mapped
-        self.index: Index = _kind(index)
-        storage = index if self.index == "ivf" else _flat(index)
+        self.index: IndexKind = _kind(index)
+        storage = _flat(index)
         self.storage: Storage = _STORAGES[storage.sq.qtype] if hasattr(storage, "sq") else "float32"
         self._width = DEFAULT_WIDTH[self.index]
         self.neighbors: NDArray[np.int32] | None = None
@@ -388,7 +383,7 @@ def _build(vectors: NDArray[np.float32], index: str, storage: str) -> faiss.Inde
         )
         partition.cp.min_points_per_centroid = 1  # or it warns of few points, which is what a bank has
         return partition
-    msg = f"index must be one of {', '.join(get_args(Index))}; got {index!r}."
+    msg = f"index must be one of {', '.join(get_args(IndexKind))}; got {index!r}."
     raise ValueError(msg)
 
 
@@ -397,7 +392,7 @@ def _flat(index: faiss.Index) -> faiss.Index:
     return faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
 
 
-def _kind(index: faiss.Index) -> Index | None:
+def _kind(index: faiss.Index) -> IndexKind | None:
     """What :class:`MemoryBank` calls an index of FAISS; None for one that it would not build."""
     if index.metric_type != faiss.METRIC_L2:
         return None
