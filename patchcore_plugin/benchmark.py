@@ -10,7 +10,7 @@ import openvino as ov
 
 from patchcore_plugin.bundle import FEATURES
 from patchcore_plugin.images import read_image
-from patchcore_plugin.network import preprocessing
+from patchcore_plugin.network import compile_options, preprocessing
 from patchcore_plugin.runtime import PatchcoreRuntime
 from patchcore_plugin.scoring import anomaly_map
 
@@ -34,7 +34,7 @@ def stages(runtime: PatchcoreRuntime, path: Path, images: Iterable[Path]) -> dic
         pre-processing, which is measured by itself.
     """
     core = ov.Core()
-    options = {"INFERENCE_NUM_THREADS": runtime.threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    options = {**compile_options("latency", runtime.threads), "INFERENCE_PRECISION_HINT": "f32"}
     steps = core.compile_model(preprocessing(core, path / FEATURES), "CPU", options)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for number, image in enumerate(images):

@@ -158,7 +158,7 @@ def export_bundle(
             files=describe_files(draft),
         )
         (draft / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        PatchcoreRuntime.load(draft)
+        PatchcoreRuntime.load(draft, cache=False)
     return path
 
 
@@ -264,20 +264,17 @@ def with_preprocessing(network: ov.Model, recipe: Preprocessing) -> ov.Model:
 
     Returns:
         Model with the input ``images`` (B, H, W, 3), u8, RGB, of any size. The resize is training's, bilinear and
-        antialiased, as two matrix products whose triangles are cut to the image in the graph: equal to it within
-        rounding, and many times faster than OpenVINO's own antialiased resize, which works value by value.
+        antialiased, as matrix products whose triangles are cut to the image in the graph: equal to it within rounding, and
+        many times faster than OpenVINO's own antialiased resize, which works value by value.
     """
     images = ops.parameter([-1, -1, -1, 3], np.uint8, name=INPUT)
     images.output(0).get_tensor().set_names({INPUT})
-    pixels = ops.convert(images, "f32")
-    size = ops.shape_of(images, "i32")
     (top, left), (height, width) = recipe.offset, recipe.size
-    down = _triangles(ops.gather(size, np.int64(1), np.int64(0)), recipe.resize[0], top, height)
-    across = _triangles(ops.gather(size, np.int64(2), np.int64(0)), recipe.resize[1], left, width)
-    # (B, H, W * 3) -> (B, h, W * 3) -> (B, 3, h, W) -> (B, 3, h, w)
-    lines = ops.matmul(down, ops.reshape(pixels, np.int64([0, 0, -1]), True), False, False)
-    planes = ops.transpose(ops.reshape(lines, np.int64([0, 0, -1, 3]), True), np.int64([0, 3, 1, 2]))
-    resized = ops.matmul(planes, across, False, True)
+    # (B, H, W, 3) -> (B, h, W, 3) -> (B, W, 3, h) -> (B, w, 3, h) -> (B, 3, h, w)
+    down = _resized(ops.reshape(images, np.int64([0, 0, -1]), True), recipe.resize[0], top, height)
+    turned = ops.transpose(ops.reshape(down, np.int64([0, 0, -1, 3]), True), np.int64([0, 2, 3, 1]))
+    across = _resized(ops.reshape(turned, np.int64([0, 0, -1]), True), recipe.resize[1], left, width)
+    resized = ops.transpose(ops.reshape(across, np.int64([0, 0, 3, -1]), True), np.int64([0, 2, 3, 1]))
     mean = np.float32(recipe.mean).reshape(1, 3, 1, 1)
     std = np.float32(recipe.std).reshape(1, 3, 1, 1)
     normalised = ops.multiply(ops.subtract(resized, 255 * mean), 1 / (255 * std), name=NORMALISED)
@@ -285,17 +282,38 @@ def with_preprocessing(network: ov.Model, recipe: Preprocessing) -> ov.Model:
     return ov.Model(network.outputs, [images], "features")
 
 
-def _triangles(pixels: ov.Output, size: int, first: int, count: int) -> ov.Node:
-    """Matrix (count, pixels) of a bilinear, antialiased resize of ``pixels`` to ``size``, from row ``first`` on.
+_BAND = 16  # rows of the result that one matrix product computes, from those rows of the image that they depend on
 
-    Up to the division, whole numbers: where a network is computed in bfloat16, positions would lose their digits.
+
+def _resized(values: ov.Node, size: int, first: int, count: int) -> ov.Node:
+    """Resize the second axis of (B, P, F) to ``size``, bilinear and antialiased, of which ``count`` from ``first`` are kept.
+
+    A value of the result at position i is a mean of those at positions p, weighted by a triangle about i. Positions are
+    whole numbers, in units in which a pixel of the image measures 2 * size and one of the result 2 * P: floats would lose
+    their digits where a network is computed in bfloat16.
     """
-    centres = ops.multiply(np.int32(2 * np.arange(first, first + count) + 1)[:, None], pixels)  # times 2 * size
-    positions = ops.multiply(ops.range(np.int32(1), ops.multiply(pixels, np.int32(2)), np.int32(2), "i32"), np.int32(size))
+    batch, pixels, _ = ops.split(ops.shape_of(values, "i32"), np.int64(0), 3).outputs()
+    bands = -(-count // _BAND)
+    kept = np.minimum(np.arange(first, first + bands * _BAND), first + count - 1).reshape(bands, _BAND, 1)
+    centres = ops.multiply((2 * kept + 1).astype(np.int32), pixels)
     reach = ops.multiply(ops.maximum(pixels, np.int32(size)), np.int32(2))
-    heights = ops.subtract(reach, ops.abs(ops.subtract(positions, centres)))
-    weights = ops.convert(ops.maximum(heights, np.int32(0)), "f32")
-    return ops.divide(weights, ops.reduce_sum(weights, np.int64([1]), True))
+    # Each band takes as many rows of the image, from the first on that its first triangle touches.
+    unit = np.int32(2 * size)
+    spread = ops.add(ops.multiply(pixels, np.int32(2 * (_BAND - 1))), ops.multiply(reach, np.int32(2)))
+    taken = ops.minimum(ops.add(ops.divide(spread, unit), np.int32(2)), pixels)
+    lowest = ops.subtract(ops.multiply((2 * kept[:, 0] + 1).astype(np.int32), pixels), ops.add(reach, np.int32(size)))
+    start = ops.minimum(ops.divide(ops.maximum(lowest, np.int32(0)), unit), ops.subtract(pixels, taken))
+    rows = ops.add(start, ops.range(np.int32(0), ops.squeeze(taken, np.int64([0])), np.int32(1), "i32"))
+    positions = ops.unsqueeze(ops.add(ops.multiply(rows, unit), np.int32(size)), np.int64(1))
+    weights = ops.convert(ops.maximum(ops.subtract(reach, ops.abs(ops.subtract(positions, centres))), np.int32(0)), "f32")
+    weights = ops.divide(weights, ops.reduce_sum(weights, np.int64([2]), True))
+    bands_of_values = ops.convert(ops.gather(values, rows, np.int64(1)), "f32")  # (B, bands, taken, F)
+    banded = ops.matmul(weights, bands_of_values, False, False)
+    shape = ops.concat([batch, np.int32([bands * _BAND, -1])], 0)
+    together = ops.reshape(banded, shape, False)
+    if bands * _BAND == count:
+        return together
+    return ops.slice(together, np.int64([0]), np.int64([count]), np.int64([1]), np.int64([1]))
 
 
 def _compare(request: Request, network: _Embedding, recipe: Preprocessing, model: FaissPatchcore) -> None:

@@ -22,11 +22,11 @@ _BLOCK_ROWS = 4096
 _LARGEST = 1e16  # the sum of a few thousand such squares still is a float32
 _LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built
 _EXACT_NEIGHBOURS = 2**40  # M * M * D up to which the bank's own neighbours are searched one by one
-_SHARED_FROM, _PARTS = 64, 2  # queries from which several threads share them, and parts for each, as some take longer
+_PARTS = 2  # of the queries for each thread, as some take longer
 _MAPPED_FROM = 2**28  # bytes; a larger file is mapped into memory rather than read
 # An approximate search may overlook the nearest vector, and an image's score is its largest distance: one slip in a
 # thousand patches would be one in every image. So the patches of largest distance are searched again, this many times wider.
-_AGAIN, _WIDER, _MOST_AGAIN = 4, 8, 64
+_AGAIN, _WIDER, _MOST_AGAIN = 2, 8, 64
 _QUANTIZERS = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
 _STORAGES = {quantizer: storage for storage, quantizer in _QUANTIZERS.items()}
 
@@ -120,7 +120,8 @@ class MemoryBank:
     def threads(self) -> int | None:
         """Threads of the bank's own to search with; None leaves it to FAISS, which uses OpenMP's.
 
-        OpenMP's threads go on spinning for a while when a search is over, and slow what runs next on their cores.
+        OpenMP's threads go on spinning for a while when a search is over, and slow what runs next on their cores. A flat
+        bank leaves it to FAISS nevertheless: its matrix products are several times slower on threads of ours.
         """
         return self._threads
 
@@ -327,8 +328,7 @@ class MemoryBank:
         """FAISS's search, on this bank's own threads if it has some."""
         if self._pool is None:
             return self._index.search(queries, k, params=parameters)
-        count = self.threads * _PARTS if len(queries) >= _SHARED_FROM else 1
-        parts = [part for part in np.array_split(queries, count) if len(part)]
+        parts = np.array_split(queries, max(1, min(self.threads * _PARTS, len(queries))))
         found = list(self._pool.map(lambda part: self._index.search(part, k, params=parameters), parts))
         return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
 

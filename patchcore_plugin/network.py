@@ -9,6 +9,8 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
+from patchcore_plugin.network_cache import cache_file, compile_or_restore
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -26,7 +28,7 @@ class Network:
         precision: ``"f32"``, ``"bf16"`` (of the backbone; the pre-processing stays f32) or ``"int8"``, which is in the IR.
         mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images as threads.
         threads: All cores by default.
-        cache: Folder in which OpenVINO keeps what it compiled; None keeps nothing.
+        cache: Folder to keep the compiled network in; see :mod:`patchcore_plugin.network_cache`. None keeps nothing.
 
     Attributes:
         shape: Rows and columns of the patch grid, and values of an embedding; None where the IR leaves one open.
@@ -43,24 +45,20 @@ class Network:
         threads: int | None = None,
         cache: Path | None = None,
     ) -> None:
-        threads = threads or cores()
-        options = {
-            "PERFORMANCE_HINT": mode.upper(),
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1 if mode == "latency" else threads,
-        }
-        if cache is not None:
-            options["CACHE_DIR"] = str(cache)
+        options = compile_options(mode, threads or cores())
         core = ov.Core()
-        network = _read(core, path)
-        shape = network.output(0).partial_shape
+        # Without a hint, OpenVINO computes in bfloat16 where the CPU has it, and scores move with the machine.
+        parts = {"f32": lambda: _read(core, path)}
+        if precision == "bf16":
+            parts = {"f32": lambda: preprocessing(core, path), "bf16": lambda: _backbone(core, path)}
+        self._parts = []
+        for hint, read in parts.items():
+            hinted = {**options, "INFERENCE_PRECISION_HINT": hint}
+            kept = None if cache is None else cache_file(cache, path, {**hinted, "parts": len(parts)}, core)
+            self._parts.append(compile_or_restore(core, read, hinted, kept))
+        shape = self._parts[-1].output(0).partial_shape
         fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
         self.shape = tuple(size.get_length() for size in list(shape)[1:]) if fixed else None
-        # Without a hint, OpenVINO computes in bfloat16 where the CPU has it, and scores move with the machine.
-        parts = [(network, "f32")] if precision != "bf16" else zip(_split(core, path), ("f32", "bf16"), strict=True)
-        self._parts = [
-            core.compile_model(part, "CPU", {**options, "INFERENCE_PRECISION_HINT": hint}) for part, hint in parts
-        ]
 
     def request(self) -> Request:
         """Buffers to compute one image at a time in; one for each thread that does."""
@@ -89,6 +87,12 @@ class Request:
         return found
 
 
+def compile_options(mode: Literal["latency", "throughput"], threads: int) -> dict[str, object]:
+    """OpenVINO's properties for one image with all threads, or for as many images as threads."""
+    streams = 1 if mode == "latency" else threads
+    return {"PERFORMANCE_HINT": mode.upper(), "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
+
+
 def preprocessing(core: ov.Core, path: Path) -> ov.Model:
     """The steps of the IR at ``path`` up to the backbone's input."""
     network = _read(core, path)
@@ -114,13 +118,13 @@ def _read(core: ov.Core, path: Path) -> ov.Model:
     return network
 
 
-def _split(core: ov.Core, path: Path) -> tuple[ov.Model, ov.Model]:
-    """The IR's pre-processing, and its backbone."""
+def _backbone(core: ov.Core, path: Path) -> ov.Model:
+    """What comes after the IR's pre-processing."""
     network = _read(core, path)
     end = _normalised(network)
     images = ops.parameter(end.partial_shape, np.float32)
     end.replace(images.output(0))
-    return preprocessing(core, path), ov.Model(network.outputs, [images])
+    return ov.Model(network.outputs, [images])
 
 
 def _normalised(network: ov.Model) -> ov.Output:

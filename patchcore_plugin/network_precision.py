@@ -60,8 +60,37 @@ def choose_precision(
     if not images:
         msg = f"precision {precision!r} is measured on normal images, and the checkpoint keeps none. Give some (--images)."
         raise BundleError(msg)
+    files = _candidates(path, precision, images, progress)
+    trials, reference = [], None
+    for name, file in files.items():
+        progress(f"precision {name}")
+        try:
+            milliseconds, scores = _measure(Network(file, name), bank, images[1::2] or images, num_neighbors)
+        except (RuntimeError, ValueError) as error:  # it does not compile, or gives NaN
+            if name in (precision, "f32"):
+                msg = f"The network cannot be used in {name}: {error}"
+                raise BundleError(msg) from error
+            logger.warning("The network cannot be used in %s: %s", name, error)
+            continue
+        reference = scores if reference is None else reference
+        trials.append(_compared(name, milliseconds, scores, reference))
+    if precision == "auto":
+        chosen = min((trial for trial in trials if trial.good), key=lambda trial: trial.milliseconds).precision
+    else:
+        chosen = precision
+        if not trials[-1].good:
+            logger.warning("Image scores in %s are not near those of f32: see the table.", chosen)
+    if "int8" in files:
+        _settle(files["int8"], path, take=chosen == "int8")
+    return chosen, trials
+
+
+def _candidates(
+    path: Path, precision: str, images: Sequence[NDArray[np.uint8]], progress: Callable[[str], object]
+) -> dict[str, Path]:
+    """The network of each precision to measure."""
     files = {"f32": path}
-    if precision in ("auto", "bf16") and (precision == "bf16" or has_bfloat16()):
+    if precision == "bf16" or (precision == "auto" and has_bfloat16()):
         files["bf16"] = path
     if precision in ("auto", "int8"):
         progress("int8")
@@ -72,31 +101,7 @@ def choose_precision(
                 msg = "int8 is made by NNCF, which is not installed: pip install 'patchcore-plugin[quantize]'"
                 raise BundleError(msg) from error
             logger.warning("int8 was not tried: it needs pip install 'patchcore-plugin[quantize]'.")
-    trials, reference = [], None
-    for name, file in files.items():
-        progress(f"precision {name}")
-        milliseconds, scores = _measure(Network(file, name), bank, images[1::2] or images, num_neighbors)
-        reference = scores if reference is None else reference
-        correlation = _rank_correlation(scores, reference)
-        error = float(np.mean(np.abs(scores - reference)) / max(float(np.mean(reference)), 1e-12))
-        trials.append(
-            PrecisionTrial(
-                precision=name,
-                milliseconds=milliseconds,
-                correlation=correlation,
-                error=error,
-                good=correlation >= CORRELATION and error <= ERROR,
-            )
-        )
-    if precision == "auto":
-        chosen = min((trial for trial in trials if trial.good), key=lambda trial: trial.milliseconds).precision
-    else:
-        chosen = precision
-        if not trials[-1].good:
-            logger.warning("Image scores in %s are not near those of f32: see the table.", chosen)
-    if "int8" in files:
-        _settle(files["int8"], path, take=chosen == "int8")
-    return chosen, trials
+    return files
 
 
 def _measure(
@@ -112,6 +117,15 @@ def _measure(
             times.append(time.perf_counter() - started)
         scores.append(bank.score(embedding, num_neighbors).image)
     return 1000 * float(np.median(times)), np.concatenate(scores)
+
+
+def _compared(
+    precision: str, milliseconds: float, scores: NDArray[np.float32], reference: NDArray[np.float32]
+) -> PrecisionTrial:
+    correlation = _rank_correlation(scores, reference)
+    error = float(np.mean(np.abs(scores - reference)) / max(float(np.mean(reference)), 1e-12))
+    good = correlation >= CORRELATION and error <= ERROR
+    return PrecisionTrial(precision=precision, milliseconds=milliseconds, correlation=correlation, error=error, good=good)
 
 
 def _rank_correlation(scores: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -73,8 +73,9 @@ class PatchcoreRuntime:
         mode: ``"latency"`` works on one image with all threads, and decodes the next one meanwhile; ``"throughput"`` on
             as many images at once as there are threads, each with one.
         threads: How many; all cores by default.
-        cache: Folder in which OpenVINO keeps the compiled network for the next start; it is made, and several bundles may
-            share it. None compiles every time. Its files are trusted: only this user should be able to write there.
+        cache: Folder in which compiled networks are kept for the next start; several bundles may share it. True is the
+            folder ``<bundle>.cache`` next to the bundle, False none. Where it cannot be written, the network is compiled
+            every time. It may be deleted at any time. Its files are trusted: nobody else should be able to write there.
 
     Attributes:
         manifest: What the bundle says of itself.
@@ -94,7 +95,7 @@ class PatchcoreRuntime:
         path: str | Path,
         mode: Literal["latency", "throughput"] = "latency",
         threads: int | None = None,
-        cache: str | Path | None = None,
+        cache: str | Path | bool = True,
     ) -> None:
         if mode not in ("latency", "throughput"):
             msg = f"mode must be 'latency' or 'throughput', got {mode!r}."
@@ -107,7 +108,10 @@ class PatchcoreRuntime:
         verify(path, self.manifest)
         self.bank = _load_bank(path, self.manifest)
         self.mode, self.threads = mode, threads or cores()
-        network = _load_network(path, self.manifest, mode, self.threads, cache)
+        if isinstance(cache, bool):
+            path_of_cache = path.resolve()
+            cache = path_of_cache.with_name(f"{path_of_cache.name}.cache") if cache else None
+        network = _load_network(path, self.manifest, mode, self.threads, cache and Path(cache))
         self._workers = 1 if mode == "latency" else self.threads
         self.bank.threads = self.threads if mode == "latency" else None
         self._requests: LifoQueue[Request] = LifoQueue()
@@ -231,9 +235,9 @@ def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     return bank
 
 
-def _load_network(path: Path, manifest: Manifest, mode: str, threads: int, cache: str | Path | None) -> Network:
+def _load_network(path: Path, manifest: Manifest, mode: str, threads: int, cache: Path | None) -> Network:
     try:
-        network = Network(path / FEATURES, manifest.precision, mode, threads, cache and Path(cache))
+        network = Network(path / FEATURES, manifest.precision, mode, threads, cache)
     except RuntimeError as error:
         msg = f"{path / FEATURES} cannot be compiled by OpenVINO: {error}"
         raise BundleError(msg) from error

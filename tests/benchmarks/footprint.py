@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 ANSWER = """
 import sys
 from patchcore_plugin import PatchcoreRuntime
-runtime = PatchcoreRuntime.load(sys.argv[1], cache=sys.argv[3] or None)
+runtime = PatchcoreRuntime.load(sys.argv[1], cache=sys.argv[3] or False)
 print(runtime.predict([sys.argv[2]])[0].score)
 """
 

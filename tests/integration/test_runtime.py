@@ -77,6 +77,30 @@ def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
         np.testing.assert_array_equal(runtime.embed([image])[0], embedding)
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_compiled_network_is_kept(trained, tmp_path, test_images, precision):
+    """Next to the bundle by default, one file for each part of the network and each mode; answers are the same."""
+    path = export_bundle(trained.model, tmp_path / "bundle", precision=precision)
+    expected = [answer.score for answer in PatchcoreRuntime.load(path, cache=False).predict(test_images[:4])]
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+    for mode in ("latency", "throughput"):
+        for _ in range(2):
+            answers = PatchcoreRuntime.load(path, mode=mode).predict(test_images[:4])
+            assert [answer.score for answer in answers] == expected
+    parts = 2 if precision == "bf16" else 1
+    kept = sorted((tmp_path / "bundle.cache").iterdir())
+    assert [file.suffix for file in kept] == [".blob"] * 2 * parts
+    PatchcoreRuntime.load(path, cache=tmp_path / "other")
+    assert {file.name for file in (tmp_path / "other").iterdir()} < {file.name for file in kept}
+
+
+def test_bundle_that_cannot_be_written_to(bundle, tmp_path, test_images):
+    """Where the cache's folder cannot be made, the network is compiled every time."""
+    (tmp_path / "file").write_text("")
+    answer = PatchcoreRuntime.load(bundle, cache=tmp_path / "file" / "cache").predict(test_images[:1])[0]
+    assert answer.score > 0
+
+
 def test_stream_holds_few_images(bundle, test_images):
     """Images come from a generator, and are read when it is their turn."""
     runtime = PatchcoreRuntime.load(bundle, mode="throughput", threads=2)

@@ -1,0 +1,85 @@
+"""Compiled networks on disk: found again, never believed when damaged, never needed."""
+
+import hashlib
+import logging
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import pytest
+
+from patchcore_plugin.network_cache import cache_file, compile_or_restore
+
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+
+
+def network(factor: float) -> ov.Model:
+    values = ops.parameter([1, 4], np.float32)
+    return ov.Model([ops.matmul(values, ops.constant(np.full((4, 4), factor, np.float32)), False, False)], [values])
+
+
+def unread() -> ov.Model:
+    msg = "the network was compiled again"
+    raise AssertionError(msg)
+
+
+@pytest.fixture
+def core():
+    return ov.Core()
+
+
+@pytest.fixture
+def file(core, tmp_path):
+    ov.save_model(network(2), tmp_path / "network.xml")
+    return cache_file(tmp_path / "cache", tmp_path / "network.xml", OPTIONS, core)
+
+
+def answer(compiled: ov.CompiledModel) -> float:
+    return float(compiled([np.ones((1, 4), np.float32)])[0][0, 0])
+
+
+def test_found_again(core, file):
+    assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+    assert [kept.name for kept in file.parent.iterdir()] == [file.name]
+    assert answer(compile_or_restore(core, unread, OPTIONS, file)) == 8
+    assert answer(compile_or_restore(core, lambda: network(3), OPTIONS, None)) == 12
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "half", "one byte less", "flipped", "checksum alone", "foreign"])
+def test_damaged(core, file, damage, caplog):
+    compile_or_restore(core, lambda: network(2), OPTIONS, file)
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    foreign = b"no network"
+    file.write_bytes(
+        {
+            "empty": b"",
+            "garbage": b"\x80" * 4096,
+            "half": content[: len(content) // 2],
+            "one byte less": content[:-1],
+            "flipped": bytes(flipped),
+            "checksum alone": content[:32],
+            "foreign": hashlib.sha256(foreign).digest() + foreign,
+        }[damage]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+    assert "compiled anew" in caplog.text
+    assert answer(compile_or_restore(core, unread, OPTIONS, file)) == 8, "it was not mended"
+
+
+def test_folder_that_cannot_be_written(core, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for _ in range(2):
+        assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, tmp_path / "file" / "x.blob")) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_another_network_or_option_is_another_file(core, file, tmp_path):
+    path = tmp_path / "network.xml"
+    files = {file, cache_file(tmp_path / "cache", path, {**OPTIONS, "NUM_STREAMS": 2}, core)}
+    assert cache_file(tmp_path / "cache", path, dict(OPTIONS), core) == file
+    ov.save_model(network(3), path)
+    files.add(cache_file(tmp_path / "cache", path, OPTIONS, core))
+    assert len(files) == 3
