@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import faiss
 import numpy as np
 
+from patchcore_plugin import bank_file
 from patchcore_plugin.bundle import MAX_WIDTH, IndexKind, Storage
 from patchcore_plugin.scoring import Scores, score
 
@@ -19,16 +20,13 @@ DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
 """Width of the search where none is given: lists probed (ivf), or length of the candidate list (hnsw)."""
 
 _BLOCK_ROWS = 4096
-_LARGEST = 1e16  # the sum of a few thousand such squares still is a float32
 _LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built
 _EXACT_NEIGHBOURS = 2**40  # M * M * D up to which the bank's own neighbours are searched one by one
 _PARTS = 2  # of the queries for each thread, as some take longer
-_MAPPED_FROM = 2**28  # bytes; a larger file is mapped into memory rather than read
 # An approximate search may overlook the nearest vector, and an image's score is its largest distance: one slip in a
 # thousand patches would be one in every image. So the patches of largest distance are searched again, this many times wider.
 _AGAIN, _WIDER, _MOST_AGAIN = 2, 8, 64
-_QUANTIZERS = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
-_STORAGES = {quantizer: storage for storage, quantizer in _QUANTIZERS.items()}
+_QUANTIZERS = {storage: quantizer for quantizer, storage in bank_file.STORAGES.items()}
 
 
 class MemoryBank:
@@ -85,9 +83,9 @@ class MemoryBank:
 
     def _adopt(self, index: faiss.Index, *, mapped: bool = False) -> None:
         self._index, self._mapped = index, mapped
-        self.index: IndexKind = _kind(index)
-        storage = _flat(index)
-        self.storage: Storage = _STORAGES[storage.sq.qtype] if hasattr(storage, "sq") else "float32"
+        self.index: IndexKind = bank_file.kind(index)
+        storage = bank_file.storage(index)
+        self.storage: Storage = bank_file.STORAGES[storage.sq.qtype] if hasattr(storage, "sq") else "float32"
         self._width = DEFAULT_WIDTH[self.index]
         self.neighbors: NDArray[np.int32] | None = None
         self._threads: int | None = None
@@ -138,7 +136,7 @@ class MemoryBank:
     def vectors(self) -> NDArray[np.float32]:
         """The vectors (M, D) as they are stored, read-only; no copy where they are float32 and not in cells."""
         if self.storage == "float32" and self.index != "ivf":
-            return np.asarray(_Storage(_flat(self._index), self._index))
+            return np.asarray(_Storage(bank_file.storage(self._index), self._index))
         vectors = self._index.reconstruct_n(0, len(self))
         vectors.setflags(write=False)
         return vectors
@@ -233,18 +231,7 @@ class MemoryBank:
 
     def save(self, path: str | Path) -> None:
         """Write the bank as a FAISS index file, and the neighbours beside it (``.npy``), where there are some."""
-        path = Path(path)
-        draft = path.with_name(f"{path.name}.part")  # a bank may be mapped from the very file that it is saved to
-        if str(draft).isascii():
-            faiss.write_index(self._index, str(draft))
-        else:  # FAISS opens no other names on every system
-            draft.write_bytes(faiss.serialize_index(self._index).tobytes())
-        draft.replace(path)
-        beside = path.with_suffix(".npy")
-        if self.neighbors is None:
-            beside.unlink(missing_ok=True)  # another bank's
-        else:
-            np.save(beside, self.neighbors)
+        bank_file.write(Path(path), self._index, self.neighbors)
 
     @classmethod
     def load(cls, path: str | Path, width: int | None = None) -> MemoryBank:
@@ -255,34 +242,12 @@ class MemoryBank:
             ValueError: If the file is no L2 FAISS index of a kind that :class:`MemoryBank` builds, or holds no finite
                 vectors; or if the neighbours beside it are damaged.
         """
-        path = Path(path)
-        try:
-            mapped = path.stat().st_size >= _MAPPED_FROM and str(path).isascii()
-            if mapped:
-                index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-            else:
-                index = faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
-        except (RuntimeError, MemoryError) as error:
-            msg = f"{path} is not a readable FAISS index (truncated or damaged)."
-            raise ValueError(msg) from error
-        if _kind(index) is None:
-            msg = f"{path} holds a {type(index).__name__}; a memory bank is a flat, IVF or HNSW L2 index of plain vectors."
-            raise ValueError(msg)
+        index, mapped, neighbors = bank_file.read(Path(path))
         bank = cls.__new__(cls)
-        if not index.ntotal:
-            msg = f"{path} holds an empty memory bank."
-            raise ValueError(msg)
-        if isinstance(index, faiss.IndexIVF):
-            _map_directly(index, path)
         bank._adopt(index, mapped=mapped)
+        bank.neighbors = neighbors
         if width is not None:
             bank.width = width
-        for start in range(0, len(bank), _BLOCK_ROWS):
-            if not (np.abs(index.reconstruct_n(start, min(_BLOCK_ROWS, len(bank) - start))) < _LARGEST).all():
-                msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
-                raise ValueError(msg)
-        if (beside := path.with_suffix(".npy")).is_file():
-            bank.neighbors = _read_neighbors(beside, len(bank))
         return bank
 
     def _fitting(self, values: ArrayLike, name: str) -> NDArray[np.float32]:
@@ -387,45 +352,6 @@ def _build(vectors: NDArray[np.float32], index: str, storage: str) -> faiss.Inde
     raise ValueError(msg)
 
 
-def _flat(index: faiss.Index) -> faiss.Index:
-    """The index itself, or what a graph's vectors are stored in."""
-    return faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
-
-
-def _kind(index: faiss.Index) -> IndexKind | None:
-    """What :class:`MemoryBank` calls an index of FAISS; None for one that it would not build."""
-    if index.metric_type != faiss.METRIC_L2:
-        return None
-    if isinstance(index, faiss.IndexIVF):
-        plain = isinstance(index, faiss.IndexIVFFlat) or (
-            isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype in _STORAGES and not index.by_residual
-        )
-        return "ivf" if plain and index.quantizer.metric_type == faiss.METRIC_L2 else None
-    storage = _flat(index)
-    if storage.metric_type != faiss.METRIC_L2:
-        return None
-    if not (isinstance(storage, faiss.IndexFlat) or (_is_quantized(storage) and storage.sq.qtype in _STORAGES)):
-        return None
-    if storage is index:
-        return "flat"
-    return "hnsw" if storage.ntotal == index.ntotal and storage.d == index.d else None
-
-
-def _map_directly(index: faiss.IndexIVF, path: Path) -> None:
-    """Note where each vector is, whatever the file says of it; a ValueError if one is there twice or not at all."""
-    lists = index.invlists
-    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(index.nlist)]
-    if not np.array_equal(np.sort(np.concatenate(ids)), np.arange(index.ntotal)):
-        msg = f"{path} is damaged: its cells do not hold each of its {index.ntotal} vectors once."
-        raise ValueError(msg)
-    index.set_direct_map_type(faiss.DirectMap.NoMap)
-    index.make_direct_map()
-
-
-def _is_quantized(index: faiss.Index) -> bool:
-    return isinstance(index, faiss.IndexScalarQuantizer)
-
-
 def _check_storage(vectors: NDArray[np.float32], storage: str) -> None:
     if storage == "float16" and np.abs(vectors).max(initial=0) > np.finfo(np.float16).max:
         msg = "The vectors hold values too large for storage 'float16': use 'float32'."
@@ -436,22 +362,6 @@ def _exact(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArra
     """Distances (N, k) of queries (N, D) to vectors (N, k, D)."""
     difference = queries[:, None] - vectors
     return np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
-
-
-def _read_neighbors(path: Path, size: int) -> NDArray[np.int32]:
-    try:
-        with path.open("rb") as file:
-            neighbors = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError) as error:
-        msg = f"{path} is damaged: {error}"
-        raise ValueError(msg) from error
-    if neighbors.dtype != np.int32 or neighbors.ndim != 2 or len(neighbors) != size or not neighbors.shape[1]:
-        msg = f"{path} holds {neighbors.dtype} values of shape {neighbors.shape}, not neighbours of {size} vectors."
-        raise ValueError(msg)
-    if neighbors.min() < 0 or neighbors.max() >= size or (neighbors[:, 0] != np.arange(size)).any():
-        msg = f"{path} does not hold neighbours of the bank's vectors, each of them first among its own."
-        raise ValueError(msg)
-    return neighbors
 
 
 class _Storage:
@@ -474,7 +384,7 @@ def _as_matrix(values: ArrayLike, name: str) -> NDArray[np.float32]:
     if matrix.ndim != 2 or not matrix.shape[1]:
         msg = f"{name} must be a matrix (N, D), got shape {matrix.shape}."
         raise ValueError(msg)
-    if not (np.abs(matrix) < _LARGEST).all():
+    if not (np.abs(matrix) < bank_file.LARGEST).all():
         msg = f"{name} hold NaN or infinite values, or values too large for float32 distances."
         raise ValueError(msg)
     return matrix

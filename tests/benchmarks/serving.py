@@ -31,7 +31,6 @@ from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.images import read_image
 
-
 ROUNDS = 3
 
 

@@ -210,7 +210,7 @@ def test_other_indexes_on_disk(index, storage, tmp_path, real_embeddings):
 def test_mapped_into_memory(tmp_path, real_embeddings, monkeypatch):
     bank = MemoryBank(real_embeddings[::10], "hnsw", num_neighbors=3)
     bank.save(tmp_path / "bank.faiss")
-    monkeypatch.setattr("patchcore_plugin.memory_bank._MAPPED_FROM", 1)
+    monkeypatch.setattr("patchcore_plugin.bank_file._MAPPED_FROM", 1)
     loaded = MemoryBank.load(tmp_path / "bank.faiss")
     np.testing.assert_array_equal(loaded.search(real_embeddings[:500])[0], bank.search(real_embeddings[:500])[0])
     with pytest.raises(ValueError, match="mapped into memory"):
@@ -302,7 +302,7 @@ def test_views_survive_growth(real_embeddings):
 def test_saved_over_the_file_it_is_mapped_from(tmp_path, real_embeddings, monkeypatch):
     path = tmp_path / "bank.faiss"
     MemoryBank(real_embeddings[:500], num_neighbors=3).save(path)
-    monkeypatch.setattr("patchcore_plugin.memory_bank._MAPPED_FROM", 1)
+    monkeypatch.setattr("patchcore_plugin.bank_file._MAPPED_FROM", 1)
     bank = MemoryBank.load(path)
     bank.save(path)
     np.testing.assert_array_equal(MemoryBank.load(path).vectors, real_embeddings[:500])
