@@ -23,7 +23,11 @@ RECALL = 0.999
 ERROR = 1e-3
 """Largest relative error of the distance, at the 99.9th percentile of the patches, for :func:`choose` to take an index."""
 
-_WIDTHS = {"flat": (0,), "ivf": (1, 2, 4, 8, 16, 32, 64), "hnsw": (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)}
+_WIDTHS = {
+    "flat": (0,),
+    "ivf": (1, 2, 4, 8, 16, 32, 64, 128),
+    "hnsw": (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384),
+}
 _SMALL = 500  # vectors: fewer are compared with as fast as any index finds its way
 
 

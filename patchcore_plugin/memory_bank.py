@@ -20,7 +20,8 @@ DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
 """Width of the search where none is given: lists probed (ivf), or length of the candidate list (hnsw)."""
 
 _BLOCK_ROWS = 4096
-_LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built
+_LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built,
+_LARGE, _LARGE_CONSTRUCTION = 100_000, 200  # which are more where a graph of so many vectors would lose its way
 _EXACT_NEIGHBOURS = 2**40  # M * M * D up to which the bank's own neighbours are searched one by one
 _PARTS = 2  # of the queries for each thread, as some take longer
 # An approximate search may overlook the nearest vector, and an image's score is its largest distance: one slip in a
@@ -39,7 +40,7 @@ class MemoryBank:
     Args:
         vectors: Bank vectors (M, D), finite, cast to float32.
         index: ``"flat"`` compares with every vector; ``"ivf"`` with those of the nearest cells of a k-means partition;
-            ``"hnsw"`` follows a graph of neighbours, whose building takes about 0.1 ms a vector.
+            ``"hnsw"`` follows a graph of neighbours, whose building takes 0.05 to 0.5 ms a vector.
         storage: Precision in which vectors are kept: ``"float32"``, ``"float16"`` (half the memory) or ``"int8"`` (a
             quarter; distances move by about a percent).
         width: Breadth of an approximate search: cells probed, or candidates kept. More is slower and finds more.
@@ -163,7 +164,8 @@ class MemoryBank:
     def find_neighbors(self, count: int) -> None:
         """Find the ``count`` nearest bank vectors of each bank vector, itself among them, for the image score.
 
-        Every vector is compared with every other, or, where that would take minutes, searched for widely.
+        Every vector is compared with every other, or, where that would take minutes, searched for; a flat bank so large
+        is left without, and finds them when they are needed.
         """
         self.neighbors = None
         count = min(count, len(self))
@@ -171,10 +173,12 @@ class MemoryBank:
             return
         found = np.empty((len(self), count), np.int32)
         exact = len(self) ** 2 * self.dimension <= _EXACT_NEIGHBOURS
+        if self.index == "flat" and not exact:
+            return
         vectors = self.vectors
         for start in range(0, len(self), _BLOCK_ROWS):
             rows = vectors[start : start + _BLOCK_ROWS]
-            part = faiss.knn(rows, vectors, count)[1] if exact else self._find(rows, count, 4 * self._width)[1]
+            part = faiss.knn(rows, vectors, count)[1] if exact else self._find(rows, count, 4 * count)[1]
             found[start : start + _BLOCK_ROWS] = part
         # A neighbourhood begins with the vector itself; a duplicate is as near, and a search may have missed it.
         own = np.arange(len(self), dtype=np.int32)
@@ -336,7 +340,7 @@ def _build(vectors: NDArray[np.float32], index: str, storage: str) -> faiss.Inde
         graph = (
             faiss.IndexHNSWFlat(dimension, _LINKS) if quantizer is None else faiss.IndexHNSWSQ(dimension, quantizer, _LINKS)
         )
-        graph.hnsw.efConstruction = _CONSTRUCTION
+        graph.hnsw.efConstruction = _CONSTRUCTION if len(vectors) < _LARGE else _LARGE_CONSTRUCTION
         return graph
     if index == "ivf":
         cells = faiss.IndexFlatL2(dimension)

@@ -47,6 +47,8 @@ class Network:
     ) -> None:
         options = compile_options(mode, threads or cores())
         core = ov.Core()
+        # A mapped file must not change: where someone copied another over it, the process would be killed by the system.
+        core.set_property({"ENABLE_MMAP": False})
         # Without a hint, OpenVINO computes in bfloat16 where the CPU has it, and scores move with the machine.
         parts = {"f32": lambda: _read(core, path)}
         if precision == "bf16":

@@ -64,6 +64,9 @@ def main(data: str, sizes: tuple[int, ...], storage: str) -> None:
             taken = next(trial for trial in trials if (trial.index, trial.width) == (bank.index, bank.width))
             flat = trials[0].milliseconds
             build = timed(lambda bank=bank, vectors=vectors: MemoryBank(vectors, bank.index, storage, num_neighbors=9))
+            click.echo(
+                f"{size:,}: " + ", ".join(f"{t.index} {t.width}: {t.milliseconds:.1f} ms {t.recall:.4f}" for t in trials)
+            )
             bank.save(path)
             load = timed(lambda: MemoryBank.load(path))
             table.add_row(
