@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,10 +30,25 @@ _VISIBLE_FROM, _FULL_AT, _OPACITY = 0.45, 0.85, 0.75
 
 
 class ImageError(ValueError):
-    """Something given as an image cannot be read as one."""
+    """Something given as an image cannot be read as one.
+
+    Args:
+        message: What, and why.
+        reason: Why alone, for those who know what.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
-def read_image(source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+class ImageTooLargeError(ImageError):
+    """An image has too many pixels."""
+
+
+def read_image(
+    source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8], max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """Decode an image to RGB.
 
     Palette, grey, alpha, CMYK and 16-bit images are converted by Pillow, just as anomalib does when it trains; an EXIF
@@ -42,12 +57,14 @@ def read_image(source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8]) 
     Args:
         source: Path of an image file, an open binary file, a PIL image, or an array (H, W), (H, W, 1) or (H, W, 3), u8,
             RGB.
+        max_pixels: Of a file or PIL image; more are not decoded.
 
     Returns:
         RGB image (H, W, 3), u8, contiguous.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ImageTooLargeError: If it has too many pixels, or more on a side than :data:`MAX_SIDE`.
         ImageError: If it cannot be decoded, or an array has another shape or type.
     """
     if isinstance(source, np.ndarray):
@@ -55,29 +72,33 @@ def read_image(source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8]) 
     label = str(source) if isinstance(source, str | Path) else "the image data"
     try:
         if isinstance(source, Image.Image):
-            return _from_pil(source)
+            return _from_pil(source, max_pixels)
         with Image.open(source, formats=_FORMATS) as image:
-            return _from_pil(image)
+            return _from_pil(image, max_pixels)
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes
-        msg = f"{label} cannot be read as an image: {error}"
-        raise ImageError(msg) from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # it says where the file lies
+            reason = f"it is not one of {', '.join(_FORMATS)}, or damaged"
+        large = isinstance(error, ImageTooLargeError | Image.DecompressionBombError)
+        msg = f"{label} cannot be read as an image: {reason}"
+        raise (ImageTooLargeError if large else ImageError)(msg, reason) from error
 
 
-def _from_pil(image: Image.Image) -> NDArray[np.uint8]:
+def _from_pil(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
     pixels = image.width * image.height
-    if not 0 < pixels <= MAX_PIXELS:
-        msg = f"it has {image.width} x {image.height} pixels, and from 1 to {MAX_PIXELS:,} are read"
-        raise ImageError(msg)
+    if not 0 < pixels <= max_pixels:
+        msg = f"it has {image.width} x {image.height} pixels, and from 1 to {max_pixels:,} are read"
+        raise ImageTooLargeError(msg)
     _check_sides(image.height, image.width)
     return np.asarray(image.convert("RGB"))
 
 
 def _check_sides(height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
-        msg = f"An image of {width} x {height} pixels is too long: at most {MAX_SIDE:,} on a side are read."
-        raise ImageError(msg)
+        msg = f"An image of {width} x {height} pixels is too long: at most {MAX_SIDE:,} on a side are read"
+        raise ImageTooLargeError(msg)
 
 
 def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from patchcore_plugin.bundle import BANK, FEATURES, BundleError, Manifest, Scale
 from patchcore_plugin.images import overlay, read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.network import Network, Request, cores
+from patchcore_plugin.regions import Region, find_regions
 from patchcore_plugin.scoring import anomaly_map, normalize
 
 if TYPE_CHECKING:
@@ -42,14 +44,19 @@ class Prediction:
         threshold: Raw score above which an image is anomalous, sensitivity included; None without a threshold.
         verdict: ``"normal"`` or ``"anomalous"``; None without a threshold.
         patch_distances: Distance (h, w) of each patch to its nearest bank vector, float32, in feature units.
+        size: Height and width of the image, in pixels.
+        manifest: That of the bundle which answered.
+        milliseconds: Time of the stages ``"network"``, pre-processing included, and ``"search"``.
     """
 
     score: float
     normalized_score: float | None
     threshold: float | None
     verdict: Literal["normal", "anomalous"] | None
-    patch_distances: NDArray[np.float32]
-    _manifest: Manifest = field(repr=False)
+    patch_distances: NDArray[np.float32] = field(repr=False)
+    size: tuple[int, int]
+    manifest: Manifest = field(repr=False)
+    milliseconds: dict[str, float] = field(repr=False)
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32]:
@@ -57,12 +64,33 @@ class Prediction:
 
         The patch distances, upsampled and smoothed when first asked for.
         """
-        return anomaly_map(self.patch_distances[None], self._manifest.preprocessing.size)[0]
+        return anomaly_map(self.patch_distances[None], self.manifest.preprocessing.size)[0]
 
     @cached_property
     def normalized_map(self) -> NDArray[np.float32] | None:
         """The map in [0, 1] with the pixel threshold at 0.5; None if the model was never validated."""
-        return _normalize(self.anomaly_map, self._manifest.pixel)
+        return _normalize(self.anomaly_map, self.manifest.pixel)
+
+    @cached_property
+    def pixel_threshold(self) -> float | None:
+        """Raw value of the map above which a pixel is anomalous, sensitivity included; None without one."""
+        return _raw_threshold(self.manifest.pixel)
+
+    @cached_property
+    def regions(self) -> list[Region] | None:
+        """Connected parts of the map above the pixel threshold, in pixels of the image; None without a threshold."""
+        if self.pixel_threshold is None:
+            return None
+        recipe = self.manifest.preprocessing
+        down, across = self.size[0] / recipe.resize[0], self.size[1] / recipe.resize[1]
+        found = []
+        for region in find_regions(self.anomaly_map, self.pixel_threshold):
+            top, left = region.top + recipe.offset[0], region.left + recipe.offset[1]
+            edges = left * across, top * down, (left + region.width) * across, (top + region.height) * down
+            first, upper, last, lower = (round(edge) for edge in edges)
+            area = max(1, round(region.area * down * across))
+            found.append(Region(first, upper, max(1, last - first), max(1, lower - upper), area, region.peak))
+        return found
 
 
 class PatchcoreRuntime:
@@ -78,6 +106,7 @@ class PatchcoreRuntime:
             every time. It may be deleted at any time. Its files are trusted: nobody else should be able to write there.
 
     Attributes:
+        path: The bundle's folder.
         manifest: What the bundle says of itself.
 
     Raises:
@@ -103,7 +132,7 @@ class PatchcoreRuntime:
         if threads is not None and threads < 1:
             msg = f"threads must be at least 1, got {threads}."
             raise ValueError(msg)
-        path = Path(path)
+        path = self.path = Path(path)
         self.manifest: Manifest = read_manifest(path)
         verify(path, self.manifest)
         self.bank = _load_bank(path, self.manifest)
@@ -187,7 +216,8 @@ class PatchcoreRuntime:
         finally:
             self._requests.put(request)
 
-    def heatmap(self, image: Source, prediction: Prediction) -> Image.Image:
+    @staticmethod
+    def heatmap(image: Source, prediction: Prediction) -> Image.Image:
         """Lay a prediction's map over its image; see :func:`patchcore_plugin.images.overlay`.
 
         A model that was never validated has no scale; its map is then stretched from 0 to its own largest value.
@@ -195,12 +225,15 @@ class PatchcoreRuntime:
         if prediction.normalized_map is None:
             values = prediction.anomaly_map / max(float(prediction.anomaly_map.max()), 1e-12)
         else:  # anomalib moves the threshold in the map by the sensitivity; colours begin at 0.5
-            values = prediction.normalized_map + self.manifest.pixel.sensitivity - 0.5
-        return overlay(read_image(image), values, self.manifest.preprocessing)
+            values = prediction.normalized_map + prediction.manifest.pixel.sensitivity - 0.5
+        return overlay(read_image(image), values, prediction.manifest.preprocessing)
 
     def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
+        started = time.perf_counter()
         embedding = self.embed([pixels])
+        embedded = time.perf_counter()
         scores = self.bank.score(embedding, self.manifest.num_neighbors)
+        searched = time.perf_counter()
         image = self.manifest.image
         normalized = _normalize(scores.image, image)
         threshold = _raw_threshold(image)
@@ -216,7 +249,9 @@ class PatchcoreRuntime:
             threshold=threshold,
             verdict=verdict,
             patch_distances=scores.patch[0],
-            _manifest=self.manifest,
+            size=pixels.shape[:2],
+            manifest=self.manifest,
+            milliseconds={"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)},
         )
 
 

@@ -150,7 +150,7 @@ def test_postscript_is_never_opened(monkeypatch):
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n%%EOF\n"
-    with pytest.raises(ImageError, match="cannot identify"):
+    with pytest.raises(ImageError, match="not one of PNG"):
         read_image(io.BytesIO(eps))
 
 
