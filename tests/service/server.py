@@ -5,11 +5,19 @@ import socket
 import subprocess
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
 
 SERVICE = "patchcore_plugin.bento.service:PatchcoreService"
+
+
+class Server(str):
+    """A running server: its URL, process and log."""
+
+    process: subprocess.Popen
+    log: Path
 
 
 @contextmanager
@@ -18,29 +26,28 @@ def bentoml_serve(command, folder, cwd=None, **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = folder / f"serve-{port}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    server = Server(f"http://127.0.0.1:{port}")
+    server.log = folder / f"serve-{port}.log"
+    with server.log.open("wb") as output:
+        server.process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             cwd=cwd or folder,
             env={**os.environ, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while not _ready(url):
-            text = log.read_text(errors="replace")
-            if process.poll() is not None or time.monotonic() > deadline or "BundleError" in text:
-                raise RuntimeError(text)
+        while not _ready(server):
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(server.log.read_text(errors="replace"))
             time.sleep(0.2)
-        yield url
+        yield server
     finally:
-        family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        for member in family:
-            member.kill()
-        process.wait(30)
+        if server.process.poll() is None:
+            for member in [server.process, *psutil.Process(server.process.pid).children(recursive=True)]:
+                member.kill()
+        server.process.wait(30)
 
 
 def _ready(url) -> bool:

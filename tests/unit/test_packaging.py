@@ -31,9 +31,9 @@ def test_every_requirement_has_a_lower_bound():
     assert [line for line in everything if not own.match(line) and ">=" not in line] == []
 
 
-def test_bento_installs_the_base_dependencies():
+def test_bento_installs_what_serving_needs():
     build = yaml.safe_load((ROOT / "bento" / "bentofile.yaml").read_text())
-    assert build["python"]["packages"] == project()["dependencies"]
+    assert build["python"]["packages"] == project()["dependencies"] + project()["optional-dependencies"]["serve"]
 
 
 def test_entry_points():
@@ -47,6 +47,7 @@ def test_configs_and_service_travel_with_the_package():
     configs = {file.name for file in files("patchcore_plugin.configs").iterdir()}
     assert {"elpv.yaml", "folder.yaml", "mvtec_ad.yaml", "visa.yaml"} <= configs
     assert (files("patchcore_plugin.bento") / "service.py").is_file()
+    assert (files("patchcore_plugin.bento") / "ui" / "index.html").is_file()
     assert (files("patchcore_plugin") / "py.typed").is_file()
 
 

@@ -1,0 +1,300 @@
+"""The service under load, on loopback: against the runtime inside one process, and against anomalib's own inferencer.
+
+    python tests/benchmarks/load.py                 # saturation, 50 % and 80 % of it, twice the capacity
+    python tests/benchmarks/load.py --soak 20000    # only: as many requests of mixed sizes and formats, and the memory
+
+The bundle is of ELPV's 1 % bank. Requests and answers are counted, and bounded in number and time. The clients take their
+share of the same cores, as a benchmark without HTTP does not; the runtime's figure is what the service could reach at best.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import click
+import numpy as np
+import psutil
+from common import LAYERS, elpv_embeddings, heading
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "service"))
+from server import SERVICE, bentoml_serve
+
+CLIENTS = 8
+SERVE = [sys.executable, "-m", "bentoml", "serve"]
+
+
+class Client:
+    """One connection that is kept, with little work of its own."""
+
+    def __init__(self, url: str) -> None:
+        self._address = url.removeprefix("http://")
+        self._connection = http.client.HTTPConnection(self._address, timeout=60)
+
+    def ask(self, content: bytes) -> int:
+        """The status of an answer; 0 where there was none."""
+        try:
+            self._connection.request("POST", "/predict", content, {"Content-Type": "image/png"})
+            response = self._connection.getresponse()
+            response.read()
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            return 0
+        return response.status
+
+
+def saturate(url: str, contents: list[bytes], count: int) -> float:
+    """Requests a second, with more clients than the service has threads."""
+    numbers, lock, failed = iter(range(count)), threading.Lock(), []
+
+    def work() -> None:
+        client = Client(url)
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            status = client.ask(contents[number % len(contents)])
+            if status != 200:
+                failed.append(status)
+
+    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    spent = time.perf_counter() - started
+    if failed:
+        msg = f"not answered: {Counter(failed)}"
+        raise RuntimeError(msg)
+    return count / spent
+
+
+def steady(url: str, contents: list[bytes], rate: float, seconds: float, clients: int = 32) -> tuple[list[float], Counter]:
+    """Milliseconds from when each request was due, at so many a second, and statuses."""
+    count = int(rate * seconds)
+    numbers, lock = iter(range(count)), threading.Lock()
+    times, statuses = [], Counter()
+    begin = time.perf_counter() + 0.2
+
+    def work() -> None:
+        client = Client(url)
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            due = begin + number / rate
+            if (left := due - time.perf_counter()) > 0:
+                time.sleep(left)
+            status = client.ask(contents[number % len(contents)])
+            with lock:
+                statuses[status] += 1
+                if status == 200:
+                    times.append(1000 * (time.perf_counter() - due))
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return times, statuses
+
+
+def memory(server) -> float:
+    """Resident MiB of the server's processes."""
+    family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))]
+    return sum(psutil.Process(pid).memory_info().rss for pid in family) / 2**20
+
+
+def make_bundle(folder: Path) -> tuple[Path, list[Path]]:
+    """A bundle of ELPV's 1 % bank, and test images."""
+    from patchcore_plugin import FaissPatchcore
+    from patchcore_plugin.coreset import GreedyCoreset
+    from patchcore_plugin.elpv import lay_out
+    from patchcore_plugin.export import export_bundle
+
+    embeddings = elpv_embeddings()
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).eval()
+    model.model.memory_bank = embeddings[GreedyCoreset(ratio=0.01).fit(embeddings)]
+    lay_out(folder / "elpv")
+    good, bad = (sorted((folder / "elpv/test" / kind).iterdir()) for kind in ("good", "defective"))
+    return export_bundle(model, folder / "bundle", images=good[:32]), good[32:82] + bad[:50]
+
+
+def make_peer(bundle: Path, folder: Path) -> None:
+    """anomalib's model of the same weights and bank, exported for its TorchInferencer.
+
+    Its OpenVINO export takes two images at a time and no other number, which its own OpenVINOInferencer cannot give it.
+    """
+    import torch
+    from anomalib.models import Patchcore
+
+    from patchcore_plugin import FaissPatchcore
+    from patchcore_plugin.memory_bank import MemoryBank
+
+    weights = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).model.feature_extractor.net.state_dict()
+    model = Patchcore(backbone="tf_efficientnet_lite0", layers=LAYERS, pre_trained=False, evaluator=False)
+    model.model.feature_extractor.feature_extractor.load_state_dict(weights)
+    model.model.memory_bank = torch.from_numpy(MemoryBank.load(bundle / "bank.faiss").vectors.copy())
+    model.eval().to_torch(folder)
+    (path,) = folder.rglob("*.pt")
+    (folder / "peer.py").write_text(PEER.format(path=str(path)))
+
+
+PEER = """
+import os
+os.environ["TRUST_REMOTE_CODE"] = "1"
+import io
+import bentoml
+import numpy as np
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.routing import Route
+from anomalib.deploy import TorchInferencer
+import anyio.to_thread
+
+
+async def predict(request: Request) -> JSONResponse:
+    content = await request.body()
+    score = await anyio.to_thread.run_sync(bentoml.get_current_service().score, content)
+    return JSONResponse({{"score": score}})
+
+
+@bentoml.service(name="peer")
+@bentoml.asgi_app(Starlette(routes=[Route("/predict", predict, methods=["POST"])]), path="/", name="peer")
+class Peer:
+    def __init__(self) -> None:
+        self.inferencer = TorchInferencer({path!r}, device="cpu")
+
+    def score(self, content: bytes) -> float:
+        image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        return float(self.inferencer.predict(image).pred_score)
+"""
+
+
+def inside(bundle: Path, contents: list[bytes], mode: str, count: int) -> float:
+    """Images a second of the runtime, in a process of its own."""
+    import subprocess
+
+    code = (
+        "import io, pickle, sys, time\n"
+        "from patchcore_plugin import PatchcoreRuntime\n"
+        f"runtime = PatchcoreRuntime.load({str(bundle)!r}, mode={mode!r})\n"
+        "contents = pickle.load(sys.stdin.buffer)\n"
+        f"files = lambda: (io.BytesIO(contents[number % len(contents)]) for number in range({count}))\n"
+        "runtime.predict([io.BytesIO(content) for content in contents[:10]])\n"
+        "started = time.perf_counter()\n"
+        "for answer in runtime.stream(files()): answer.regions\n"
+        f"print({count} / (time.perf_counter() - started))\n"
+    )
+    import pickle
+
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(contents), capture_output=True, check=True)
+    return float(done.stdout)
+
+
+def row(table: Table, title: str, server, contents: list[bytes], count: int, best: float | None) -> float:
+    """Measure one service at saturation, and at 50 % and 80 % of it."""
+    saturate(server, contents, max(20, count // 10))
+    rate = saturate(server, contents, count)
+    cells = [title, f"{rate:.0f}", f"{rate / best:.0%}" if best else ""]
+    for share in (0.5, 0.8):
+        times, statuses = steady(server, contents, share * rate, count / rate)
+        low, high = np.percentile(times, [50, 99])
+        cells.append(f"{low:.0f} / {high:.0f}" + ("" if set(statuses) == {200} else f" {dict(statuses)}"))
+    table.add_row(*cells)
+    return rate
+
+
+def soak(server, images: list[Path], count: int) -> None:
+    """Requests of mixed sizes and formats; memory after the first 1,000 and at the end."""
+    rng = np.random.default_rng(0)
+    contents = []
+    for number in range(200):
+        picture = Image.open(images[number % len(images)]).convert(str(rng.choice(["L", "RGB"])))
+        width, height = rng.choice([64, 100, 256, 300, 512, 640, 1024, 1600], 2)
+        stream = io.BytesIO()
+        picture.resize((int(width), int(height))).save(stream, str(rng.choice(["PNG", "JPEG", "BMP", "TIFF", "WEBP"])))
+        contents.append(stream.getvalue())
+    client, early, failed, started = Client(server), None, Counter(), time.perf_counter()
+    for number in track(range(count), description="Soak"):
+        status = client.ask(contents[int(rng.integers(len(contents)))])
+        if status != 200:
+            failed[status] += 1
+        if number == 999:
+            early = memory(server)
+    late = memory(server)
+    click.echo(
+        f"{count:,} requests in {time.perf_counter() - started:.0f} s; failures: {dict(failed) or 'none'}; resident memory "
+        f"{early:.0f} MiB after 1,000, {late:.0f} MiB at the end ({late / early - 1:+.1%})"
+    )
+
+
+@click.command()
+@click.option("--count", default=1000, show_default=True, help="Requests to measure saturation with.")
+@click.option("--seconds", default=60.0, show_default=True, help="Time at twice the capacity.")
+@click.option("--soak", "soaked", default=0, help="Only send as many requests of mixed sizes and formats.")
+def main(count: int, seconds: float, soaked: int) -> None:
+    """Print throughput, latency, and what happens past the capacity."""
+    click.echo(heading("bentoml", "openvino", "faiss-cpu"))
+    os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        bundle, images = make_bundle(folder)
+        contents = [image.read_bytes() for image in images]
+        environment = {"PATCHCORE_BUNDLE": str(bundle)}
+        if soaked:
+            with bentoml_serve([*SERVE, SERVICE], folder, **environment) as server:
+                soak(server, images, soaked)
+            return
+        best = {mode: inside(bundle, contents, mode, count) for mode in ("latency", "throughput")}
+        for mode, rate in best.items():
+            click.echo(f"runtime alone, mode {mode}: {rate:.0f} images/s")
+        most = max(best.values())
+        title = "requests/s"
+        table = Table("service", title, "of the runtime's", "p50 / p99 ms at 50 %", "at 80 %")
+        rates = {}
+        for runner in ("inside", "process"):
+            for mode in ("latency", "throughput"):
+                options = {**environment, "PATCHCORE_RUNNER": runner, "PATCHCORE_MODE": mode}
+                with bentoml_serve([*SERVE, SERVICE], folder, **options) as server:
+                    rates[runner, mode] = row(table, f"ours, runner {runner}, {mode}", server, contents, count, most)
+        peer = folder / "peer"
+        peer.mkdir()
+        make_peer(bundle, peer)
+        with bentoml_serve([*SERVE, "peer:Peer"], folder, cwd=peer) as server:
+            theirs = row(table, "anomalib's TorchInferencer", server, contents, max(60, count // 10), None)
+        Console(width=125).print(table)
+        click.echo(f"ratio to anomalib's: {rates['inside', 'latency'] / theirs:.1f}")
+
+        with bentoml_serve([*SERVE, SERVICE], folder, **environment, PATCHCORE_QUEUE="8") as server:
+            rate = saturate(server, contents, count)
+            normal = np.median(steady(server, contents, 0.5 * rate, 5)[0])
+            before = memory(server)
+            _, statuses = steady(server, contents, 2 * rate, seconds, clients=64)
+            after = memory(server)
+            again = np.median(steady(server, contents, 0.5 * rate, 5)[0])
+        click.echo(
+            f"twice the rate for {seconds:.0f} s: {json.dumps(statuses)}; memory {before:.0f} to {after:.0f} MiB; p50 at "
+            f"half the capacity {normal:.1f} ms before, {again:.1f} ms in the five seconds after"
+        )
+
+
+if __name__ == "__main__":
+    main()

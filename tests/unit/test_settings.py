@@ -1,0 +1,66 @@
+"""The service's settings: from environment and file, wrong ones refused by name."""
+
+import pytest
+from bentoml.exceptions import BentoMLConfigException
+from patchcore_plugin.bento.settings import Settings, read_settings
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    import os
+
+    for name in [name for name in os.environ if name.startswith("PATCHCORE_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults():
+    settings = read_settings()
+    assert settings == Settings()
+    assert (settings.host, settings.runner, settings.api_key) == ("127.0.0.1", "inside", None)
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_environment_goes_before_the_file(tmp_path, monkeypatch):
+    (tmp_path / "settings.yaml").write_text("queue: 5\nthreads: 3\napi_key: secret\n")
+    monkeypatch.setenv("PATCHCORE_SETTINGS", str(tmp_path / "settings.yaml"))
+    monkeypatch.setenv("PATCHCORE_QUEUE", "7")
+    monkeypatch.setenv("PATCHCORE_MODE", "")
+    settings = read_settings()
+    assert (settings.queue, settings.threads, settings.mode) == (7, 3, "latency")
+    assert settings.api_key.get_secret_value() == "secret"
+    assert "secret" not in str(settings.model_dump()), "what is printed at start"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PATCHCORE_THREADS", "0", r"PATCHCORE_THREADS: .*greater than or equal to 1 \(got '0'\)"),
+        ("PATCHCORE_THREADS", "many", "PATCHCORE_THREADS: .*integer"),
+        ("PATCHCORE_MODE", "fast", "PATCHCORE_MODE: .*'latency' or 'throughput'"),
+        ("PATCHCORE_TIMEOUT", "nan", "PATCHCORE_TIMEOUT"),
+        ("PATCHCORE_PORT", "70000", "PATCHCORE_PORT"),
+        ("PATCHCORE_THREDS", "2", "There is no setting PATCHCORE_THREDS.*PATCHCORE_THREADS"),
+        ("PATCHCORE_SETTINGS", "absent.yaml", "PATCHCORE_SETTINGS: there is no file absent.yaml"),
+    ],
+)
+def test_wrong_environment(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BentoMLConfigException, match=message):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("queue: -1", "PATCHCORE_QUEUE"),
+        ("qeue: 5", "PATCHCORE_QEUE: Extra inputs are not permitted"),
+        ("queue: [", "PATCHCORE_SETTINGS: .* cannot be read"),
+        ("- 1", "PATCHCORE_SETTINGS: .* cannot be read"),
+        ("!!python/object/apply:os.system ['true']", "PATCHCORE_SETTINGS: .* cannot be read"),
+    ],
+)
+def test_wrong_file(tmp_path, monkeypatch, content, message):
+    (tmp_path / "settings.yaml").write_text(content)
+    monkeypatch.setenv("PATCHCORE_SETTINGS", str(tmp_path / "settings.yaml"))
+    with pytest.raises(BentoMLConfigException, match=message):
+        read_settings()
