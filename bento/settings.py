@@ -45,7 +45,11 @@ class Settings(BaseSettings):
     max_pixels: int = Field(90_000_000, ge=1, le=10**9, description="Pixels of an image, at most.")
     max_images: int = Field(32, ge=1, le=1024, description="Images of one request to /predict_batch, at most.")
 
-    host: str = Field("127.0.0.1", description="Address to listen at; 0.0.0.0 for other hosts too.")
+    host: str = Field(
+        # in a container of `bentoml containerize`, whoever starts it says which of its ports are open to whom
+        default_factory=lambda: "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1",  # noqa: S104
+        description="Address to listen at: this machine alone; 0.0.0.0 for other hosts too.",
+    )
     port: int = Field(3000, ge=1, le=65535, description="Port to listen at.")
     api_key: SecretStr | None = Field(None, description="Requests must carry it in the header X-API-Key.")
     log: Literal["text", "json"] = Field("text", description="Form of the log's lines.")

@@ -20,6 +20,14 @@ def test_defaults():
     assert all(field.description for field in Settings.model_fields.values())
 
 
+def test_container(monkeypatch):
+    """Loopback inside a container would be out of reach."""
+    monkeypatch.setenv("BENTOML_CONTAINERIZED", "true")
+    assert read_settings().host == "0.0.0.0"
+    monkeypatch.setenv("PATCHCORE_HOST", "10.0.0.1")
+    assert read_settings().host == "10.0.0.1"
+
+
 def test_environment_goes_before_the_file(tmp_path, monkeypatch):
     (tmp_path / "settings.yaml").write_text("queue: 5\nthreads: 3\napi_key: secret\n")
     monkeypatch.setenv("PATCHCORE_SETTINGS", str(tmp_path / "settings.yaml"))
