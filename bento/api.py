@@ -224,7 +224,7 @@ def _json(answer: BaseModel) -> Response:
 
 async def _one_image(request: Request) -> tuple[str, bytes, dict[str, str]]:
     """File name and bytes of a request's image, and the form's other fields."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = _content_type(request)
     if kind in _RAW or kind.startswith("image/"):
         content = await request.body()
         if not content:
@@ -240,8 +240,13 @@ async def _one_image(request: Request) -> tuple[str, bytes, dict[str, str]]:
     return file.filename or "image", await file.read(), fields
 
 
+def _content_type(request: Request) -> str:
+    """A body's type without its parameters, in lower case."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
 async def _form(request: Request, files: int) -> FormData:
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = _content_type(request)
     if kind != _FORM:
         detail = f"The body's type is {kind or 'not given'}; send a form ({_FORM}), or an image (image/png, ...)."
         raise ProblemError(415, "unsupported_media_type", detail)

@@ -229,10 +229,7 @@ class PatchcoreService:
             answer = self._describe(pixels, prediction, *rest)
             if kind == "overlay":
                 return as_png(PatchcoreRuntime.heatmap(pixels, prediction)), answer
-            values = prediction.normalized_map
-            if values is None:
-                values = prediction.anomaly_map / max(float(prediction.anomaly_map.max()), 1e-12)
-            return as_png(as_grey(values)), answer
+            return as_png(as_grey(prediction.shown_map)), answer
 
         return await self._work(content, name, model, describe_and_draw)
 
@@ -262,7 +259,7 @@ class PatchcoreService:
                     index=manifest.index.kind,
                     storage=manifest.index.storage,
                     precision=manifest.precision,
-                    bytes=sum(file.bytes for file in manifest.files.values()),
+                    bytes=manifest.total_bytes,
                     sha256={file: about.sha256 for file, about in manifest.files.items()},
                 )
             )

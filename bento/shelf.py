@@ -193,8 +193,7 @@ def describe(path: Path) -> tuple[Manifest, str]:
 def _open(name: str, path: Path, stamp: tuple | None, load: Callable[[Path], PatchcoreRuntime]) -> Entry:
     version = _version(path)
     runtime = load(path)
-    size = sum(file.bytes for file in runtime.manifest.files.values())
-    return Entry(name=name, runtime=runtime, version=version, size=size, _stamp=stamp)
+    return Entry(name=name, runtime=runtime, version=version, size=runtime.manifest.total_bytes, _stamp=stamp)
 
 
 def _version(path: Path) -> str:

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 STAGES = ("decode", "preprocess", "backbone", "search", "map")
 
 
-def stages(runtime: PatchcoreRuntime, path: Path, images: Iterable[Path]) -> dict[str, list[float]]:
+def stages(runtime: PatchcoreRuntime, images: Iterable[Path]) -> dict[str, list[float]]:
     """Milliseconds of each stage for each image, one image at a time.
 
     Args:
         runtime: A bundle, loaded in mode ``"latency"``.
-        path: That bundle's folder.
         images: Image files.
 
     Returns:
@@ -35,7 +34,7 @@ def stages(runtime: PatchcoreRuntime, path: Path, images: Iterable[Path]) -> dic
     """
     core = ov.Core()
     options = {**compile_options("latency", runtime.threads), "INFERENCE_PRECISION_HINT": "f32"}
-    steps = core.compile_model(preprocessing(core, path / FEATURES), "CPU", options)
+    steps = core.compile_model(preprocessing(core, runtime.path / FEATURES), "CPU", options)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for number, image in enumerate(images):
         marks = [time.perf_counter()]

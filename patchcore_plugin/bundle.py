@@ -199,6 +199,11 @@ class Manifest(_Record):
             raise ValueError(msg)
         return self
 
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files but the manifest."""
+        return sum(file.bytes for file in self.files.values())
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest of the bundle at ``path``, without looking at its other files.

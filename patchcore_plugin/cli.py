@@ -236,7 +236,7 @@ def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> No
         f"{manifest.embedding_dimension} bank ({manifest.index.kind}, {manifest.index.storage}); {runtime.threads} threads, "
         f"{len(images)} images"
     )
-    times = measure.stages(runtime, bundle, images)
+    times = measure.stages(runtime, images)
     table = Table("stage", "median ms", "90 % below")
     for stage, spent in times.items():
         median, high = (sorted(spent)[int(len(spent) * share)] for share in (0.5, 0.9))

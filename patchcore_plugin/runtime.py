@@ -72,6 +72,13 @@ class Prediction:
         return _normalize(self.anomaly_map, self.manifest.pixel)
 
     @cached_property
+    def shown_map(self) -> NDArray[np.float32]:
+        """The map in [0, 1]: normalised, or, where the model was never validated, stretched to its own largest value."""
+        if self.normalized_map is not None:
+            return self.normalized_map
+        return self.anomaly_map / max(float(self.anomaly_map.max()), 1e-12)
+
+    @cached_property
     def pixel_threshold(self) -> float | None:
         """Raw value of the map above which a pixel is anomalous, sensitivity included; None without one."""
         return _raw_threshold(self.manifest.pixel)
@@ -222,10 +229,10 @@ class PatchcoreRuntime:
 
         A model that was never validated has no scale; its map is then stretched from 0 to its own largest value.
         """
-        if prediction.normalized_map is None:
-            values = prediction.anomaly_map / max(float(prediction.anomaly_map.max()), 1e-12)
-        else:  # anomalib moves the threshold in the map by the sensitivity; colours begin at 0.5
-            values = prediction.normalized_map + prediction.manifest.pixel.sensitivity - 0.5
+        values = prediction.shown_map
+        if prediction.normalized_map is not None:
+            # anomalib moves the threshold in the map by the sensitivity; colours begin at 0.5
+            values = values + prediction.manifest.pixel.sensitivity - 0.5
         return overlay(read_image(image), values, prediction.manifest.preprocessing)
 
     def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
