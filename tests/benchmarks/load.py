@@ -30,10 +30,9 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "service"))
-from server import SERVICE, bentoml_serve
+from server import BENTOML, SERVE, bentoml_serve
 
 CLIENTS = 8
-SERVE = [sys.executable, "-m", "bentoml", "serve"]
 
 
 class Client:
@@ -55,40 +54,17 @@ class Client:
         return response.status
 
 
-def saturate(url: str, contents: list[bytes], count: int) -> float:
-    """Requests a second, with more clients than the service has threads."""
-    numbers, lock, failed = iter(range(count)), threading.Lock(), []
+def drive(
+    url: str, contents: list[bytes], count: int, clients: int, rate: float | None = None
+) -> tuple[list[float], Counter, float]:
+    """Send ``count`` requests, at so many a second, or each client as soon as it has its answer.
 
-    def work() -> None:
-        client = Client(url)
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            status = client.ask(contents[number % len(contents)])
-            if status != 200:
-                failed.append(status)
-
-    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    spent = time.perf_counter() - started
-    if failed:
-        msg = f"not answered: {Counter(failed)}"
-        raise RuntimeError(msg)
-    return count / spent
-
-
-def steady(url: str, contents: list[bytes], rate: float, seconds: float, clients: int = 32) -> tuple[list[float], Counter]:
-    """Milliseconds from when each request was due, at so many a second, and statuses."""
-    count = int(rate * seconds)
+    Returns:
+        Milliseconds of the answered ones, from when each was due; all statuses; and the seconds that all took.
+    """
     numbers, lock = iter(range(count)), threading.Lock()
     times, statuses = [], Counter()
-    begin = time.perf_counter() + 0.2
+    begin = time.perf_counter() + (0.2 if rate else 0)  # every client is there when the first is due
 
     def work() -> None:
         client = Client(url)
@@ -97,7 +73,7 @@ def steady(url: str, contents: list[bytes], rate: float, seconds: float, clients
                 number = next(numbers, None)
             if number is None:
                 return
-            due = begin + number / rate
+            due = begin + number / rate if rate else time.perf_counter()
             if (left := due - time.perf_counter()) > 0:
                 time.sleep(left)
             status = client.ask(contents[number % len(contents)])
@@ -111,7 +87,21 @@ def steady(url: str, contents: list[bytes], rate: float, seconds: float, clients
         thread.start()
     for thread in threads:
         thread.join()
-    return times, statuses
+    return times, statuses, time.perf_counter() - begin
+
+
+def saturate(url: str, contents: list[bytes], count: int) -> float:
+    """Requests a second, with more clients than the service has threads."""
+    _, statuses, spent = drive(url, contents, count, CLIENTS)
+    if set(statuses) != {200}:
+        msg = f"not answered: {statuses}"
+        raise RuntimeError(msg)
+    return count / spent
+
+
+def steady(url: str, contents: list[bytes], rate: float, seconds: float, clients: int = 32) -> tuple[list[float], Counter]:
+    """Milliseconds from when each request was due, at so many a second, and statuses."""
+    return drive(url, contents, int(rate * seconds), clients, rate)[:2]
 
 
 def memory(server) -> float:
@@ -260,7 +250,7 @@ def main(count: int, seconds: float, soaked: int) -> None:
         contents = [image.read_bytes() for image in images]
         environment = {"PATCHCORE_BUNDLE": str(bundle)}
         if soaked:
-            with bentoml_serve([*SERVE, SERVICE], folder, **environment) as server:
+            with bentoml_serve(SERVE, folder, **environment) as server:
                 soak(server, images, soaked)
             return
         best = {mode: inside(bundle, contents, mode, count) for mode in ("latency", "throughput")}
@@ -273,17 +263,17 @@ def main(count: int, seconds: float, soaked: int) -> None:
         for runner in ("inside", "process"):
             for mode in ("latency", "throughput"):
                 options = {**environment, "PATCHCORE_RUNNER": runner, "PATCHCORE_MODE": mode}
-                with bentoml_serve([*SERVE, SERVICE], folder, **options) as server:
+                with bentoml_serve(SERVE, folder, **options) as server:
                     rates[runner, mode] = row(table, f"ours, runner {runner}, {mode}", server, contents, count, most)
         peer = folder / "peer"
         peer.mkdir()
         make_peer(bundle, peer)
-        with bentoml_serve([*SERVE, "peer:Peer"], folder, cwd=peer) as server:
+        with bentoml_serve([*BENTOML, "serve", "peer:Peer"], folder, cwd=peer) as server:
             theirs = row(table, "anomalib's TorchInferencer", server, contents, max(60, count // 10), None)
         Console(width=125).print(table)
         click.echo(f"ratio to anomalib's: {rates['inside', 'latency'] / theirs:.1f}")
 
-        with bentoml_serve([*SERVE, SERVICE], folder, **environment, PATCHCORE_QUEUE="8") as server:
+        with bentoml_serve(SERVE, folder, **environment, PATCHCORE_QUEUE="8") as server:
             rate = saturate(server, contents, count)
             normal = np.median(steady(server, contents, 0.5 * rate, 5)[0])
             before = memory(server)

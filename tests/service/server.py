@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ import httpx
 import psutil
 
 SERVICE = "patchcore_plugin.bento.service:PatchcoreService"
+BENTOML = [sys.executable, "-m", "bentoml"]
+SERVE = [*BENTOML, "serve", SERVICE]
 
 
 class Server(str):

@@ -16,9 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from server import SERVICE, bentoml_serve
-
-SERVE = [sys.executable, "-m", "bentoml", "serve", SERVICE]
+from server import SERVE, bentoml_serve
 
 
 def ask(url, content, timeout=60, **options):

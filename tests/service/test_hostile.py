@@ -14,16 +14,15 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from server import SERVICE, bentoml_serve
+from server import SERVE, bentoml_serve
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
 
 @pytest.fixture(scope="module")
 def url(bundle, tmp_path_factory):
-    command = [sys.executable, "-m", "bentoml", "serve", SERVICE]
     folder = tmp_path_factory.mktemp("hostile")
-    with bentoml_serve(command, folder, PATCHCORE_BUNDLE=str(bundle), PATCHCORE_MAX_BODY="8") as server:
+    with bentoml_serve(SERVE, folder, PATCHCORE_BUNDLE=str(bundle), PATCHCORE_MAX_BODY="8") as server:
         workers = workers_of(server)
         yield server
         assert workers_of(server) == workers, "a worker died"

@@ -5,13 +5,12 @@ import io
 import os
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
-from server import SERVICE, bentoml_serve
+from server import SERVE, bentoml_serve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
@@ -19,7 +18,6 @@ if CHROMIUM is None:
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 expect = api.expect
 
-SERVE = [sys.executable, "-m", "bentoml", "serve", SERVICE]
 SWITCHES = (
     "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
 )

@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from server import SERVICE, bentoml_serve
+from server import BENTOML, SERVE, SERVICE, bentoml_serve
 
 PYTHON = sys.executable
-BENTOML = [PYTHON, "-m", "bentoml"]
 
 
 @pytest.fixture(scope="module")
 def url(bundle, tmp_path_factory):
-    with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path_factory.mktemp("serve"), PATCHCORE_BUNDLE=str(bundle)) as url:
+    with bentoml_serve(SERVE, tmp_path_factory.mktemp("serve"), PATCHCORE_BUNDLE=str(bundle)) as url:
         yield url
 
 
@@ -220,13 +219,13 @@ def test_openapi_describes_the_answer(url):
 
 
 def test_from_the_model_store(store, runtime, test_images, tmp_path):
-    with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path, **store, PATCHCORE_BUNDLE="") as url:
+    with bentoml_serve(SERVE, tmp_path, **store, PATCHCORE_BUNDLE="") as url:
         assert ask(url, test_images[0]).json()["score"] == pytest.approx(runtime.predict(test_images[:1])[0].score, rel=1e-6)
 
 
 def test_nothing_to_serve(tmp_path):
     with pytest.raises(RuntimeError) as caught:  # noqa: SIM117
-        with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path, BENTOML_HOME=str(tmp_path / "home"), PATCHCORE_BUNDLE=""):
+        with bentoml_serve(SERVE, tmp_path, BENTOML_HOME=str(tmp_path / "home"), PATCHCORE_BUNDLE=""):
             pytest.fail("a server without a model must not become ready")
     assert "There is no model to serve. Set PATCHCORE_BUNDLE" in str(caught.value)
     assert "Traceback" not in str(caught.value)
@@ -236,7 +235,7 @@ def test_nothing_to_serve(tmp_path):
 def test_damaged_bundle(bundle_copy, tmp_path):
     (bundle_copy / "bank.faiss").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"bank\.faiss has 0 bytes, its manifest says"):  # noqa: SIM117
-        with bentoml_serve([*BENTOML, "serve", SERVICE], tmp_path, PATCHCORE_BUNDLE=str(bundle_copy)):
+        with bentoml_serve(SERVE, tmp_path, PATCHCORE_BUNDLE=str(bundle_copy)):
             pytest.fail("a server with a damaged bundle must not become ready")
 
 
