@@ -20,6 +20,7 @@ import anyio
 import anyio.to_thread
 import bentoml
 from bentoml.exceptions import BentoMLConfigException, NotFound
+from opentelemetry import trace
 
 from patchcore_plugin.bundle import MANIFEST, BundleError, Manifest, read_manifest, verify
 from patchcore_plugin.images import ImageError, ImageTooLargeError, read_image
@@ -117,6 +118,14 @@ _traffic = {"timeout": settings.timeout + 5}  # the service itself answers in ti
 _logging = {"access": {"enabled": False}}  # its own line says more
 
 
+_tracing: dict[str, Any] = {}
+if settings.trace_to is not None:
+    _tracing["tracing"] = {
+        "exporter_type": "otlp",
+        "sample_rate": settings.trace_share,
+        "otlp": {"protocol": "http", "endpoint": settings.trace_to},
+    }
+
 # BentoML's client takes a new connection after so many requests and ends those that are under way on the old one.
 _connection = {"max_requests": 10**12, "max_age": 1e9}
 
@@ -162,6 +171,7 @@ class PatchcoreRunner:
     traffic=_traffic,
     logging=_logging,
     http={"host": settings.host, "port": settings.port},
+    **_tracing,
 )
 @bentoml.asgi_app(make_app(settings), path="/", name="patchcore")
 class PatchcoreService:
@@ -323,6 +333,10 @@ class PatchcoreService:
         answer.milliseconds = {stage: round(spent, 2) for stage, spent in times.items()}
         for stage, spent in times.items():
             self.metrics.stages.labels(stage=stage).observe(spent / 1000)
+        span = trace.get_current_span()  # the request's, by BentoML
+        if span.is_recording():
+            span.set_attributes({f"patchcore.{stage}_ms": spent for stage, spent in answer.milliseconds.items()})
+            span.set_attributes({"patchcore.model": model, "patchcore.version": version, "patchcore.score": answer.score})
         if answer.normalized_score is not None:
             self.metrics.scores.labels(model=model).observe(answer.normalized_score)
         self.metrics.verdicts.labels(model=model, verdict=answer.verdict or "none").inc()

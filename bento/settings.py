@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from bentoml.exceptions import BentoMLConfigException
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 PREFIX = "PATCHCORE_"
@@ -53,6 +54,32 @@ class Settings(BaseSettings):
     port: int = Field(3000, ge=1, le=65535, description="Port to listen at.")
     api_key: SecretStr | None = Field(None, description="Requests must carry it in the header X-API-Key.")
     log: Literal["text", "json"] = Field("text", description="Form of the log's lines.")
+    trace_to: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="Address that OpenTelemetry spans are sent to (OTLP over HTTP, http://host:4318/v1/traces); needs the "
+        "package opentelemetry-exporter-otlp-proto-http.",
+    )
+    trace_share: float = Field(1.0, gt=0, le=1, description="Share of requests that are traced.")
+
+    @field_validator("bundles")
+    @classmethod
+    def _one_of_two(cls, bundles: Path | None, info: ValidationInfo) -> Path | None:
+        if bundles is not None and info.data.get("bundle") is not None:
+            msg = f"set either this or bundle, which is {info.data['bundle']}"
+            raise ValueError(msg)
+        return bundles
+
+    @field_validator("trace_to")
+    @classmethod
+    def _exporter_is_there(cls, address: str | None) -> str | None:
+        try:
+            if address is not None:
+                import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        except ImportError as error:
+            msg = "needs the package opentelemetry-exporter-otlp-proto-http, which is not installed"
+            raise ValueError(msg) from error
+        return address
 
     @classmethod
     def settings_customise_sources(

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from patchcore_plugin.bundle import MANIFEST, BundleError, Manifest, read_manifest
 from patchcore_plugin.runtime import PatchcoreRuntime
 
@@ -193,6 +195,12 @@ def describe(path: Path) -> tuple[Manifest, str]:
 def _open(name: str, path: Path, stamp: tuple | None, load: Callable[[Path], PatchcoreRuntime]) -> Entry:
     version = _version(path)
     runtime = load(path)
+    black = np.zeros((*runtime.manifest.preprocessing.resize, 3), np.uint8)
+    try:
+        runtime.predict([black])  # the first takes longer than others
+    except Exception as error:  # of OpenVINO or FAISS
+        msg = f"{path} cannot score an image: {error}"
+        raise BundleError(msg) from error
     return Entry(name=name, runtime=runtime, version=version, size=runtime.manifest.total_bytes, _stamp=stamp)
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READABLE = (2, 3)  # what format 3 added may be absent
 MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
 _FILES = (FEATURES, WEIGHTS, BANK, NEIGHBORS)
@@ -172,7 +173,7 @@ class File(_Record):
 class Manifest(_Record):
     """Content of manifest.json."""
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[2, 3] = FORMAT_VERSION
     name: Annotated[str, Field(min_length=1, max_length=200)]
     created: datetime
     backbone: str
@@ -229,9 +230,10 @@ def read_manifest(path: Path) -> Manifest:
         msg = f"{file} is damaged: {error}"
         raise BundleError(msg) from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
         msg = (
-            f"{file} has bundle format {version!r}; this patchcore-plugin reads format {FORMAT_VERSION}. Export the model "
+            f"{file} has bundle format {version!r}; this patchcore-plugin reads formats {known}. Export the model "
             "again, or install the version that wrote the bundle."
         )
         raise BundleError(msg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import logging
 import sys
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from patchcore_plugin import __version__
+from patchcore_plugin.cli_common import plain_errors, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from patchcore_plugin.bundle import Manifest
 
 _ANOMALIB_COMMANDS = {
@@ -29,24 +26,6 @@ _ANOMALIB_COMMANDS = {
     "validate": "Validate a model with anomalib.",
     "test": "Test a model with anomalib.",
 }
-
-
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors that a user can mend into one sentence instead of a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ModuleNotFoundError as error:
-            missing = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo", "psutil": "demo"}
-            extra = missing.get(error.name or "", "train")
-            msg = f"{error}. This command needs more than the base install: pip install 'patchcore-plugin[{extra}]'"
-            raise click.ClickException(msg) from error
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            raise click.ClickException(str(error)) from error
-
-    return run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -65,7 +44,7 @@ def _add_anomalib_command(name: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True},
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    @_plain_errors
+    @plain_errors
     def command(arguments: tuple[str, ...]) -> None:
         run_anomalib([name, *arguments])
 
@@ -117,7 +96,7 @@ def run_anomalib(arguments: list[str]) -> Any:
     type=click.Path(path_type=Path),
     help="Folder of normal images that were not trained on, to measure on.  [default: some of the validation set]",
 )
-@_plain_errors
+@plain_errors
 def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) -> None:
     """Write a trained model as a bundle.
 
@@ -176,7 +155,7 @@ def _print_trials(manifest: Manifest) -> None:
     help="Folder for results.csv and heatmaps.",
 )
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
-@_plain_errors
+@plain_errors
 def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     """Score every image below FOLDER with a BUNDLE.
 
@@ -191,7 +170,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     columns = ["image", "score", "normalized_score", "verdict", "threshold", "error"]
     failed = anomalous = 0
-    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file, _progress() as bar:
+    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file, progress_bar() as bar:
         table = csv.DictWriter(file, columns)
         table.writeheader()
         for path in bar.track(images, description="Predict"):
@@ -220,7 +199,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to work with.  [default: all cores]")
 @click.option("--limit", type=click.IntRange(min=2), default=200, show_default=True, help="Images to measure, at most.")
-@_plain_errors
+@plain_errors
 def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> None:
     """Measure where a BUNDLE's time goes on this machine, with the images below FOLDER."""
     from patchcore_plugin import benchmark as measure
@@ -251,7 +230,7 @@ def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> No
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@_plain_errors
+@plain_errors
 def pack(bundle: Path) -> None:
     """Put a BUNDLE into BentoML's model store, where `bentoml serve` and `bentoml build` find it."""
     import shutil
@@ -278,7 +257,7 @@ def pack(bundle: Path) -> None:
     help="Folder for everything that the demo writes.",
 )
 @click.option("--data-only", is_flag=True, help="Only lay the images out, below datasets/elpv, for configs/elpv.yaml.")
-@_plain_errors
+@plain_errors
 def demo(folder: Path, data_only: bool) -> None:
     """Train, export and serve on real solar-cell images, and ask the service about two of them.
 
@@ -294,7 +273,3 @@ def demo(folder: Path, data_only: bool) -> None:
             click.echo(f"{count:4d} images in {root / name}")
     else:
         steps.run(folder)
-
-
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import venv
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -216,6 +218,45 @@ def test_openapi_describes_the_answer(url):
     document = httpx.get(f"{url}/docs.json", timeout=60).text
     for word in ("/predict", "normalized_score", "feature units", "heatmap"):
         assert word in document
+
+
+def test_spans(bundle, test_images, tmp_path):
+    """A request's span says how long each stage took."""
+    trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    bodies = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    environment = {"PATCHCORE_BUNDLE": str(bundle), "PATCHCORE_TRACE_TO": address}
+
+    def attributes():
+        spans = []
+        for body in bodies:
+            for resource in trace_service.ExportTraceServiceRequest.FromString(body).resource_spans:
+                spans += [span for scope in resource.scope_spans for span in scope.spans]
+        return {item.key: item.value for span in spans for item in span.attributes}
+
+    try:
+        with bentoml_serve(SERVE, tmp_path, **environment) as url:
+            answer = ask(url, test_images[0]).json()
+            deadline = time.monotonic() + 30
+            while "patchcore.search_ms" not in attributes():
+                assert time.monotonic() < deadline, url.log.read_text()
+                time.sleep(0.2)
+    finally:
+        collector.shutdown()
+        collector.server_close()
+    found = attributes()
+    assert found["patchcore.search_ms"].double_value == answer["milliseconds"]["search"]
+    assert found["patchcore.score"].double_value == pytest.approx(answer["score"])
+    assert found["patchcore.model"].string_value == "cells"
 
 
 def test_from_the_model_store(store, runtime, test_images, tmp_path):

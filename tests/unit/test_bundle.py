@@ -107,10 +107,15 @@ def test_absent(tmp_path):
         PatchcoreRuntime.load(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2.0", None, [2]])
+def test_bundle_of_the_format_before(bundle_copy):
+    change_manifest(bundle_copy, format_version=2)
+    assert read_manifest(bundle_copy).format_version == 2
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads format 2"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2 and 3"):
         PatchcoreRuntime.load(bundle_copy)
 
 

@@ -47,6 +47,7 @@ def test_environment_goes_before_the_file(tmp_path, monkeypatch):
         ("PATCHCORE_MODE", "fast", "PATCHCORE_MODE: .*'latency' or 'throughput'"),
         ("PATCHCORE_TIMEOUT", "nan", "PATCHCORE_TIMEOUT"),
         ("PATCHCORE_PORT", "70000", "PATCHCORE_PORT"),
+        ("PATCHCORE_TRACE_TO", "localhost:4318", "PATCHCORE_TRACE_TO: .*pattern"),
         ("PATCHCORE_THREDS", "2", "There is no setting PATCHCORE_THREDS.*PATCHCORE_THREADS"),
         ("PATCHCORE_SETTINGS", "absent.yaml", "PATCHCORE_SETTINGS: there is no file absent.yaml"),
     ],
@@ -61,6 +62,7 @@ def test_wrong_environment(monkeypatch, name, value, message):
     ("content", "message"),
     [
         ("queue: -1", "PATCHCORE_QUEUE"),
+        ("bundle: a\nbundles: b", "PATCHCORE_BUNDLES: .*set either this or bundle, which is a"),
         ("qeue: 5", "PATCHCORE_QEUE: Extra inputs are not permitted"),
         ("queue: [", "PATCHCORE_SETTINGS: .* cannot be read"),
         ("- 1", "PATCHCORE_SETTINGS: .* cannot be read"),
