@@ -1,4 +1,4 @@
-"""What serving needs: size on disk against training's, and the time from process start to first answer.
+"""What serving needs: size on disk against training's, the time from process start to first answer, and the bento's size.
 
     python tests/benchmarks/footprint.py BUNDLE IMAGE
 
@@ -7,6 +7,7 @@ Sizes are those of the installed files of every package that an extra pulls in, 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import click
+import httpx
 from packaging.requirements import Requirement
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "service"))
+from server import BENTOML, SERVE, bentoml_serve
 
 ANSWER = """
 import sys
@@ -60,6 +65,40 @@ def first_answer(bundle: str, image: str, cache: str) -> float:
     return time.perf_counter() - started
 
 
+def imported(module: str) -> float:
+    """Seconds of a process that imports a module and ends."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+    return time.perf_counter() - started
+
+
+def first_answer_of_service(bundle: str, image: str, folder: Path) -> tuple[float, float]:
+    """Seconds from the start of ``bentoml serve`` until it is ready, and until it has answered."""
+    started = time.perf_counter()
+    with bentoml_serve(SERVE, folder, PATCHCORE_BUNDLE=str(Path(bundle).resolve())) as url:
+        ready = time.perf_counter() - started
+        httpx.post(f"{url}/predict", files={"image": Path(image).read_bytes()}, timeout=60).raise_for_status()
+        return ready, time.perf_counter() - started
+
+
+def built(bundle: str, home: Path) -> tuple[int, int]:
+    """Bytes of a bento of the bundle, and of the bundle's own files in it."""
+    environment = {**os.environ, "BENTOML_HOME": str(home)}
+    root = Path(__file__).parents[2]
+    for command in (
+        [str(Path(sys.executable).parent / "patchcore"), "pack", bundle],
+        [*BENTOML, "build", "--bentofile", str(root / "bento" / "bentofile.yaml"), str(root)],
+        [*BENTOML, "export", "patchcore:latest", str(home / "patchcore.bento")],
+    ):
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    size_of_bundle = sum(file.stat().st_size for file in Path(bundle).iterdir())
+    return (home / "patchcore.bento").stat().st_size, size_of_bundle
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True))
 @click.argument("image", type=click.Path(exists=True))
@@ -72,11 +111,19 @@ def main(bundle: str, image: str) -> None:
         click.echo(f"{title:<16} {len(names):>4} packages {size(names) / 2**20:>7,.0f} MiB, {torch} torch")
     with tempfile.TemporaryDirectory() as cache:
         first_answer(bundle, image, "")  # the files come from disk once
-        plain = sorted(first_answer(bundle, image, "") for _ in range(5))[2]
+        plain = median([first_answer(bundle, image, "") for _ in range(5)])
         filled = first_answer(bundle, image, cache)
-        cached = sorted(first_answer(bundle, image, cache) for _ in range(5))[2]
+        cached = median([first_answer(bundle, image, cache) for _ in range(5)])
     click.echo(f"process start to first answer: {plain:.2f} s, with the compiled network kept {cached:.2f} s")
     click.echo(f"(and {filled:.2f} s where it is compiled and kept)")
+    ours, theirs = (median([imported(name) for _ in range(5)]) for name in ("patchcore_plugin.bento.service", "bentoml"))
+    click.echo(f"import of the service's module: {ours:.2f} s, of bentoml alone {theirs:.2f} s, process start included")
+    with tempfile.TemporaryDirectory() as temporary:
+        starts = [first_answer_of_service(bundle, image, Path(temporary)) for _ in range(3)]
+        ready, answered = (median(list(times)) for times in zip(*starts, strict=True))
+        click.echo(f"`bentoml serve` to ready: {ready:.1f} s, to its first answer {answered:.1f} s")
+        whole, model = built(bundle, Path(temporary))
+        click.echo(f"bento: {whole / 2**20:.1f} MiB packed, of a bundle of {model / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
