@@ -26,6 +26,7 @@ from patchcore_plugin.bundle import (
     FEATURES,
     MANIFEST,
     BundleError,
+    Calibration,
     Index,
     Manifest,
     Preprocessing,
@@ -35,6 +36,7 @@ from patchcore_plugin.bundle import (
 )
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.torch_model import MemoryBankError
 from patchcore_plugin.network import INPUT, NORMALISED, Network, cores
 from patchcore_plugin.network_precision import choose_precision
@@ -148,6 +150,7 @@ def export_bundle(
             precision_trials=precision_trials,
             image=image,
             pixel=pixel,
+            calibration=_calibration(model, precision),
             versions={
                 "python": platform.python_version(),
                 **{
@@ -217,7 +220,7 @@ def _preprocessing(model: FaissPatchcore) -> Preprocessing:
 
 
 def _scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
-    """Image and pixel scale of anomalib's post-processor."""
+    """Image and pixel scale of the post-processor."""
     post = model.post_processor
     if post is None:
         return Scale(), Scale()
@@ -242,6 +245,21 @@ def _scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
             sensitivity=post.pixel_sensitivity,
         ),
     )
+
+
+def _calibration(model: FaissPatchcore, precision: Precision) -> Calibration | None:
+    """What the post-processor keeps of normal images, if it is one that does."""
+    post = model.post_processor
+    if not isinstance(post, ConformalPostProcessor) or not len(post.calibration):
+        return None
+    if precision != "f32":
+        logger.warning(
+            "Thresholds and p-values were calibrated in float32, but this bundle's network works in %s, whose scores differ "
+            "(see the table of the export): its false-alarm rate will not be exactly the one asked for.",
+            precision,
+        )
+    scores, peaks, means = (sorted(column.tolist()) for column in post.calibration.T)
+    return Calibration(false_positive_rate=post.false_positive_rate, scores=scores, peaks=peaks, means=means)
 
 
 def _write_ir(network: _Embedding, recipe: Preprocessing, path: Path) -> tuple[tuple[int, int], int]:
