@@ -23,8 +23,12 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import TYPE_CHECKING
 
+from patchcore_plugin.bundle import Scale
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from patchcore_plugin.bundle import Calibration
 
 
 def p_value(calibration: Sequence[float], score: float) -> float:
@@ -60,6 +64,25 @@ def threshold(calibration: Sequence[float], rate: float) -> float:
         msg = f"A false-alarm rate of {rate:g} needs at least {images_needed(rate)} normal images, got {count}."
         raise ValueError(msg)
     return calibration[count - floor((count + 1) * _exact(rate))]
+
+
+def scales(calibration: Calibration) -> tuple[Scale, Scale]:
+    """Thresholds for images and pixels, and how scores are normalised by them.
+
+    Without defective images there is no largest score to scale by. Normalised scores are 0 at the smallest of the
+    calibration, 0.5 at the threshold, and 1 as far above it as that lies below; maps are 0 at the smallest mean of a
+    calibration image's.
+
+    Raises:
+        ValueError: If there are too few images for the calibration's rate.
+    """
+    image = threshold(calibration.scores, calibration.false_positive_rate)
+    pixel = threshold(calibration.peaks, calibration.false_positive_rate)
+    low, dark = calibration.scores[0], calibration.means[0]
+    return (
+        Scale(threshold=image, minimum=low, maximum=2 * image - low),
+        Scale(threshold=pixel, minimum=dark, maximum=2 * pixel - dark),
+    )
 
 
 def images_needed(rate: float) -> int:

@@ -26,7 +26,6 @@ from patchcore_plugin.bundle import (
     FEATURES,
     MANIFEST,
     BundleError,
-    Calibration,
     Index,
     Manifest,
     Preprocessing,
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import IndexKind, Precision, Storage
+    from patchcore_plugin.bundle import Calibration, IndexKind, Precision, Storage
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
     from patchcore_plugin.network import Request
@@ -250,16 +249,14 @@ def _scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
 def _calibration(model: FaissPatchcore, precision: Precision) -> Calibration | None:
     """What the post-processor keeps of normal images, if it is one that does."""
     post = model.post_processor
-    if not isinstance(post, ConformalPostProcessor) or not len(post.calibration):
-        return None
-    if precision != "f32":
+    record = post.record() if isinstance(post, ConformalPostProcessor) else None
+    if record is not None and precision != "f32":
         logger.warning(
             "Thresholds and p-values were calibrated in float32, but this bundle's network works in %s, whose scores differ "
             "(see the table of the export): its false-alarm rate will not be exactly the one asked for.",
             precision,
         )
-    scores, peaks, means = (sorted(column.tolist()) for column in post.calibration.T)
-    return Calibration(false_positive_rate=post.false_positive_rate, scores=scores, peaks=peaks, means=means)
+    return record
 
 
 def _write_ir(network: _Embedding, recipe: Preprocessing, path: Path) -> tuple[tuple[int, int], int]:

@@ -8,8 +8,8 @@ import torch
 from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 
-from patchcore_plugin.bundle import MAX_CALIBRATION
-from patchcore_plugin.conformal import images_needed, threshold
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
+from patchcore_plugin.conformal import images_needed, scales
 
 if TYPE_CHECKING:
     from anomalib.data import Batch
@@ -31,8 +31,7 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds a share of
     the training images back (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
 
-    The normalised score is 0 at the smallest of the calibration, 0.5 at the threshold, and 1 as far above it as that lies
-    below; the normalised map is 0 at the smallest mean of a calibration image's map. anomalib's sensitivities stay at 0.5:
+    Normalisation follows the thresholds: :func:`patchcore_plugin.conformal.scales`. anomalib's sensitivities stay at 0.5:
     they would move the thresholds away from what was promised.
 
     Args:
@@ -105,16 +104,22 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         if len(rows) > MAX_CALIBRATION:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_CALIBRATION]]
         self.calibration = rows.to(self.calibration)
-        images, pixels = (sorted(rows[:, column].tolist()) for column in (0, 1))
-        self._set(self._image_threshold, self.image_min, self.image_max, images, images[0])
-        self._set(self._pixel_threshold, self.pixel_min, self.pixel_max, pixels, float(rows[:, 2].min()))
+        image, pixel = scales(self.record())
+        buffers = (
+            (self._image_threshold, self.image_min, self.image_max),
+            (self._pixel_threshold, self.pixel_min, self.pixel_max),
+        )
+        for scale, (limit, low, high) in zip((image, pixel), buffers, strict=True):
+            limit.fill_(scale.threshold)
+            low.fill_(scale.minimum)
+            high.fill_(scale.maximum)
 
-    def _set(
-        self, limit: torch.Tensor, low: torch.Tensor, high: torch.Tensor, calibration: list[float], smallest: float
-    ) -> None:
-        limit.fill_(threshold(calibration, self.false_positive_rate))
-        low.fill_(smallest)
-        high.copy_(2 * limit - low)
+    def record(self) -> Calibration | None:
+        """The calibration as a bundle keeps it; None before a validation."""
+        if not len(self.calibration):
+            return None
+        scores, peaks, means = (sorted(column.tolist()) for column in self.calibration.T)
+        return Calibration(false_positive_rate=self.false_positive_rate, scores=scores, peaks=peaks, means=means)
 
     def _check_count(self, count: int) -> None:
         needed = images_needed(self.false_positive_rate)

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin.conformal import images_needed, p_value, threshold
+from patchcore_plugin.bundle import Calibration
+from patchcore_plugin.conformal import images_needed, p_value, scales, threshold
+from patchcore_plugin.scoring import normalize
 
 # few different values, so that ties are common
 scores = st.lists(st.integers(0, 12).map(float), min_size=1, max_size=40)
@@ -60,3 +62,21 @@ def test_promise(count, rate):
     error = np.std(rates) / math.sqrt(draws)
     assert expected <= rate
     assert np.mean(rates) == pytest.approx(expected, abs=4 * error)
+
+
+@given(scores=st.lists(st.floats(1, 100), min_size=9, max_size=30), rate=st.sampled_from([0.1, 0.25, 0.5]))
+def test_scales(scores, rate):
+    """Normalised scores: 0 at the smallest, 0.5 at the threshold, 1 as far above; also where all scores are the same."""
+    scores = sorted(scores)
+    means = [score / 2 for score in scores]
+    calibration = Calibration(false_positive_rate=rate, scores=scores, peaks=scores, means=means)
+    image, pixel = scales(calibration)
+    assert image.threshold == pixel.threshold == threshold(scores, rate)
+    reach = image.threshold - scores[0]
+    wanted = [0, 0.5, 1] if reach > 1e-3 * image.threshold else [None, 0.5, None]
+    values = np.float32([scores[0], image.threshold, image.threshold + reach])
+    found = normalize(values, image.threshold, image.minimum, image.maximum)
+    for one, expected in zip(found, wanted, strict=True):
+        assert expected is None or one == pytest.approx(expected, abs=1e-3)
+    assert pixel.minimum == means[0]
+    assert normalize(np.float32([1000.0]), pixel.threshold, pixel.minimum, pixel.maximum) == 1
