@@ -85,7 +85,7 @@ class DriftMonitor:
 
     Args:
         calibration: That of the bundle. With 100 images, a change that moves all images beyond the calibration's 90 %
-            quantile is told after 20; with 30 images, only after more.
+            quantile is told after 16 of them; with 30, after 24.
 
     Example:
         >>> monitor = DriftMonitor(runtime.manifest.calibration)

@@ -23,16 +23,22 @@ def runtime(calibrated):
 
 
 @pytest.fixture(scope="module")
-def raw(model, held_back):
-    """Score, and largest and mean value of the map, of the images held back, scored again one by one."""
+def answers(model, held_back):
+    """Of the images held back, scored again one by one."""
     with torch.no_grad():
-        answers = [model.model(model.pre_processor.transform(read_image(path, as_tensor=True)[None])) for path in held_back]
+        images = [model.pre_processor.transform(read_image(path, as_tensor=True)[None]) for path in held_back]
+        return [model.model(image) for image in images]
+
+
+@pytest.fixture(scope="module")
+def raw(answers):
+    """Their scores, and the largest and the mean value of their maps."""
     return np.array(
         [[float(a.pred_score), float(a.anomaly_map.max()), float(a.anomaly_map.double().mean())] for a in answers]
     )
 
 
-def test_config_without_a_defective_image(model, held_back, raw):
+def test_config_without_a_defective_image(model, answers, raw):
     """The images held back are in the checkpoint by their scores, and set both thresholds."""
     post = model.post_processor
     assert isinstance(post, ConformalPostProcessor)
@@ -41,12 +47,11 @@ def test_config_without_a_defective_image(model, held_back, raw):
     np.testing.assert_allclose(post.calibration, raw, rtol=1e-4)
     assert float(post.image_threshold) == pytest.approx(max(raw[:, 0]), rel=1e-4), "20 images promise 5 % by the largest"
     assert float(post.pixel_threshold) == pytest.approx(max(raw[:, 1]), rel=1e-4)
-    with torch.no_grad():
-        answers = [model(read_image(path, as_tensor=True)[None]) for path in held_back]
-    normalised = np.array([float(answer.pred_score) for answer in answers])
+    shown = [post(answer) for answer in answers]
+    normalised = np.array([float(answer.pred_score) for answer in shown])
     assert normalised.min() == pytest.approx(0, abs=1e-4)
     assert normalised.max() == pytest.approx(0.5, abs=1e-4)
-    assert max(float(answer.anomaly_map.max()) for answer in answers) == pytest.approx(0.5, abs=1e-4)
+    assert max(float(answer.anomaly_map.max()) for answer in shown) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_bundle_tells_p_values(calibrated, runtime, model, raw, test_images):
