@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 
@@ -53,11 +54,16 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     calibration: torch.Tensor
 
     def __init__(self, false_positive_rate: float = 0.01) -> None:
-        images_needed(false_positive_rate)  # refuses what is no rate
+        if images_needed(false_positive_rate) > MAX_CALIBRATION:
+            msg = (
+                f"false_positive_rate must be at least {1 / (MAX_CALIBRATION + 1):.2g}, got {false_positive_rate!r}: a "
+                f"calibration keeps {MAX_CALIBRATION:,} images at most."
+            )
+            raise ValueError(msg)
         super().__init__()
         self.false_positive_rate = false_positive_rate
         self.register_buffer("calibration", torch.empty(0, 3))
-        self._rows: dict[Any, torch.Tensor] = {}
+        self._rows: dict[Any, torch.Tensor | None] = {}  # of each image seen; None of an anomalous one
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
@@ -67,13 +73,18 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         """Refuse a validation set that is too small before training, not after it, where its labels are known by then."""
         del pl_module
         datamodule = getattr(trainer, "datamodule", None)  # absent where loaders were given instead
-        if datamodule is None:
+        if not isinstance(datamodule, AnomalibDataModule):
             return
         samples = getattr(getattr(datamodule, "val_data", None), "samples", ())
         if len(samples) == 0:
             self._check_count(0)
         elif "label_index" in samples:
             self._check_count(int((samples["label_index"] != 1).sum()))
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an interrupted validation has left."""
+        del trainer, pl_module
+        self._rows = {}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
@@ -82,10 +93,13 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         del pl_module, args, kwargs
         maps = outputs.anomaly_map.flatten(1)
         rows = torch.stack([outputs.pred_score.flatten(), maps.amax(1), maps.mean(1)], dim=1).float().cpu()
-        normal = [True] * len(rows) if outputs.gt_label is None else (outputs.gt_label.flatten() == 0).tolist()
-        # A distributed sampler repeats images to make all shares equally large.
-        names = outputs.image_path or [(trainer.global_rank, len(self._rows) + number) for number in range(len(rows))]
-        self._rows.update({name: row for name, row, use in zip(names, rows, normal, strict=True) if use})
+        # A distributed sampler repeats images to make all shares equally large: by their names they count once.
+        start = len(self._rows)
+        names = outputs.image_path or [(trainer.global_rank, start + number) for number in range(len(rows))]
+        anomalous = torch.zeros(len(rows)) if outputs.gt_label is None else outputs.gt_label.flatten()
+        self._rows.update(
+            {name: None if bad else row for name, row, bad in zip(names, rows, anomalous.tolist(), strict=True)}
+        )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set thresholds and the range of normalisation.
@@ -99,6 +113,7 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
             shares: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, found)
             found = {name: row for share in shares for name, row in share.items()}
+        found = {name: row for name, row in found.items() if row is not None}
         self._check_count(len(found))
         rows = torch.stack([found[name] for name in sorted(found)])  # in one order, however processes shared them
         if len(rows) > MAX_CALIBRATION:

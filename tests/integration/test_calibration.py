@@ -131,6 +131,8 @@ def test_too_few_images(cells, tmp_path):
         make_engine(tmp_path).fit(model, datamodule.train_dataloader(), datamodule.val_dataloader())
     with pytest.raises(ValueError, match="between 0 and 1, got 1"):
         ConformalPostProcessor(1)
+    with pytest.raises(ValueError, match=r"at least 0\.0001, got 1e-05: a calibration keeps 10,000 images"):
+        ConformalPostProcessor(1e-5)
 
 
 def test_unlabelled_and_repeated_images_and_a_cap(monkeypatch):
@@ -146,7 +148,7 @@ def test_unlabelled_and_repeated_images_and_a_cap(monkeypatch):
         maps = torch.rand(len(names), 1, 8, 8, generator=rng)
         return ImageBatch(
             image=torch.zeros(len(names), 3, 8, 8), pred_score=maps.amax((1, 2, 3)) + 1, anomaly_map=maps,
-            gt_label=labels, image_path=names,
+            gt_label=labels, image_path=names if names[0] else None,
         )  # fmt: skip
 
     post = ConformalPostProcessor(0.2)
@@ -155,6 +157,10 @@ def test_unlabelled_and_repeated_images_and_a_cap(monkeypatch):
     post.on_validation_batch_end(trainer, None, batch(["a"], None))
     post.on_validation_epoch_end(trainer, None)
     assert len(post.calibration) == 6  # a b c d e g
+    for _ in range(2):
+        post.on_validation_batch_end(trainer, None, batch([None] * 4, torch.tensor([1, 0, 0, 0])))
+    post.on_validation_epoch_end(trainer, None)
+    assert len(post.calibration) == 6, "without names, all are different ones"
     monkeypatch.setattr("patchcore_plugin.model.post_processing.MAX_CALIBRATION", 5)
     post.on_validation_batch_end(trainer, None, batch([str(i) for i in range(50)], None))
     post.on_validation_epoch_end(trainer, None)

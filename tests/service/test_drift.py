@@ -12,7 +12,7 @@ from patchcore_plugin import PatchcoreRuntime
 
 def turned(path) -> bytes:
     stream = io.BytesIO()
-    Image.open(path).rotate(180).save(stream, "PNG")
+    Image.open(path).rotate(90).save(stream, "PNG")
     return stream.getvalue()
 
 
