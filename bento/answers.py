@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ _REGION = {"left": 96, "top": 40, "width": 61, "height": 148, "area": 5120, "pea
 _ANSWER = {
     "score": 44.0,
     "normalized_score": 0.88,
+    "p_value": 0.008,
     "verdict": "anomalous",
     "threshold": 30.2,
     "pixel_threshold": 28.9,
@@ -22,6 +24,18 @@ _ANSWER = {
     "milliseconds": {"decode": 1.1, "network": 3.4, "search": 4.2, "answer": 0.6},
     **_MODEL,
     "heatmap": None,
+}
+_DRIFT = {
+    "images": 1207,
+    "evidence": 2_400_000.0,
+    "threshold": 1_000_000.0,
+    "drifted": True,
+    "since": "2026-11-23T10:00:00Z",
+    "what": "distances are larger",
+    "score": 31.0,
+    "normal_score": 29.6,
+    "distance": 25.9,
+    "normal_distance": 22.8,
 }
 
 
@@ -54,6 +68,10 @@ class Answer(BaseModel):
     model_config = _example(_ANSWER)
     score: float = Field(description="Raw image score, a distance in feature units; larger is more anomalous.")
     normalized_score: float | None = Field(description="Score in [0, 1] with the threshold at 0.5; null if unvalidated.")
+    p_value: float | None = Field(
+        description="Share of normal images that score as high or higher, in (0, 1], by the calibration of the model; null "
+        "if it has none."
+    )
     verdict: Literal["normal", "anomalous"] | None = Field(description="null if the model has no threshold.")
     threshold: float | None = Field(description="Raw score above which an image is anomalous, in feature units.")
     pixel_threshold: float | None = Field(description="Value of the map above which a pixel is, in feature units.")
@@ -150,12 +168,50 @@ class Models(BaseModel):
     default: str | None = Field(description="The one that answers requests that name none.")
 
 
+class Drift(BaseModel):
+    """Whether production has moved away from the normal images that a model was calibrated on."""
+
+    model_config = _example(_DRIFT)
+    images: int = Field(description="Images that this process has answered since it loaded the model.")
+    evidence: float = Field(description="Evidence of drift; around 1 without any, and it grows by multiplication.")
+    threshold: float = Field(
+        description="Evidence that counts as drift. Without drift it is reached once in so many images at most, in the mean."
+    )
+    drifted: bool = Field(description="Whether it was reached and has not gone since.")
+    since: datetime | None = Field(description="When it was reached, ISO 8601; null without drift.")
+    what: str | None = Field(
+        description="What has moved: scores or distances, larger or smaller; null without drift.",
+    )
+    score: float | None = Field(description="Median raw score of the latest 50 images; null before the first.")
+    normal_score: float = Field(description="The calibration's.")
+    distance: float | None = Field(
+        description="Median of the latest 50 images' mean distances to the memory bank, in feature units; null before the "
+        "first."
+    )
+    normal_distance: float = Field(description="The calibration's.")
+
+
+class ModelDrift(BaseModel):
+    """Drift as seen by one model."""
+
+    model: str = Field(description="Name of the model.")
+    version: str = Field(description="Its version, as in answers.")
+    drift: Drift | None = Field(description="null if it has no calibration.")
+
+
+class Drifts(BaseModel):
+    """Drift of all models that have answered in this process. Several workers each have seen their share of the images."""
+
+    models: list[ModelDrift]
+
+
 def describe_prediction(prediction: Prediction, model: str, version: str) -> Answer:
     """An answer without times and heatmap."""
     height, width = prediction.size
     return Answer(
         score=prediction.score,
         normalized_score=prediction.normalized_score,
+        p_value=prediction.p_value,
         verdict=prediction.verdict,
         threshold=prediction.threshold,
         pixel_threshold=prediction.pixel_threshold,

@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from patchcore_plugin.bundle import BundleError
 from patchcore_plugin.images import SUFFIXES
 
-from .answers import Answer, Answers, Item, Models, Problem
+from .answers import Answer, Answers, Drifts, Item, Models, Problem
 from .door import Door, ProblemError, problem, problem_response
 from .shelf import UnknownModelError
 
@@ -154,6 +154,11 @@ def make_app(settings: Settings) -> FastAPI:
     def models(service: Service) -> Models:
         """All models that requests may name."""
         return service.models()
+
+    @app.get("/drift", responses={401: _PROBLEMS[401]})
+    def drift(service: Service) -> Drifts:
+        """Whether production has moved away from the images that each model was calibrated on."""
+        return service.watch.describe()
 
     @app.get("/samples", include_in_schema=False)
     def samples() -> list[str]:

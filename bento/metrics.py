@@ -23,3 +23,16 @@ class Metrics:
         self.queue = Gauge("patchcore_requests_inside", "Requests being worked on or waiting", multiprocess_mode="livesum")
         self.loads = Counter("patchcore_model_loads", "Bundles loaded, refused or dropped", ["model", "result"])
         self.rejected = Counter("patchcore_rejected", "Requests and images without an answer, by code", ["code"])
+        # Each process watches its own share of the images: what is shown is the one that is surest.
+        self.drifted = Gauge(
+            "patchcore_drifted",
+            "1 while production counts as drifted, else 0",
+            ["model"],
+            multiprocess_mode="livemax",
+        )
+        self.drift = Gauge(
+            "patchcore_drift_evidence",
+            "Logarithm of the evidence of drift, in units of the threshold's",
+            ["model"],
+            multiprocess_mode="livemax",
+        )

@@ -33,6 +33,7 @@ from .door import LogFormatter, ProblemError
 from .metrics import Metrics
 from .settings import read_settings
 from .shelf import Shelf, UnknownModelError, describe
+from .watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,6 +191,7 @@ class PatchcoreService:
         start_logging()
         self.metrics = Metrics()
         self.shelf = make_shelf(self.metrics)
+        self.watch = Watch(self.metrics)
         threads = settings.threads or cores()
         # In mode latency, one more decodes meanwhile.
         self._limiter = anyio.CapacityLimiter(threads if settings.mode == "throughput" else 2)
@@ -345,6 +347,7 @@ class PatchcoreService:
             span.set_attributes({"patchcore.model": model, "patchcore.version": version, "patchcore.score": answer.score})
         if answer.normalized_score is not None:
             self.metrics.scores.labels(model=model).observe(answer.normalized_score)
+        self.watch.feed(model, version, prediction)
         self.metrics.verdicts.labels(model=model, verdict=answer.verdict or "none").inc()
         return answer
 

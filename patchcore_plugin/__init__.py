@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchcore_plugin.model.lightning_model import FaissPatchcore
+    from patchcore_plugin.model.post_processing import ConformalPostProcessor
     from patchcore_plugin.registry import register
     from patchcore_plugin.runtime import PatchcoreRuntime
 
-__all__ = ["FaissPatchcore", "PatchcoreRuntime", "register"]
+__all__ = ["ConformalPostProcessor", "FaissPatchcore", "PatchcoreRuntime", "register"]
 __version__ = "0.1.0"
 
 # The wheel carries bento/ and configs/ inside the package. In a checkout they stand beside it, and are found there, also
@@ -22,6 +23,7 @@ if (_CHECKOUT / "bento" / "service.py").is_file():
 
 # Loaded at first use: the runtime must start without the training packages, and importing this package costs nothing.
 _HOMES = {
+    "ConformalPostProcessor": "patchcore_plugin.model.post_processing",
     "FaissPatchcore": "patchcore_plugin.model.lightning_model",
     "PatchcoreRuntime": "patchcore_plugin.runtime",
     "register": "patchcore_plugin.registry",

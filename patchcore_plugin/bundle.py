@@ -18,10 +18,11 @@ import shutil
 import uuid
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,7 @@ MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
 _FILES = (FEATURES, WEIGHTS, BANK, NEIGHBORS)
 _NAMES = {MANIFEST, *_FILES}
-_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand
+_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand, and of the largest calibration 800,000
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 Storage = Literal["float32", "float16", "int8"]
@@ -43,12 +44,26 @@ Precision = Literal["f32", "bf16", "int8"]
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
 
+MAX_CALIBRATION = 10_000
+"""Most calibration images that a bundle keeps."""
+
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 
 
 class BundleError(ValueError):
     """A bundle cannot be read or written; the message names the file and the reason."""
+
+
+def _ascending(values: list[float]) -> list[float]:
+    if any(after < before for before, after in pairwise(values)):
+        msg = "must be in ascending order"
+        raise ValueError(msg)
+    return values
+
+
+Ascending = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_CALIBRATION), AfterValidator(_ascending)]
+"""One number of each calibration image, sorted by itself."""
 
 
 class _Record(BaseModel):
@@ -90,12 +105,13 @@ class Preprocessing(_Record):
 
 
 class Scale(_Record):
-    """How to read raw scores, from anomalib's post-processor.
+    """How to read raw scores, from the model's post-processor.
 
     Attributes:
         threshold: Raw threshold; None if validation set none.
-        minimum: Smallest raw score in validation; None without normalisation.
-        maximum: Largest raw score in validation; None without normalisation.
+        minimum: Lower end of the range that normalisation scales to a length of 1, the threshold at 0.5; of anomalib's
+            post-processor the smallest raw score in validation. None without normalisation.
+        maximum: Its upper end; of anomalib's the largest raw score in validation. None without normalisation.
         sensitivity: In [0, 1]; 0.5 takes the threshold as it is, more calls more images anomalous.
     """
 
@@ -103,6 +119,33 @@ class Scale(_Record):
     minimum: FiniteFloat | None = None
     maximum: FiniteFloat | None = None
     sensitivity: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class Calibration(_Record):
+    """Scores of normal images that were held back from training, by which p-values and drift are told.
+
+    Each list is sorted by itself, and has one number of every image, in feature units, as training computed it.
+
+    Attributes:
+        false_positive_rate: Share of normal images for which the thresholds were set.
+        scores: Image scores.
+        peaks: Largest value of each image's anomaly map.
+        means: Mean of each image's anomaly map.
+    """
+
+    false_positive_rate: Annotated[float, Field(gt=0, lt=1)]
+    scores: Ascending
+    peaks: Ascending
+    means: Ascending
+
+    @model_validator(mode="after")
+    def _of_the_same_images(self) -> Self:
+        if not len(self.scores) == len(self.peaks) == len(self.means):
+            msg = (
+                f"{len(self.scores)} scores, {len(self.peaks)} peaks and {len(self.means)} means are not of the same images"
+            )
+            raise ValueError(msg)
+        return self
 
 
 class IndexTrial(_Record):
@@ -190,6 +233,7 @@ class Manifest(_Record):
     precision_trials: list[PrecisionTrial] = []
     image: Scale
     pixel: Scale
+    calibration: Calibration | None = None
     versions: dict[str, str]
     files: dict[Literal["features.xml", "features.bin", "bank.faiss", "bank.npy"], File]
 

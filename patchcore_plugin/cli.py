@@ -168,7 +168,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     runtime = PatchcoreRuntime.load(bundle)
     images = [path for path in find_images(folder) if output.resolve() not in path.resolve().parents]
     output.mkdir(parents=True, exist_ok=True)
-    columns = ["image", "score", "normalized_score", "verdict", "threshold", "error"]
+    columns = ["image", "score", "normalized_score", "p_value", "verdict", "threshold", "error"]
     failed = anomalous = 0
     with (output / "results.csv").open("w", newline="", encoding="utf-8") as file, progress_bar() as bar:
         table = csv.DictWriter(file, columns)

@@ -35,6 +35,7 @@ from patchcore_plugin.bundle import (
 )
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.torch_model import MemoryBankError
 from patchcore_plugin.network import INPUT, NORMALISED, Network, cores
 from patchcore_plugin.network_precision import choose_precision
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import IndexKind, Precision, Storage
+    from patchcore_plugin.bundle import Calibration, IndexKind, Precision, Storage
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
     from patchcore_plugin.network import Request
@@ -148,6 +149,7 @@ def export_bundle(
             precision_trials=precision_trials,
             image=image,
             pixel=pixel,
+            calibration=_calibration(model, precision),
             versions={
                 "python": platform.python_version(),
                 **{
@@ -217,7 +219,7 @@ def _preprocessing(model: FaissPatchcore) -> Preprocessing:
 
 
 def _scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
-    """Image and pixel scale of anomalib's post-processor."""
+    """Image and pixel scale of the post-processor."""
     post = model.post_processor
     if post is None:
         return Scale(), Scale()
@@ -242,6 +244,19 @@ def _scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
             sensitivity=post.pixel_sensitivity,
         ),
     )
+
+
+def _calibration(model: FaissPatchcore, precision: Precision) -> Calibration | None:
+    """What the post-processor keeps of normal images, if it is one that does."""
+    post = model.post_processor
+    record = post.record() if isinstance(post, ConformalPostProcessor) else None
+    if record is not None and precision != "f32":
+        logger.warning(
+            "Thresholds and p-values were calibrated in float32, but this bundle's network works in %s, whose scores differ "
+            "(see the table of the export): its false-alarm rate will not be exactly the one asked for.",
+            precision,
+        )
+    return record
 
 
 def _write_ir(network: _Embedding, recipe: Preprocessing, path: Path) -> tuple[tuple[int, int], int]:

@@ -15,11 +15,13 @@ import faiss
 import numpy as np
 
 from patchcore_plugin.bundle import BANK, FEATURES, BundleError, Manifest, Scale, read_manifest, verify
+from patchcore_plugin.conformal import p_value
+from patchcore_plugin.drift import DriftMonitor
 from patchcore_plugin.images import overlay, read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.network import Network, Request, cores
 from patchcore_plugin.regions import Region, find_regions
-from patchcore_plugin.scoring import anomaly_map, normalize
+from patchcore_plugin.scoring import anomaly_map, map_mean, normalize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     Source = str | Path | BinaryIO | Image.Image | NDArray[np.uint8]
 
 # anomalib's adaptive threshold is itself the score of a validation image. That image must not change sides because
-# another runtime rounds its score differently, so only a score beyond rounding lies above the threshold.
+# another runtime rounds its score differently, so only a score beyond rounding lies above the threshold. A calibration score
+# that differs by no more counts as a tie, for the same reason: verdict and p-value agree.
 _ROUNDING = 1e-5
 
 
@@ -57,6 +60,21 @@ class Prediction:
     size: tuple[int, int]
     manifest: Manifest = field(repr=False)
     milliseconds: dict[str, float] = field(repr=False)
+
+    @cached_property
+    def p_value(self) -> float | None:
+        """How rare so large a score is among normal images, in (0, 1]; None where the bundle has no calibration.
+
+        At most ``a`` for at most a share ``a`` of normal images; see :mod:`patchcore_plugin.conformal`. With n calibration
+        images it cannot be less than 1 / (n + 1).
+        """
+        calibration = self.manifest.calibration
+        return None if calibration is None else p_value(calibration.scores, self.score / (1 + _ROUNDING))
+
+    @cached_property
+    def mean_distance(self) -> float:
+        """Mean of the anomaly map, in feature units: how far from the bank the image lies as a whole."""
+        return float(map_mean(self.patch_distances[None], self.manifest.preprocessing.size)[0])
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32]:
@@ -115,6 +133,7 @@ class PatchcoreRuntime:
     Attributes:
         path: The bundle's folder.
         manifest: What the bundle says of itself.
+        drift: Watches whether the images that are scored still look as the calibration's; None without a calibration.
 
     Raises:
         BundleError: If the bundle is absent, damaged, or of another version; the message names the file.
@@ -142,6 +161,8 @@ class PatchcoreRuntime:
         path = self.path = Path(path)
         self.manifest: Manifest = read_manifest(path)
         verify(path, self.manifest)
+        calibration = self.manifest.calibration
+        self.drift = None if calibration is None else DriftMonitor(calibration)
         self.bank = _load_bank(path, self.manifest)
         self.mode, self.threads = mode, threads or cores()
         if isinstance(cache, bool):
@@ -250,7 +271,7 @@ class PatchcoreRuntime:
             if normalized is not None:  # as anomalib: a sensitivity of 0 calls nothing anomalous
                 anomalous = anomalous and float(normalized[0]) > 1 - image.sensitivity
             verdict = "anomalous" if anomalous else "normal"
-        return Prediction(
+        prediction = Prediction(
             score=float(scores.image[0]),
             normalized_score=None if normalized is None else float(normalized[0]),
             threshold=threshold,
@@ -260,6 +281,9 @@ class PatchcoreRuntime:
             manifest=self.manifest,
             milliseconds={"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)},
         )
+        if self.drift is not None:
+            self.drift.update(prediction.score, prediction.mean_distance)
+        return prediction
 
 
 def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:

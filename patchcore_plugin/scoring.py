@@ -103,6 +103,20 @@ def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear",
     return patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
 
 
+def map_mean(patch: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Mean (B,) of each :func:`anomaly_map`, without the map: the mean of a linear function of the patches is another one.
+
+    Args:
+        patch: Patch distances (B, h, w), float32.
+        size: Height and width of the map, in pixels.
+    """
+    rows, columns = (
+        _axis_matrix(patches, pixels, "bilinear", SIGMA).mean(0)
+        for patches, pixels in zip(patch.shape[1:], size, strict=True)
+    )
+    return (patch @ columns) @ rows
+
+
 @lru_cache(maxsize=32)
 def _axis_matrix(patches: int, pixels: int, upsampling: str, sigma: float) -> NDArray[np.float32]:
     """Matrix (pixels, patches) that upsamples one axis, then smooths it with a Gaussian cut at four sigma."""

@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,3 +131,42 @@ def real_embeddings(trained, cells) -> np.ndarray:
     with torch.no_grad():
         embedding = trained.model.model.embed(trained.model.pre_processor.transform(images))
     return embedding.reshape(-1, embedding.shape[-1]).numpy()
+
+
+@pytest.fixture(scope="session")
+def normal_only(cells, tmp_path_factory) -> Path:
+    """Checkpoint of a training with the stock ``anomalib`` by configs/normal_only.yaml: 52 normal cells, 20 held back."""
+    folder = tmp_path_factory.mktemp("normal_only")
+    command = [
+        Path(sys.executable).parent / "anomalib", "train", "--config", ROOT / "configs" / "normal_only.yaml",
+        "--data.init_args.root", cells / "test", "--data.init_args.num_workers", "0",
+        "--data.init_args.val_split_ratio", "0.4",
+        "--model.init_args.post_processor.init_args.false_positive_rate", "0.05",
+    ]  # fmt: skip
+    result = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (checkpoint,) = folder.glob("results/FaissPatchcore/my_part/v0/weights/lightning/model.ckpt")
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def calibrated(normal_only, tmp_path_factory) -> Path:
+    """Its bundle."""
+    from patchcore_plugin import FaissPatchcore
+    from patchcore_plugin.export import export_bundle
+
+    model = FaissPatchcore.load_from_checkpoint(normal_only, map_location="cpu")
+    return export_bundle(model, tmp_path_factory.mktemp("calibrated") / "bundle", "my_part")
+
+
+@pytest.fixture(scope="session")
+def held_back(cells) -> list[Path]:
+    """The normal cells that calibrated it, by the config's split."""
+    from anomalib.data import Folder
+
+    datamodule = Folder(
+        name="my_part", root=cells / "test", normal_dir="good", val_split_mode="from_train", val_split_ratio=0.4,
+        test_split_mode="none", seed=0,
+    )  # fmt: skip
+    datamodule.setup()
+    return sorted(map(Path, datamodule.val_data.samples["image_path"]))

@@ -309,11 +309,13 @@ function show(entry) {
   showDetails(answer);
 }
 
-function showScore({ score, threshold, normalized_score: normalized }) {
+function showScore({ score, threshold, normalized_score: normalized, p_value: p }) {
   $("score").textContent = digits.format(score);
   $("threshold").textContent = threshold === null ? "no threshold" : digits.format(threshold);
   $("normalized").textContent = normalized === null ? "" : normalized.toFixed(3);
   $("normalized-item").hidden = normalized === null;
+  $("p-value").textContent = p === null ? "" : p.toFixed(3);
+  $("p-value-item").hidden = p === null;
   $("meter").hidden = threshold === null;
   if (threshold === null) return;
   const end = Math.max(2 * threshold, 1.1 * score) || 1; // the mark stays in the middle as long as there is room

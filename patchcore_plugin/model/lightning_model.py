@@ -33,6 +33,7 @@ from patchcore_plugin.coreset import (
 )
 from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.model.backbone import weights_from_checkpoint
+from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         precision: ``"float32"`` or ``"float16"``: precision of the stored bank and, on an accelerator, of the backbone.
             Distances are always float32.
         pre_processor: anomalib pre-processor, or whether to use the default one.
-        post_processor: anomalib post-processor, or whether to use the default one.
+        post_processor: anomalib post-processor, or whether to use the default one, which sets thresholds by defective
+            images. :class:`patchcore_plugin.ConformalPostProcessor` needs none.
         evaluator: anomalib evaluator, or whether to use the default one.
         visualizer: anomalib visualizer, or whether to use the default one.
         backbone_weights: Local ``.pth`` or ``.safetensors`` file with the backbone's weights. Tensors only: nothing else
@@ -374,9 +376,18 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         checkpoint["held_out"] = self.held_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find the held-out images again; older checkpoints have none."""
+        """Find held-out images and the kind of post-processor again; older checkpoints have neither."""
+        rate = checkpoint.get("anomalib_post_processor_config", {}).get("false_positive_rate")
+        if rate is not None and type(self.post_processor) is PostProcessor:
+            self._replace_post_processor(ConformalPostProcessor(rate))
         super().on_load_checkpoint(checkpoint)
         self.held_out = checkpoint.get("held_out")
+
+    def _replace_post_processor(self, new: PostProcessor) -> None:
+        if self._trainer is not None:  # to which the old one is attached already
+            callbacks = self.trainer.callbacks
+            callbacks[callbacks.index(self.post_processor)] = new
+        self.post_processor = new
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
         """Export to ONNX, the memory bank inside; see anomalib's ``ExportMixin.to_onnx``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from anomalib.data.utils import read_image
 from rich.progress import track
 
-from patchcore_plugin import FaissPatchcore
+from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.distances import product_type
 from patchcore_plugin.elpv import lay_out
+from patchcore_plugin.export import export_bundle
+from patchcore_plugin.images import find_images
 
 LAYERS = ["blocks.2", "blocks.4"]
 
@@ -43,12 +47,41 @@ def elpv_embeddings(images: int | None = None) -> torch.Tensor:
             import elpv_dataset
 
             paths = sorted(Path(elpv_dataset.__file__).parent.rglob("*.png"))
-        paths = paths[:images]
-        embeddings = torch.empty(len(paths) * 1024, 152)
-        for i, path in enumerate(track(paths, description="Embed")):
-            image = model.pre_processor.transform(read_image(path, as_tensor=True)[None])
-            embeddings[i * 1024 : (i + 1) * 1024] = model.model.embed(image).reshape(-1, 152)
+        return embed(model, paths[:images])
+
+
+def embed(model: FaissPatchcore, paths: list[Path]) -> torch.Tensor:
+    """Patch embeddings of images, 1,024 x 152 each."""
+    embeddings = torch.empty(len(paths) * 1024, 152)
+    for i, path in enumerate(track(paths, description="Embed")):
+        image = model.pre_processor.transform(read_image(path, as_tensor=True)[None])
+        embeddings[i * 1024 : (i + 1) * 1024] = model.model.embed(image).reshape(-1, 152)
     return embeddings
+
+
+def nominal_halves(data: Path | None, folder: Path) -> tuple[PatchcoreRuntime, list[Path], list[Path]]:
+    """A bank of half of the normal images, at 1 %.
+
+    Args:
+        data: Folder with train/good, test/good and test/<defect>; ELPV's monocrystalline cells if not given.
+        folder: For what is made.
+
+    Returns:
+        The runtime, the other half of the normal images, and the defective images.
+    """
+    if data is None:
+        data = folder / "elpv"
+        lay_out(data)
+    images = [path for part in ("train", "test") for path in find_images(data / part)]
+    normal = [path for path in images if path.parent.name == "good"]
+    defective = [path for path in images if path.parent.name != "good"]
+    random.Random(0).shuffle(normal)
+    half = len(normal) // 2
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).eval()
+    embeddings = embed(model, normal[:half])
+    model.model.memory_bank = embeddings[GreedyCoreset(ratio=0.01).fit(embeddings)]
+    runtime = PatchcoreRuntime.load(export_bundle(model, folder / "bundle", images=normal[half:][:64]))
+    return runtime, normal[half:], defective
 
 
 def clustered(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

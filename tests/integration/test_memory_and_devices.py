@@ -118,14 +118,16 @@ def test_wrong_arguments(argument, message):
 SCRIPT = """
 import os, sys, torch
 from conftest import folder_datamodule, make_engine, make_model
+from patchcore_plugin import ConformalPostProcessor
 if __name__ == "__main__":
     cells, folder, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    model = make_model(**eval(sys.argv[4]))
+    model = make_model(post_processor=ConformalPostProcessor(0.05), **eval(sys.argv[4]))
     engine = make_engine(folder, devices=devices, strategy="ddp" if devices > 1 else "auto")
     data = folder_datamodule(cells, train_batch_size=4)
     engine.fit(model, datamodule=data)
     metrics = engine.test(model, datamodule=data)[0]
     found = {"bank": model.model.memory_bank, "radius": float(model.model.covering_radius), "metrics": metrics}
+    found["calibration"] = model.post_processor.calibration
     found["trainable"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     torch.save(found, f"{folder}/{os.environ.get('LOCAL_RANK', 0)}.pt")
 """
@@ -166,6 +168,9 @@ def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path):
     np.testing.assert_allclose(first["bank"], one["bank"], atol=1e-3)
     assert first["radius"] == pytest.approx(one["radius"], rel=1e-5)
     assert first["metrics"] == pytest.approx(second["metrics"])
+    assert torch.equal(first["calibration"], second["calibration"])
+    np.testing.assert_allclose(first["calibration"], one["calibration"], rtol=1e-3)
+    assert len(first["calibration"]) == 52
     assert first["metrics"]["image_AUROC"] == pytest.approx(one["metrics"]["image_AUROC"], abs=0.02)
     assert first["trainable"] == []
 

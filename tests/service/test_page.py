@@ -396,6 +396,22 @@ def test_model_without_threshold(page, defect, keep):
     keep(page, "no-threshold")
 
 
+def test_p_value(page, defect):
+    """Shown where the model has a calibration, which this one has not."""
+    choose(page, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+    expect(page.locator("#p-value-item")).to_be_hidden()
+
+    def calibrate(route):
+        response = route.fetch()
+        route.fulfill(response=response, json={**response.json(), "p_value": 1 / 21})
+
+    page.route("**/predict", calibrate)
+    choose(page, defect[0])
+    expect(page.locator("#p-value")).to_have_text("0.048")
+    expect(page.locator("#p-value-item")).to_be_visible()
+
+
 def test_tiff(page, defect, keep):
     """Which no browser shows."""
     with Image.open(defect[0]) as picture:

@@ -16,6 +16,7 @@ from patchcore_plugin.bundle import (
     NEIGHBORS,
     WEIGHTS,
     BundleError,
+    Manifest,
     atomic_folder,
     read_manifest,
     verify,
@@ -283,3 +284,31 @@ def test_manifest_that_is_a_folder(bundle_copy):
     (bundle_copy / MANIFEST).mkdir()
     with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
         read_manifest(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scores": [2.0, 1.0]}, "calibration.scores: Value error, must be in ascending order"),
+        ({"peaks": [1.0]}, "2 scores, 1 peaks and 2 means are not of the same images"),
+        ({"scores": [], "peaks": [], "means": []}, "calibration.scores: List should have at least 1 item"),
+        ({"false_positive_rate": 0}, "calibration.false_positive_rate: Input should be greater than 0"),
+        ({"means": [1.0, float("nan")]}, "calibration.means.1: Input should be a finite number"),
+    ],
+)
+def test_calibration_that_cannot_be(bundle_copy, change, reason):
+    values = [1.0, 2.0]
+    sound = {"false_positive_rate": 0.5, "scores": values, "peaks": values, "means": values}
+    change_manifest(bundle_copy, calibration=sound)
+    assert read_manifest(bundle_copy).calibration.means == values
+    change_manifest(bundle_copy, calibration={**sound, **change})
+    with pytest.raises(BundleError, match=reason):
+        read_manifest(bundle_copy)
+
+
+def test_largest_calibration_fits(bundle_copy):
+    values = [100 / 3 + number / 7e5 for number in range(10_000)]
+    calibration = {"false_positive_rate": 0.5, "scores": values, "peaks": values, "means": values}
+    manifest = Manifest.model_validate({**json.loads((bundle_copy / MANIFEST).read_text()), "calibration": calibration})
+    (bundle_copy / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    assert read_manifest(bundle_copy).calibration.scores == values

@@ -1,0 +1,153 @@
+"""Thresholds from normal images alone, in anomalib's post-processor slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import DynamicBufferMixin
+from anomalib.post_processing import PostProcessor
+
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
+from patchcore_plugin.conformal import images_needed, scales
+
+if TYPE_CHECKING:
+    from anomalib.data import Batch
+    from lightning import LightningModule, Trainer
+
+
+class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
+    """Sets the thresholds for a false-alarm rate, by the normal images of the validation set.
+
+    In place of anomalib's default, which needs defective images to find the threshold of the best F1 score. Images with a
+    defect may be in the validation set; they are left out. What is promised, and on what condition, says
+    :mod:`patchcore_plugin.conformal`:
+
+    * at most ``false_positive_rate`` of normal images score above the image threshold;
+    * at most ``false_positive_rate`` of normal images have any pixel above the pixel threshold.
+
+    Each holds by itself; an image may break the one and not the other.
+
+    Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds a share of
+    the training images back (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
+
+    Normalisation follows the thresholds: :func:`patchcore_plugin.conformal.scales`. anomalib's sensitivities stay at 0.5:
+    they would move the thresholds away from what was promised.
+
+    Args:
+        false_positive_rate: Share of normal images that may be called anomalous, in (0, 1).
+
+    Attributes:
+        calibration: Of each calibration image its score, the largest value of its anomaly map, and the map's mean (n, 3),
+            float32, in feature units. Of more than 10,000 images, as many drawn at random: the promise holds for them too.
+
+    Raises:
+        ValueError: If the rate is out of range; before training or after validation, if there are too few normal images for
+            it (0.01 takes 99).
+
+    Example:
+        >>> from patchcore_plugin import ConformalPostProcessor, FaissPatchcore
+        >>> model = FaissPatchcore(post_processor=ConformalPostProcessor(false_positive_rate=0.01))
+    """
+
+    calibration: torch.Tensor
+
+    def __init__(self, false_positive_rate: float = 0.01) -> None:
+        if images_needed(false_positive_rate) > MAX_CALIBRATION:
+            msg = (
+                f"false_positive_rate must be at least {1 / (MAX_CALIBRATION + 1):.2g}, got {false_positive_rate!r}: a "
+                f"calibration keeps {MAX_CALIBRATION:,} images at most."
+            )
+            raise ValueError(msg)
+        super().__init__()
+        self.false_positive_rate = false_positive_rate
+        self.register_buffer("calibration", torch.empty(0, 3))
+        self._rows: dict[Any, torch.Tensor | None] = {}  # of each image seen; None of an anomalous one
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "false_positive_rate")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a validation set that is too small before training, not after it, where its labels are known by then."""
+        del pl_module
+        datamodule = getattr(trainer, "datamodule", None)  # absent where loaders were given instead
+        if not isinstance(datamodule, AnomalibDataModule):
+            return
+        samples = getattr(getattr(datamodule, "val_data", None), "samples", ())
+        if len(samples) == 0:
+            self._check_count(0)
+        elif "label_index" in samples:
+            self._check_count(int((samples["label_index"] != 1).sum()))
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an interrupted validation has left."""
+        del trainer, pl_module
+        self._rows = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
+    ) -> None:
+        """Collect what is needed of the batch's normal images; without labels, all are normal."""
+        del pl_module, args, kwargs
+        maps = outputs.anomaly_map.flatten(1)
+        rows = torch.stack([outputs.pred_score.flatten(), maps.amax(1), maps.mean(1)], dim=1).float().cpu()
+        # A distributed sampler repeats images to make all shares equally large: by their names they count once.
+        start = len(self._rows)
+        names = outputs.image_path or [(trainer.global_rank, start + number) for number in range(len(rows))]
+        anomalous = torch.zeros(len(rows)) if outputs.gt_label is None else outputs.gt_label.flatten()
+        self._rows.update(
+            {name: None if bad else row for name, row, bad in zip(names, rows, anomalous.tolist(), strict=True)}
+        )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set thresholds and the range of normalisation.
+
+        Raises:
+            ValueError: If there are too few normal images for the rate.
+        """
+        del pl_module
+        found, self._rows = self._rows, {}
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, found)
+            found = {name: row for share in shares for name, row in share.items()}
+        found = {name: row for name, row in found.items() if row is not None}
+        self._check_count(len(found))
+        rows = torch.stack([found[name] for name in sorted(found)])  # in one order, however processes shared them
+        if len(rows) > MAX_CALIBRATION:
+            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_CALIBRATION]]
+        self.calibration = rows.to(self.calibration)
+        image, pixel = scales(self.record())
+        buffers = (
+            (self._image_threshold, self.image_min, self.image_max),
+            (self._pixel_threshold, self.pixel_min, self.pixel_max),
+        )
+        for scale, (limit, low, high) in zip((image, pixel), buffers, strict=True):
+            limit.fill_(scale.threshold)
+            low.fill_(scale.minimum)
+            high.fill_(scale.maximum)
+
+    def record(self) -> Calibration | None:
+        """The calibration as a bundle keeps it; None before a validation."""
+        if not len(self.calibration):
+            return None
+        scores, peaks, means = (sorted(column.tolist()) for column in self.calibration.T)
+        return Calibration(false_positive_rate=self.false_positive_rate, scores=scores, peaks=peaks, means=means)
+
+    def _check_count(self, count: int) -> None:
+        needed = images_needed(self.false_positive_rate)
+        if count < needed:
+            msg = (
+                f"false_positive_rate={self.false_positive_rate:g} needs at least {needed} normal images in the validation "
+                f"set, which has {count}. Hold more of the training images back (val_split_mode: from_train, and a larger "
+                f"val_split_ratio), take more images, or allow more false alarms: {1 / (count + 1):.3g} is the least that "
+                f"{count} images can promise."
+            )
+            raise ValueError(msg)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint of anomalib's post-processor has no calibration; a validation gives it one.
+        state_dict.setdefault(prefix + "calibration", torch.empty(0, 3))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,108 @@
+"""How soon is drift told, and how often without reason? Real images, some of them shifted, scored by the real runtime.
+
+    python tests/benchmarks/drift.py                      # ELPV's monocrystalline cells
+    python tests/benchmarks/drift.py --data MTD_FOLDER    # a folder with train/good, test/good and test/<defect>
+
+A bank of half of the normal images; the other half is divided at random into calibration and production, which is drawn from
+its part with replacement: 20,000 images without drift, alone and with 5 % of defective images among them; and 200 images
+without drift, followed by shifted ones until the monitor tells. All of that for several divisions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+from common import heading, nominal_halves
+from PIL import Image, ImageEnhance, ImageFilter
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from patchcore_plugin.bundle import Calibration
+from patchcore_plugin.drift import THRESHOLD, DriftMonitor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from patchcore_plugin import PatchcoreRuntime
+
+LENGTH, GIVEN_UP = 20_000, 2000
+SHIFTS = {
+    "40 % brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.4),
+    "40 % darker": lambda image: ImageEnhance.Brightness(image).enhance(0.6),
+    "20 % brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "20 % darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "blur, sigma 2 pixels": lambda image: image.filter(ImageFilter.GaussianBlur(2)),
+    "blur, sigma 1 pixel": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "camera turned by 3 degrees": lambda image: image.rotate(3, Image.Resampling.BILINEAR),
+    "camera 4 pixels aside": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, 4, 0, 1, 4)),
+}
+
+
+def scored(runtime: PatchcoreRuntime, images: Iterable[np.ndarray | Path]) -> np.ndarray:
+    """Score and mean distance of images (n, 2)."""
+    return np.array([(answer.score, answer.mean_distance) for answer in runtime.stream(images)])
+
+
+def monitor_of(calibration: np.ndarray) -> DriftMonitor:
+    scores, means = np.sort(calibration, axis=0).T.tolist()
+    return DriftMonitor(Calibration(false_positive_rate=0.05, scores=scores, peaks=scores, means=means))
+
+
+def unshifted(monitor: DriftMonitor, stream: np.ndarray) -> tuple[int, float]:
+    """Alarms, and the largest evidence."""
+    alarms, most = 0, 0.0
+    for score, distance in stream:
+        alarms += monitor.update(score, distance)
+        most = max(most, monitor.evidence)
+    return alarms, most
+
+
+@click.command()
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="[default: ELPV]")
+@click.option("--divisions", default=20, show_default=True)
+@click.option("--calibration", default=[100, 177], multiple=True, show_default=True, help="Images; may be repeated.")
+def main(data: Path | None, divisions: int, calibration: list[int]) -> None:
+    """Print false alarms and images until drift is told."""
+    click.echo(heading("openvino", "faiss-cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        runtime, normal, defective = nominal_halves(data, Path(folder))
+        still, bad = scored(runtime, normal), scored(runtime, defective)
+        moved = {}
+        for name, shift in track(SHIFTS.items(), description="Shift"):
+            moved[name] = scored(runtime, (np.asarray(shift(Image.open(path).convert("RGB"))) for path in normal))
+    for count in calibration:
+        results = {name: [] for name in ("none", "none, 5 % defective", *SHIFTS)}
+        for seed in track(range(divisions), description=f"{count} images"):
+            rng = np.random.default_rng(seed)
+            order = rng.permutation(len(still))
+            known, rest = still[order[:count]], order[count:]
+            pure = still[rng.choice(rest, LENGTH)]
+            results["none"].append(unshifted(monitor_of(known), pure))
+            mixed = np.where(rng.random((LENGTH, 1)) < 0.05, bad[rng.integers(len(bad), size=LENGTH)], pure)
+            results["none, 5 % defective"].append(unshifted(monitor_of(known), mixed))
+            for name, values in moved.items():
+                monitor = monitor_of(known)
+                unshifted(monitor, pure[:200])
+                stream = enumerate(values[rng.choice(rest, GIVEN_UP)], start=1)
+                results[name].append(next((number for number, image in stream if monitor.update(*image)), None))
+        click.echo(f"{count} calibration images of {len(still)}, threshold {THRESHOLD:g}, {divisions} divisions")
+        table = Table("shift", "images", "alarms", "largest evidence")
+        for name in ("none", "none, 5 % defective"):
+            alarms, most = zip(*results.pop(name), strict=True)
+            table.add_row(name, f"{divisions} x {LENGTH:,}", str(sum(alarms)), f"{max(most):.3g}")
+        Console(width=125).print(table)
+        table = Table("shift", "told", "after images, median", "at most")
+        for name, delays in results.items():
+            told = sorted(delay for delay in delays if delay is not None)
+            median, most = (f"{told[len(told) // 2]}", f"{told[-1]}") if told else ("", "")
+            table.add_row(name, f"{len(told)} of {divisions}", median, most)
+        Console(width=125).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Thresholds from normal images alone: trained by the config, exported, and what is wrong said in time."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import read_image
+from conftest import folder_datamodule, make_engine, make_model
+
+from patchcore_plugin import ConformalPostProcessor, FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.conformal import p_value, threshold
+from patchcore_plugin.export import export_bundle
+
+
+@pytest.fixture(scope="module")
+def model(normal_only):
+    return FaissPatchcore.load_from_checkpoint(normal_only, map_location="cpu").eval()
+
+
+@pytest.fixture(scope="module")
+def runtime(calibrated):
+    return PatchcoreRuntime.load(calibrated)
+
+
+@pytest.fixture(scope="module")
+def answers(model, held_back):
+    """Of the images held back, scored again one by one."""
+    with torch.no_grad():
+        images = [model.pre_processor.transform(read_image(path, as_tensor=True)[None]) for path in held_back]
+        return [model.model(image) for image in images]
+
+
+@pytest.fixture(scope="module")
+def raw(answers):
+    """Their scores, and the largest and the mean value of their maps."""
+    return np.array(
+        [[float(a.pred_score), float(a.anomaly_map.max()), float(a.anomaly_map.double().mean())] for a in answers]
+    )
+
+
+def test_config_without_a_defective_image(model, answers, raw):
+    """The images held back are in the checkpoint by their scores, and set both thresholds."""
+    post = model.post_processor
+    assert isinstance(post, ConformalPostProcessor)
+    assert post.false_positive_rate == 0.05
+    assert post.calibration.shape == (20, 3)
+    np.testing.assert_allclose(post.calibration, raw, rtol=1e-4)
+    assert float(post.image_threshold) == pytest.approx(max(raw[:, 0]), rel=1e-4), "20 images promise 5 % by the largest"
+    assert float(post.pixel_threshold) == pytest.approx(max(raw[:, 1]), rel=1e-4)
+    shown = [post(answer) for answer in answers]
+    normalised = np.array([float(answer.pred_score) for answer in shown])
+    assert normalised.min() == pytest.approx(0, abs=1e-4)
+    assert normalised.max() == pytest.approx(0.5, abs=1e-4)
+    assert max(float(answer.anomaly_map.max()) for answer in shown) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_bundle_tells_p_values(calibrated, runtime, model, raw, test_images):
+    calibration = read_manifest(calibrated).calibration
+    assert calibration.false_positive_rate == 0.05
+    for found, expected in zip((calibration.scores, calibration.peaks, calibration.means), raw.T, strict=True):
+        np.testing.assert_allclose(found, np.sort(expected), rtol=1e-4)
+    answers = runtime.predict(test_images)
+    for answer in answers:
+        assert answer.p_value == p_value(calibration.scores, answer.score / (1 + 1e-5))
+        assert (answer.verdict == "anomalous") == (answer.p_value <= 0.05)
+        assert bool(answer.regions) == (answer.anomaly_map.max() > threshold(calibration.peaks, 0.05))
+        assert answer.mean_distance == pytest.approx(answer.anomaly_map.mean(), rel=1e-5)
+    verdicts = {kind: [a.verdict for a, p in zip(answers, test_images, strict=True) if p.parent.name == kind]
+                for kind in ("good", "defective")}  # fmt: skip
+    assert verdicts["defective"].count("anomalous") > 0.6 * len(verdicts["defective"])
+    assert verdicts["good"].count("anomalous") < 0.1 * len(verdicts["good"]), "they trained or calibrated it"
+
+
+def test_image_that_set_the_threshold(runtime, held_back, raw):
+    """Its score is another in the last digits here; it is a tie all the same."""
+    (answer,) = runtime.predict([held_back[int(raw[:, 0].argmax())]])
+    assert (answer.verdict, answer.p_value) == ("normal", 2 / 21)
+
+
+def test_drift_in_the_runtime(calibrated, test_images):
+    """Upside down is another product."""
+    runtime = PatchcoreRuntime.load(calibrated)
+    good = [path for path in test_images if path.parent.name == "good"]
+    runtime.predict(good)
+    assert (runtime.drift.state.images, runtime.drift.drifted) == (len(good), False)
+    turned = [np.rot90(np.asarray(read_image(path, as_tensor=False)) * 255).astype(np.uint8).copy() for path in good]
+    runtime.predict(turned)
+    assert runtime.drift.drifted
+    assert "larger" in runtime.drift.state.what
+
+
+def test_anomalibs_thresholding_stays(bundle, runtime, test_images):
+    """A bundle without calibration has neither p-values nor a monitor."""
+    plain = PatchcoreRuntime.load(bundle)
+    assert plain.manifest.calibration is None
+    assert plain.drift is None
+    (answer,) = plain.predict(test_images[:1])
+    assert answer.p_value is None
+    assert answer.verdict is not None
+
+
+def test_checkpoint_under_another_post_processor(normal_only, trained, cells, tmp_path):
+    """A checkpoint brings its own kind; and one of anomalib's post-processor is recalibrated by a validation."""
+    datamodule = folder_datamodule(cells)
+    default = make_model(coreset_sampling_ratio=0.1)
+    make_engine(tmp_path).test(default, datamodule=datamodule, ckpt_path=str(normal_only))
+    assert default.post_processor.calibration.shape == (20, 3)
+    assert float(default.trainer.callback_metrics["image_AUROC"]) > 0.9
+    model = make_model(post_processor=ConformalPostProcessor(0.05))
+    make_engine(tmp_path).validate(model, datamodule=datamodule, ckpt_path=str(trained.checkpoint))
+    post = model.post_processor
+    assert len(post.calibration) == 52, "the normal ones of 104"
+    assert float(post.image_threshold) == threshold(post.calibration[:, 0].sort().values.tolist(), 0.05)
+
+
+def test_too_few_images(cells, tmp_path):
+    """Said before training where the data module knows it, else after the validation."""
+    few = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "normal_test_dir": None, "abnormal_dir": None}
+    datamodule = folder_datamodule(cells, **few, test_split_mode="none")
+    expected = (
+        r"needs at least 99 normal images in the validation set, which has 6\. .*val_split_ratio.* 0\.143 is the least"
+    )
+    model = make_model(post_processor=ConformalPostProcessor(0.01))
+    with pytest.raises(ValueError, match=expected):
+        make_engine(tmp_path).fit(model, datamodule=datamodule)
+    assert not model.model.memory_bank.numel(), "nothing was trained yet"
+    with pytest.raises(ValueError, match="which has 0"):
+        make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells, val_split_mode="none"))
+    datamodule.setup()
+    with pytest.raises(ValueError, match=expected):
+        make_engine(tmp_path).fit(model, datamodule.train_dataloader(), datamodule.val_dataloader())
+    with pytest.raises(ValueError, match="between 0 and 1, got 1"):
+        ConformalPostProcessor(1)
+    with pytest.raises(ValueError, match=r"at least 0\.0001, got 1e-05: a calibration keeps 10,000 images"):
+        ConformalPostProcessor(1e-5)
+
+
+def test_unlabelled_and_repeated_images_and_a_cap(monkeypatch):
+    """Without labels all are normal; an image that comes twice counts once; of too many, some are drawn."""
+    from types import SimpleNamespace
+
+    from anomalib.data import ImageBatch
+
+    trainer = SimpleNamespace(world_size=1, global_rank=0)
+    rng = torch.Generator().manual_seed(0)
+
+    def batch(names, labels):
+        maps = torch.rand(len(names), 1, 8, 8, generator=rng)
+        return ImageBatch(
+            image=torch.zeros(len(names), 3, 8, 8), pred_score=maps.amax((1, 2, 3)) + 1, anomaly_map=maps,
+            gt_label=labels, image_path=names if names[0] else None,
+        )  # fmt: skip
+
+    post = ConformalPostProcessor(0.2)
+    post.on_validation_batch_end(trainer, None, batch(list("abcd"), None))
+    post.on_validation_batch_end(trainer, None, batch(list("defg"), torch.tensor([0, 0, 1, 0])))
+    post.on_validation_batch_end(trainer, None, batch(["a"], None))
+    post.on_validation_epoch_end(trainer, None)
+    assert len(post.calibration) == 6  # a b c d e g
+    for _ in range(2):
+        post.on_validation_batch_end(trainer, None, batch([None] * 4, torch.tensor([1, 0, 0, 0])))
+    post.on_validation_epoch_end(trainer, None)
+    assert len(post.calibration) == 6, "without names, all are different ones"
+    monkeypatch.setattr("patchcore_plugin.model.post_processing.MAX_CALIBRATION", 5)
+    post.on_validation_batch_end(trainer, None, batch([str(i) for i in range(50)], None))
+    post.on_validation_epoch_end(trainer, None)
+    assert len(post.calibration) == 5
+    # all the same: a range of nothing is still read as below, at and above
+    post.on_validation_batch_end(trainer, None, ImageBatch(
+        image=torch.zeros(9, 3, 8, 8), pred_score=torch.ones(9), anomaly_map=torch.ones(9, 1, 8, 8),
+        image_path=[str(i) for i in range(9)],
+    ))  # fmt: skip
+    post.on_validation_epoch_end(trainer, None)
+    scores = post._normalize(torch.tensor([0.9, 1.0, 1.1]), post.image_min, post.image_max, post.image_threshold)
+    assert scores.tolist() == [0, 0.5, 1]
+
+
+def test_warns_of_another_arithmetic(model, tmp_path, caplog):
+    export_bundle(model, tmp_path / "bundle", precision="bf16")
+    assert "calibrated in float32" in caplog.text
