@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     their part of CONFIG has changed. A job that fails has its reason in the table, the others go on, and the command ends
     with exit code 1.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the training stack's remarks about itself
     from patchcore_plugin.evaluation.plan import list_jobs, read_plan
     from patchcore_plugin.evaluation.report import write_report
     from patchcore_plugin.evaluation.runner import read_result, select

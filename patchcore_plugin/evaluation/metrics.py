@@ -20,7 +20,7 @@ class Metric(NamedTuple):
     Attributes:
         title: Short name with its unit.
         format: Format of its value.
-        better: 1 where more is better, -1 where less is.
+        better: 1 where more is better, -1 where less is, 0 where neither is.
         meaning: One sentence.
     """
 
@@ -51,7 +51,7 @@ METRICS = {
     "latency_milliseconds": Metric(
         "latency ms", ".1f", -1, "Median of one decoded image through the torch model: pre-processing, network, scores, map."
     ),
-    "bank_vectors": Metric("bank", ".0f", -1, "Vectors in the memory bank."),
+    "bank_vectors": Metric("bank", ".0f", 0, "Vectors in the memory bank."),
     "state_mebibytes": Metric("model MiB", ".1f", -1, "All parameters and buffers of the model."),
 }
 """All metrics, in the order of the tables."""

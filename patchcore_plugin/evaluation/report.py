@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from patchcore_plugin import __version__
-from patchcore_plugin.evaluation.metrics import METRICS
+from patchcore_plugin.evaluation.metrics import METRICS, QUALITY
 from patchcore_plugin.evaluation.plots import roc_curves, score_histograms
 from patchcore_plugin.evaluation.summary import MEAN, Row, write_whole
 
@@ -37,38 +37,46 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], skipped: dict[s
     """
     done = [result for result in results if result.content]
     environment = Environment(loader=PackageLoader("patchcore_plugin.evaluation", "."), autoescape=True, trim_blocks=True)
-    shown = {name: metric for name, metric in METRICS.items() if any(name in row.means for row in rows)}
+    baselines = ", ".join(dict.fromkeys(result.job.baseline for result in done if result.job.baseline))
+    parts = [
+        {
+            "metrics": [METRICS[name] for name in names],
+            "lines": [_cells(row, rows, names) for row in rows],
+            "compared": compared,
+        }
+        for names, compared in (
+            ([name for name in METRICS if name in QUALITY and any(name in row.means for row in rows)], bool(baselines)),
+            ([name for name in METRICS if name not in QUALITY and any(name in row.means for row in rows)], False),
+        )
+    ]
     machines = sorted({"{system}, {cores} cores, torch with {threads} threads".format(**r.content["machine"]) for r in done})
     page = environment.get_template("report.html.j2").render(
-        metrics=shown,
-        rows=[_cells(row, rows, shown) for row in rows],
+        parts=parts,
+        metrics=[metric for part in parts for metric in part["metrics"]],
         problems=[result for result in results if not result.content],
         skipped=skipped,
         sections=[_section(name, done) for name in dict.fromkeys(result.job.dataset for result in done)],
         galleries=_GALLERIES,
-        baselines=", ".join(dict.fromkeys(result.job.baseline for result in done if result.job.baseline)),
+        baselines=baselines,
         machines=machines,
         version=__version__,
     )
     write_whole(file, page)
 
 
-def _cells(row: Row, rows: Sequence[Row], shown: dict[str, Any]) -> dict[str, Any]:
+def _cells(row: Row, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """A row of the table: texts, and whether each is the best of its data set."""
     cells = []
-    for name, metric in shown.items():
+    for name in names:
         if name not in row.means:
             cells.append(("", "", False))
             continue
+        metric = METRICS[name]
         text = format(row.means[name], metric.format)
-        others = [
-            format(other.means[name], metric.format)
-            for other in rows
-            if other.dataset == row.dataset and name in other.means
-        ]
-        best = (max if metric.better > 0 else min)(map(float, others))
+        peers = [other for other in rows if other.dataset == row.dataset and name in other.means]
+        best = max(metric.better * float(format(peer.means[name], metric.format)) for peer in peers)
         spread = f"± {row.spreads[name]:{metric.format}}" if name in row.spreads else ""
-        cells.append((text, spread, float(text) == best and len(others) > 1))
+        cells.append((text, spread, bool(metric.better) and len(peers) > 1 and metric.better * float(text) == best))
     difference = "" if row.difference is None else f"{row.difference:+.4f}"
     interval = "" if row.interval is None else "{:+.4f} to {:+.4f}".format(*row.interval)
     return {"row": row, "cells": cells, "difference": difference, "interval": interval, "mean": row.dataset == MEAN}
