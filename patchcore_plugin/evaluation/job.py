@@ -31,7 +31,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.evaluation.metrics import image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.pictures import draw_pictures
-from patchcore_plugin.evaluation.plan import Job, component_parser
+from patchcore_plugin.evaluation.plan import Job, component_class, component_parser
 from patchcore_plugin.evaluation.runner import METRICS, PREDICTIONS
 from patchcore_plugin.model.backbone import EMBEDDED, Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
@@ -115,7 +115,7 @@ def _model(job: Job) -> AnomalibModule:
         ValueError: If it has no timm feature extractor to fill.
     """
     path, arguments = job.network["class_path"], job.network["init_args"]
-    if arguments.get("backbone") != EMBEDDED or path in _own_paths():
+    if arguments.get("backbone") != EMBEDDED or issubclass(component_class(job.network), FaissPatchcore):
         return _build("model", job.network)
     net = Backbone(EMBEDDED, arguments.get("layers", ())).net
     # anomalib would ask a model hub for the weights; here they are ours, under timm's name of the architecture.
@@ -128,10 +128,6 @@ def _model(job: Job) -> AnomalibModule:
     for extractor in extractors:
         extractor.feature_extractor.load_state_dict(net.state_dict())
     return model
-
-
-def _own_paths() -> set[str]:
-    return {f"patchcore_plugin.{FaissPatchcore.__name__}", f"{FaissPatchcore.__module__}.{FaissPatchcore.__name__}"}
 
 
 def _build(kind: str, component: dict[str, Any]) -> Any:
@@ -198,11 +194,8 @@ class _Clock(Callback):
 
             model.fit = timed
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: AnomalibModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if batch_idx == 0:
-            self._began = time.perf_counter()
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+        self._began = time.perf_counter()  # the bank is there: it is built when validation starts, before its epoch
 
     def on_validation_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         self.validation += time.perf_counter() - self._began
@@ -246,7 +239,8 @@ class _Collector(Callback):
 
 def _end_with_parent() -> None:
     """Wait for the end of standard input, which the evaluation never writes to: then it is gone."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not by the buffered stream, whose lock would be held when Python ends
+        pass
     os._exit(1)
 
 

@@ -293,11 +293,15 @@ def _mvtec_layout(where: str, root: Path) -> dict[str, Any]:
 
 def _with_default(component: dict[str, Any], argument: str, value: Any) -> dict[str, Any]:
     """The component with an argument of ours, where its class has such a one and the file does not set it."""
-    module, name = component["class_path"].rsplit(".", 1)
-    parameters = inspect.signature(getattr(import_module(module), name)).parameters
-    if argument not in parameters or argument in component["init_args"]:
+    if argument not in inspect.signature(component_class(component)).parameters or argument in component["init_args"]:
         return component
     return {**component, "init_args": {**component["init_args"], argument: value}}
+
+
+def component_class(component: dict[str, Any]) -> type:
+    """The class that a checked component names."""
+    module, name = component["class_path"].rsplit(".", 1)
+    return getattr(import_module(module), name)
 
 
 @cache

@@ -53,7 +53,8 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], skipped: dict[s
     page = environment.get_template("report.html.j2").render(
         parts=parts,
         metrics=[metric for part in parts for metric in part["metrics"]],
-        problems=[result for result in results if not result.content],
+        failed=[result for result in results if result.error],
+        missing=[result for result in results if result.status == "not run"],
         skipped=skipped,
         sections=[_section(name, done) for name in dict.fromkeys(result.job.dataset for result in done)],
         galleries=_GALLERIES,

@@ -109,7 +109,7 @@ def _compare(row: Row, pairs: Sequence[tuple[Result, Result]]) -> None:
     row.difference = statistics.fmean(one.metrics[COMPARED] - other.metrics[COMPARED] for one, other in pairs)
     from scipy.stats import bootstrap
     from sklearn import config_context
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import auc, roc_curve
 
     numbers: dict[tuple[int, str], int] = {}  # of every image of any seed's test set
     columns = []
@@ -123,7 +123,8 @@ def _compare(row: Row, pairs: Sequence[tuple[Result, Result]]) -> None:
 
     def difference(*drawn: NDArray[np.int64]) -> float:
         weights = np.bincount(np.concatenate(drawn), minlength=len(numbers))
-        values = [roc_auc_score(labels, scores, sample_weight=weights[places]) for labels, scores, places in columns]
+        # roc_auc_score does the same, and takes its time to check what does not change here.
+        values = [auc(*roc_curve(labels, scores, sample_weight=weights[places])[:2]) for labels, scores, places in columns]
         return float(np.mean(values[::2]) - np.mean(values[1::2]))
 
     with config_context(assume_finite=True, skip_parameter_validation=True):
