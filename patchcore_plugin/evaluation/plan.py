@@ -190,7 +190,7 @@ def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]
         The jobs, all models of a data set and seed one after the other; and why an optional data set is skipped, by name.
 
     Raises:
-        PlanError: If a data set is missing and not optional, a class unknown, or an argument wrong.
+        PlanError: If a data set is missing and not optional, or none is left, a class unknown, or an argument wrong.
     """
     skipped = {}
     datasets = {}
@@ -198,10 +198,14 @@ def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]
         if dataset.missing and dataset.optional:
             skipped[name] = dataset.missing
             continue
-        if dataset.missing:
+        if dataset.missing and dataset.folder is not None:  # a datamodule's root may be where it downloads to
             msg = f"datasets.{name}: {dataset.missing}. Say where it is, or set optional: true to go on without it."
             raise PlanError(msg)
         datasets[name] = _datamodule(name, dataset)
+    if not datasets:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        msg = f"Every data set is optional, and missing: {reasons}."
+        raise PlanError(msg)
     jobs = []
     variants = _variants(plan, folder)
     for name, data in datasets.items():
@@ -224,21 +228,29 @@ def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]
 
 def _variants(plan: Evaluation, folder: Path) -> dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]]:
     """Baseline, class with arguments, and trainer's arguments, of every model with every backbone."""
-    variants: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {}
-    several = len(plan.backbones) > 1
+    found = {}
     for name, model in plan.models.items():
         component = _model(name, model, folder)
-        backbones = {} if "backbone" in component["init_args"] else plan.backbones
-        for backbone, arguments in (backbones or {"": {}}).items():
-            own = several and backbone
-            baseline = plan.baseline
-            if several and baseline and not (plan.models[baseline].config or "backbone" in plan.models[baseline].init_args):
-                baseline = f"{baseline}, {backbone or next(iter(plan.backbones))}"
+        for suffix, arguments in _backbones(plan, component).items():
             complete = {**component, "init_args": {**arguments, **component["init_args"]}}
             _check("model", complete, f"models.{name}")
-            complete = _with_default(complete, "visualizer", False)  # it would write a figure for every image
-            variants[f"{name}, {backbone}" if own else name] = baseline, complete, model.trainer
+            # A visualizer would write a figure for every image.
+            found[name, suffix] = _with_default(complete, "visualizer", False), model.trainer
+    variants = {}
+    for (name, suffix), (component, trainer) in found.items():
+        bases = [backbone for model, backbone in found if model == plan.baseline]
+        baseline = plan.baseline + (suffix if suffix in bases else bases[0]) if plan.baseline else None
+        variants[name + suffix] = baseline, component, trainer
     return variants
+
+
+def _backbones(plan: Evaluation, component: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each backbone adds to a model's name, and to its arguments."""
+    if not plan.backbones or "backbone" in component["init_args"]:
+        return {"": {}}
+    if len(plan.backbones) == 1:
+        return {"": next(iter(plan.backbones.values()))}
+    return {f", {name}": arguments for name, arguments in plan.backbones.items()}
 
 
 def _model(name: str, model: Model, folder: Path) -> dict[str, Any]:
@@ -248,7 +260,7 @@ def _model(name: str, model: Model, folder: Path) -> dict[str, Any]:
     if not isinstance(section, dict) or "class_path" not in section:
         msg = f"models.{name}.config: {folder / model.config} has no model section with a class_path."
         raise PlanError(msg)
-    return {"class_path": section["class_path"], "init_args": {**section.get("init_args", {}), **model.init_args}}
+    return {"class_path": section["class_path"], "init_args": {**(section.get("init_args") or {}), **model.init_args}}
 
 
 def _datamodule(name: str, dataset: DataSet) -> dict[str, Any]:

@@ -111,6 +111,10 @@ def make_plan(folder, **changes):
             "datasets.x: give exactly one of class_path, folder",
         ),
         ({"datasets": {"x": {"folder": "nowhere"}}}, "datasets.x: there is no folder nowhere.*optional: true"),
+        (
+            {"datasets": {"x": {"folder": "nowhere", "optional": True}}},
+            "Every data set is optional, and missing: x: ",
+        ),
         ({"datasets": {"x": {"class_path": "Foldr"}}}, "(?s)datasets.x: .*Foldr"),
         ({"models": {"x": {"init_args": {}}}}, "models.x: give exactly one of class_path and config"),
         ({"models": {"x": {"class_path": "anomalib.models.Padm"}}}, "(?s)models.x: .*Padm"),
