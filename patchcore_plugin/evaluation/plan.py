@@ -327,7 +327,7 @@ def component_parser(kind: Literal["data", "model"]) -> ArgumentParser:
 
     register()
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AnomalibDataModule if kind == "data" else AnomalibModule, kind, required=True)
+    parser.add_argument(f"--{kind}", type=AnomalibDataModule if kind == "data" else AnomalibModule, required=True)
     return parser
 
 
