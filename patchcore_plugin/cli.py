@@ -16,6 +16,7 @@ from rich.table import Table
 
 from patchcore_plugin import __version__
 from patchcore_plugin.cli_common import plain_errors, progress_bar
+from patchcore_plugin.cli_evaluate import evaluate
 
 if TYPE_CHECKING:
     from patchcore_plugin.bundle import Manifest
@@ -273,3 +274,6 @@ def demo(folder: Path, data_only: bool) -> None:
             click.echo(f"{count:4d} images in {root / name}")
     else:
         steps.run(folder)
+
+
+main.add_command(evaluate)

@@ -1,4 +1,4 @@
-"""The demo's images: ELPV's monocrystalline solar cells, laid out as anomalib's Folder wants them."""
+"""The demo's images: ELPV's solar cells, laid out as anomalib's Folder wants them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import csv
 import random
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 TRAIN_SHARE = 0.7
 SEED = 0
 
 
-def lay_out(root: Path) -> dict[str, int]:
-    """Copy the monocrystalline cells into ``root``: train/good, test/good and test/defective.
+def lay_out(root: Path, kind: Literal["mono", "poly"] = "mono", seed: int = SEED) -> dict[str, int]:
+    """Copy the cells of one kind into ``root``: train/good, test/good and test/defective.
 
-    Cells that experts called surely sound (defect probability 0) are normal, 70 % of them, drawn with a fixed seed, for
+    Cells that experts called surely sound (defect probability 0) are normal, 70 % of them, drawn with the seed, for
     training; surely defective ones (probability 1) are test images. Doubtful ones are left out. Safe to run again.
 
     Args:
         root: Folder to fill; made if absent.
+        kind: Monocrystalline or polycrystalline cells.
+        seed: Seed of the split.
 
     Returns:
         Number of images per subfolder.
@@ -32,9 +35,9 @@ def lay_out(root: Path) -> dict[str, int]:
         msg = "The demo's images come with the package elpv-dataset, which is not installed: pip install elpv-dataset"
         raise ImportError(msg) from error
     rows = list(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True))
-    cells = [(path, float(probability)) for path, probability, kind, *_ in rows if kind == "mono"]
+    cells = [(path, float(probability)) for path, probability, crystal, *_ in rows if crystal == kind]
     sound = sorted(path for path, probability in cells if probability == 0)
-    random.Random(SEED).shuffle(sound)  # noqa: S311
+    random.Random(seed).shuffle(sound)  # noqa: S311
     split = int(len(sound) * TRAIN_SHARE)
     folders = {
         "train/good": sound[:split],

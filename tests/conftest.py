@@ -18,6 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SWITCHES = (
+    "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+)
 LAYERS = ["blocks.2", "blocks.4"]
 ROOT = Path(__file__).parents[1]
 
@@ -170,3 +174,22 @@ def held_back(cells) -> list[Path]:
     )  # fmt: skip
     datamodule.setup()
     return sorted(map(Path, datamodule.val_data.samples["image_path"]))
+
+
+@pytest.fixture(scope="module")  # while it is open, no other event loop can run
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{switch}" for switch in SWITCHES.split()])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """Keep a screenshot, in the folder CI_ARTIFACTS where there is one."""
+    folder = Path(os.environ.get("CI_ARTIFACTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=folder / f"page-{name}.png", full_page=True)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import re
 import shutil
 import time
@@ -12,15 +11,9 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from server import SERVE, bentoml_serve
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium is installed", allow_module_level=True)
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 expect = api.expect
 
-SWITCHES = (
-    "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-)
 COUNT_URLS = """
     const live = (window.liveUrls = new Set());
     const {createObjectURL: create, revokeObjectURL: revoke} = URL;
@@ -34,14 +27,6 @@ DROPPED = """(files) => {
     }
     return transfer;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{switch}" for switch in SWITCHES.split()])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +78,6 @@ def visit(browser):
 @pytest.fixture
 def page(visit, url):
     return visit(url)
-
-
-@pytest.fixture
-def keep(tmp_path):
-    """Keep a screenshot, in the folder CI_ARTIFACTS where there is one."""
-    folder = Path(os.environ.get("CI_ARTIFACTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name: page.screenshot(path=folder / f"page-{name}.png", full_page=True)
 
 
 def choose(page, *files):

@@ -1,0 +1,149 @@
+"""The report of an evaluation: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+
+from patchcore_plugin import __version__
+from patchcore_plugin.evaluation.metrics import METRICS, QUALITY
+from patchcore_plugin.evaluation.plots import roc_curves, score_histograms
+from patchcore_plugin.evaluation.summary import MEAN, Row, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from patchcore_plugin.evaluation.runner import Result
+
+_GALLERIES = {
+    "misses": "Worst misses: defective images with the lowest scores",
+    "false_alarms": "Worst false alarms: normal images with the highest scores",
+    "defects": "One of each kind of defect: the image with the median score",
+}
+
+
+def write_report(results: Sequence[Result], rows: Sequence[Row], skipped: dict[str, str], file: Path) -> None:
+    """Write the report.
+
+    Args:
+        results: All jobs of the plan, also those that failed or were not run.
+        rows: Their summary.
+        skipped: Why a data set was left out, by its name.
+        file: HTML file to write, whole or not at all.
+    """
+    done = [result for result in results if result.content]
+    environment = Environment(loader=PackageLoader("patchcore_plugin.evaluation", "."), autoescape=True, trim_blocks=True)
+    baselines = ", ".join(dict.fromkeys(result.job.baseline for result in done if result.job.baseline))
+    parts = [
+        {
+            "metrics": [METRICS[name] for name in names],
+            "lines": [_cells(row, rows, names) for row in rows],
+            "compared": compared,
+        }
+        for names, compared in (
+            ([name for name in METRICS if name in QUALITY and any(name in row.means for row in rows)], bool(baselines)),
+            ([name for name in METRICS if name not in QUALITY and any(name in row.means for row in rows)], False),
+        )
+    ]
+    machines = sorted({"{system}, {cores} cores, torch with {threads} threads".format(**r.content["machine"]) for r in done})
+    page = environment.get_template("report.html.j2").render(
+        parts=parts,
+        metrics=[metric for part in parts for metric in part["metrics"]],
+        failed=[result for result in results if result.error],
+        missing=[result for result in results if result.status == "not run"],
+        skipped=skipped,
+        sections=[_section(name, done) for name in dict.fromkeys(result.job.dataset for result in done)],
+        galleries=_GALLERIES,
+        baselines=baselines,
+        machines=machines,
+        version=__version__,
+    )
+    write_whole(file, page)
+
+
+def _cells(row: Row, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+    """A row of the table: texts, and whether each is the best of its data set."""
+    cells = []
+    for name in names:
+        if name not in row.means:
+            cells.append(("", "", False))
+            continue
+        metric = METRICS[name]
+        text = format(row.means[name], metric.format)
+        peers = [other for other in rows if other.dataset == row.dataset and name in other.means]
+        best = max(metric.better * float(format(peer.means[name], metric.format)) for peer in peers)
+        spread = f"± {row.spreads[name]:{metric.format}}" if name in row.spreads else ""
+        cells.append((text, spread, bool(metric.better) and len(peers) > 1 and metric.better * float(text) == best))
+    difference = "" if row.difference is None else f"{row.difference:+.4f}"
+    interval = "" if row.interval is None else "{:+.4f} to {:+.4f}".format(*row.interval)
+    return {"row": row, "cells": cells, "difference": difference, "interval": interval, "mean": row.dataset == MEAN}
+
+
+def _section(dataset: str, done: Sequence[Result]) -> dict[str, Any]:
+    """What the report shows of a data set."""
+    models: dict[str, list[Result]] = {}
+    for result in done:
+        if result.job.dataset == dataset:
+            models.setdefault(result.job.model, []).append(result)
+    first = {name: results[0] for name, results in models.items()}
+    return {
+        "name": dataset,
+        "roc": roc_curves(models),
+        "histograms": score_histograms(first),
+        "models": list(models),
+        "defects": _defects(models),
+        "pictures": {name: _pictures(result) for name, result in first.items()},
+        "seeds": {name: result.job.seed for name, result in first.items()},
+    }
+
+
+def _defects(models: dict[str, list[Result]]) -> list[dict[str, Any]]:
+    """Of every kind of image: how many, and by model the AUROC against all normal ones and the share called anomalous."""
+    kinds = {}
+    for image in sorted(next(iter(models.values()))[0].predictions, key=lambda image: (image["label"], image["kind"])):
+        key = image["label"], image["kind"]
+        kinds[key] = kinds.get(key, 0) + 1
+    table = []
+    for (label, kind), count in kinds.items():
+        cells = [[_of_kind(result, label, kind) for result in results] for results in models.values()]
+        table.append({"kind": kind, "normal": not label, "count": count, "cells": [_mean_of_kind(cell) for cell in cells]})
+    return table
+
+
+def _of_kind(result: Result, label: int, kind: str) -> tuple[float | None, float | None]:
+    from sklearn.metrics import roc_auc_score
+
+    scores = [image["score"] for image in result.predictions if (image["label"], image["kind"]) == (label, kind)]
+    normal = [image["score"] for image in result.predictions if not image["label"]]
+    threshold = result.content["threshold"]
+    auroc = roc_auc_score([0] * len(normal) + [1] * len(scores), normal + scores) if label and normal and scores else None
+    flagged = float(np.mean(np.array(scores) > threshold)) if scores and threshold is not None else None
+    return auroc, flagged
+
+
+def _mean_of_kind(cells: Sequence[tuple[float | None, float | None]]) -> tuple[str, str]:
+    aurocs, flagged = ([value for value in values if value is not None] for values in zip(*cells, strict=True))
+    return (f"{np.mean(aurocs):.4f}" if aurocs else "", f"{np.mean(flagged):.1%}" if flagged else "")
+
+
+def _pictures(result: Result) -> dict[str, list[dict[str, Any]]]:
+    """Galleries with each picture as a data URL, and what it shows."""
+    galleries = {}
+    for gallery, entries in result.content["pictures"].items():
+        galleries[gallery] = []
+        for entry in entries:
+            image = result.predictions[entry["index"]]
+            content = base64.b64encode((result.folder / entry["file"]).read_bytes()).decode()
+            galleries[gallery].append(
+                {
+                    "url": f"data:image/jpeg;base64,{content}",
+                    "name": f"{image['kind']}/{Path(image['image']).name}",
+                    "score": f"{image['score']:.4g}",
+                    "masked": entry["masked"],
+                }
+            )
+    return galleries

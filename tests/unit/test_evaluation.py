@@ -1,0 +1,275 @@
+"""The arithmetic and the YAML of ``patchcore evaluate``."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import label as regions_of
+
+from patchcore_plugin.evaluation.metrics import AUPRO_LIMIT, image_metrics, pixel_metrics
+from patchcore_plugin.evaluation.plan import Job, PlanError, list_jobs, read_plan
+from patchcore_plugin.evaluation.runner import METRICS, PREDICTIONS, Result, read_result, select
+from patchcore_plugin.evaluation.summary import MEAN, summarise, write_csv
+
+PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}}
+
+
+def pairs_auroc(labels, scores):
+    """Share of pairs of an anomalous and a normal one in the right order; a tie counts half."""
+    normal, anomalous = scores[labels == 0], scores[labels == 1]
+    return np.mean((anomalous[:, None] > normal) + 0.5 * (anomalous[:, None] == normal))
+
+
+def rates(labels, scores, threshold):
+    found = scores >= threshold
+    return found[labels == 0].mean(), found[labels == 1].mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(-5, 60)), min_size=1, max_size=60))
+def test_image_metrics(images):
+    """Against the definitions, with ties, scores far from [0, 1], and one class alone."""
+    labels, scores = (np.array(values) for values in zip(*images, strict=True))
+    labels, scores = labels.astype(int), scores.astype(np.float64)
+    found = image_metrics(labels, scores)
+    if len(set(labels)) == 1:
+        assert found == {}
+        return
+    thresholds = sorted(set(scores))
+    assert found["image_auroc"] == pytest.approx(pairs_auroc(labels, scores))
+    f1 = []
+    for threshold in thresholds:
+        hits = ((scores >= threshold) & (labels == 1)).sum()
+        f1.append(2 * hits / ((scores >= threshold).sum() + labels.sum()))
+    assert found["f1_max"] == pytest.approx(max(f1), abs=1e-6)
+    for name, least in (("fpr_at_95_tpr", 0.95), ("fpr_at_99_tpr", 0.99)):
+        false = [rates(labels, scores, threshold) for threshold in thresholds]
+        assert found[name] == pytest.approx(min(fpr for fpr, tpr in false if tpr >= least))
+
+
+def test_pixel_metrics():
+    """Against the definitions: every threshold, every region by itself, areas by trapezoids."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((3, 24, 24), bool)
+    masks[0, 2:6, 3:20] = masks[0, 12:20, 5:9] = masks[1, 8:16, 8:16] = True
+    maps = (20 + rng.normal(size=masks.shape) + 1.2 * masks).round(1).astype(np.float32)  # rounded: ties
+    found = pixel_metrics(masks, maps)
+    assert found["pixel_auroc"] == pytest.approx(pairs_auroc(masks.ravel().astype(int), maps.ravel()))
+    false, overlap = [0.0], [0.0]
+    for threshold in np.unique(maps)[::-1]:
+        above = maps >= threshold
+        found_in = [
+            above[number][labelled == region].mean()
+            for number, (labelled, count) in enumerate(map(regions_of, masks))
+            for region in range(1, count + 1)
+        ]
+        false.append(above[~masks].mean())
+        overlap.append(np.mean(found_in))
+    grid = np.append(np.array(false)[np.array(false) < AUPRO_LIMIT], AUPRO_LIMIT)
+    area = np.trapezoid(np.interp(grid, false, overlap), grid) / AUPRO_LIMIT
+    assert found["aupro"] == pytest.approx(area, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_pixel_metrics_of_masks_without_a_border(value):
+    masks = np.full((2, 4, 4), value)
+    assert pixel_metrics(masks, np.ones(masks.shape, np.float32)) == {}
+
+
+def write(folder, **changes):
+    content = {
+        "datasets": {"cells": {"elpv": "mono"}},
+        "models": {"padim": PADIM},
+        **changes,
+    }
+    file = folder / "evaluation.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def make_plan(folder, **changes):
+    file = write(folder, **changes)
+    return list_jobs(read_plan(file), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {}}, "model: Extra inputs are not permitted"),
+        ({"models": {}}, "models: Dictionary should have at least 1 item"),
+        ({"seeds": [0, "one"]}, r"seeds.1: .*valid integer.*got 'one'"),
+        ({"seeds": [1, 1]}, "seeds names one twice"),
+        ({"baseline": "Padim"}, "baseline 'Padim' is none of the models: padim"),
+        ({"datasets": {"a/b": {"elpv": "mono"}}}, "datasets.a/b"),
+        ({"datasets": {"x": {"elpv": "multi"}}}, "datasets.x.elpv: Input should be 'mono' or 'poly', got 'multi'"),
+        (
+            {"datasets": {"x": {"elpv": "mono", "folder": "y"}}},
+            "datasets.x: give exactly one of class_path, folder",
+        ),
+        ({"datasets": {"x": {"folder": "nowhere"}}}, "datasets.x: there is no folder nowhere.*optional: true"),
+        (
+            {"datasets": {"x": {"folder": "nowhere", "optional": True}}},
+            "Every data set is optional, and missing: x: ",
+        ),
+        ({"datasets": {"x": {"class_path": "Foldr"}}}, "(?s)datasets.x: .*Foldr"),
+        ({"models": {"x": {"init_args": {}}}}, "models.x: give exactly one of class_path and config"),
+        ({"models": {"x": {"class_path": "anomalib.models.Padm"}}}, "(?s)models.x: .*Padm"),
+        ({"models": {"x": {**PADIM, "init_args": {"layer": ["a"]}}}}, "(?s)models.x: .*'layer' is not accepted"),
+        ({"models": {"x": {**PADIM, "init_args": {"n_features": "many"}}}}, "(?s)models.x: .*n_features.*many"),
+        ({"models": {"x": {"config": "evaluation.yaml"}}}, "models.x.config: .* has no model section"),
+        ({"models": {"x": {"config": "other.yaml"}}}, "There is no file .*other.yaml"),
+    ],
+)
+def test_every_mistake_is_named(tmp_path, changes, said):
+    with pytest.raises(PlanError, match=said):
+        make_plan(tmp_path, **changes)
+
+
+def test_not_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("datasets: [")
+    with pytest.raises(PlanError, match="cannot be read as YAML"):
+        read_plan(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("models: {a: {class_path: x}}\nmodels: {b: {class_path: y}}")
+    with pytest.raises(PlanError, match="duplicate key models"):
+        read_plan(tmp_path / "b.yaml")
+
+
+def test_jobs(tmp_path):
+    """Seeds reach what takes one; a folder's layout becomes arguments; an optional data set may be absent."""
+    for folder in ("train/good", "test/good", "test/crack", "ground_truth/crack"):
+        (tmp_path / folder).mkdir(parents=True)
+    own = {"class_path": "patchcore_plugin.FaissPatchcore", "init_args": {"coreset_sampling_ratio": 0.5}}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump({"model": own}))
+    jobs, skipped = make_plan(
+        tmp_path,
+        datasets={"tiles": {"folder": str(tmp_path)}, "gone": {"folder": str(tmp_path / "gone"), "optional": True}},
+        models={"padim": PADIM, "best": {"config": "best.yaml", "init_args": {"num_neighbors": 3}}},
+        seeds=[4, 5],
+        baseline="padim",
+    )
+    assert skipped == {"gone": f"there is no folder {tmp_path / 'gone'}"}
+    assert [job.label for job in jobs] == ["tiles/padim/4", "tiles/best/4", "tiles/padim/5", "tiles/best/5"]
+    assert jobs[1].network["init_args"] == {
+        "coreset_sampling_ratio": 0.5, "num_neighbors": 3, "visualizer": False, "random_state": 4,
+    }  # fmt: skip
+    assert jobs[1].data["init_args"]["seed"] == 4
+    assert jobs[1].data["init_args"]["abnormal_dir"] == ["test/crack"]
+    assert jobs[1].data["init_args"]["mask_dir"] == ["ground_truth/crack"]
+    assert [job.label for job in select(jobs, ["*/best/*", "*/4"])] == ["tiles/padim/4", "tiles/best/4", "tiles/best/5"]
+    with pytest.raises(PlanError, match=r"(?s)'\*/worst/\*' matches no job.*tiles/padim/4"):
+        select(jobs, ["*/worst/*"])
+
+
+def test_the_packaged_evaluation(tmp_path, monkeypatch):
+    """It is valid, all its models have one backbone, and it does without the data set that has to be fetched."""
+    monkeypatch.setenv("MTD", str(tmp_path / "mtd"))
+    jobs, skipped = list_jobs(read_plan(ROOT / "configs" / "evaluate.yaml"), ROOT / "configs")
+    assert list(skipped) == ["MTD"]
+    assert {job.elpv for job in jobs} == {"mono", "poly"}
+    assert {job.baseline for job in jobs} == {"anomalib Patchcore"}
+    assert {job.network["init_args"]["backbone"] for job in jobs} == {"efficientnet_lite0"}
+
+
+def test_backbones(tmp_path):
+    """Every model with every backbone, but those with one of their own; compared with the same backbone's baseline."""
+    lite = {"backbone": "efficientnet_lite0", "layers": ["blocks.2"]}
+    bare = {"class_path": "anomalib.models.Padim", "init_args": {"n_features": 9}}
+    jobs, _ = make_plan(
+        tmp_path,
+        models={"bare": bare, "core": {"class_path": "anomalib.models.Patchcore"}, "own": PADIM},
+        backbones={"lite": lite, "r18": {"backbone": "resnet18", "layers": ["layer1"]}},
+        baseline="bare",
+    )
+    assert {job.model: job.baseline for job in jobs} == {
+        "bare, lite": "bare, lite", "bare, r18": "bare, r18",
+        "core, lite": "bare, lite", "core, r18": "bare, r18", "own": "bare, lite",
+    }  # fmt: skip
+    assert {job.model: job.network["init_args"]["backbone"] for job in jobs}["core, r18"] == "resnet18"
+
+
+def test_key_changes_with_the_definition(tmp_path):
+    """What a result depends on changes its folder; what it does not, does not."""
+    (job,), _ = make_plan(tmp_path)
+    (same,), _ = make_plan(tmp_path, output="elsewhere", baseline="padim")
+    changed = {
+        "models": {"padim": {**PADIM, "init_args": {**PADIM["init_args"], "n_features": 9}}},
+        "datasets": {"cells": {"elpv": "mono", "init_args": {"train_batch_size": 2}}},
+        "seeds": [7],
+    }
+    others = [make_plan(tmp_path, **{name: value})[0][0] for name, value in changed.items()]
+    assert same.key == job.key
+    assert len({job.key, *(other.key for other in others)}) == 4
+
+
+def result(dataset, model, seed, labels, scores, folder=None):
+    job = Job(dataset=dataset, model=model, baseline="a", seed=seed, data={}, elpv=None, network={}, trainer={})
+    predictions = [
+        {"image": f"x/{number}.png", "kind": "k", "label": int(label), "score": float(score)}
+        for number, (label, score) in enumerate(zip(labels, scores, strict=True))
+    ]
+    content = {"metrics": image_metrics(labels, scores), "threshold": None}
+    return Result(job, folder, content, None, predictions)
+
+
+def test_differences(tmp_path):
+    """The interval covers the true difference, is of a bootstrap's width, and narrows in the mean over data sets."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 150)
+    results = []
+    for dataset in ("one", "two"):
+        common = rng.normal(size=300)
+        for seed in range(2):
+            noise = rng.normal(size=(2, 300)) * 0.1
+            results.append(result(dataset, "a", seed, labels, common + labels + noise[0]))
+            results.append(result(dataset, "b", seed, labels, common + 2 * labels + noise[1]))
+    rows = summarise(results)
+    assert [(row.dataset, row.model) for row in rows] == [
+        ("one", "a"), ("one", "b"), ("two", "a"), ("two", "b"), (MEAN, "a"), (MEAN, "b"),
+    ]  # fmt: skip
+    assert rows[0].difference is None
+    own, mean = rows[1], rows[-1]
+    aurocs = {model: [r.metrics["image_auroc"] for r in results[:4] if r.job.model == model] for model in "ab"}
+    assert own.means["image_auroc"] == pytest.approx(np.mean(aurocs["b"]))
+    assert own.spreads["image_auroc"] == pytest.approx(np.std(aurocs["b"], ddof=1))
+    assert own.difference == pytest.approx(np.mean(aurocs["b"]) - np.mean(aurocs["a"]))
+    low, high = own.interval
+    drawn = []  # the obvious way: take images, repeated ones repeatedly, and compare the two models on them
+    scores = {r.job.label: np.array([image["score"] for image in r.predictions]) for r in results[:4]}
+    for _ in range(1000):
+        take = np.concatenate([rng.choice(np.flatnonzero(labels == kind), 150) for kind in (0, 1)])
+        auroc = {label: pairs_auroc(labels[take], found[take]) for label, found in scores.items()}
+        drawn.append(np.mean([auroc[f"one/b/{seed}"] - auroc[f"one/a/{seed}"] for seed in range(2)]))
+    np.testing.assert_allclose([low, high], np.quantile(drawn, [0.025, 0.975]), atol=0.15 * (high - low))
+    assert mean.difference == pytest.approx((own.difference + rows[3].difference) / 2)
+    assert mean.interval[1] - mean.interval[0] < high - low
+    write_csv(results, rows, tmp_path)
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + 6 * 5
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 1], [0, 1]])
+def test_differences_of_few_images(labels):
+    """No interval, and no crash, where a class has one image or none."""
+    rows = summarise([result("x", model, 0, np.array(labels), np.arange(len(labels)) * 1.0) for model in "ab"])
+    assert rows[1].interval is None
+    assert ("image_auroc" in rows[1].means) == (len(set(labels)) == 2)
+
+
+def test_result_folders(tmp_path):
+    """A job is done when its folder is there, failed when its error is, and not run otherwise."""
+    job = result("x", "a", 0, np.array([0, 1]), np.array([1.0, 2.0])).job
+    assert read_result(job, tmp_path).status == "not run"
+    folder = tmp_path / "jobs" / job.key
+    folder.with_name(f".{job.key}.partial").mkdir(parents=True)
+    assert read_result(job, tmp_path).status == "not run"
+    folder.with_name(f"{job.key}.error").write_text("ValueError: no")
+    assert (read_result(job, tmp_path).status, read_result(job, tmp_path).error) == ("failed", "ValueError: no")
+    folder.mkdir()
+    (folder / METRICS).write_text(json.dumps({"metrics": {"aupro": None, "f1_max": 0.5}}))
+    (folder / PREDICTIONS).write_text("image,kind,label,score\na/b.png,a,1,0.25\n")
+    found = read_result(job, tmp_path)
+    assert (found.status, found.error, found.metrics) == ("done", None, {"f1_max": 0.5})
+    assert found.predictions == [{"image": "a/b.png", "kind": "a", "label": 1, "score": 0.25}]
