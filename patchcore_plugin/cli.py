@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from patchcore_plugin import __version__
+from patchcore_plugin.cli_bundle import explain, info, validate
 from patchcore_plugin.cli_common import plain_errors, progress_bar
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _ANOMALIB_COMMANDS = {
     "train": "Fit a model, then test it, with anomalib.",
     "fit": "Fit a model with anomalib.",
-    "validate": "Validate a model with anomalib.",
     "test": "Test a model with anomalib.",
 }
 
@@ -95,6 +95,12 @@ def run_anomalib(arguments: list[str]) -> Any:
     "--images",
     type=click.Path(path_type=Path),
     help="Folder of normal images that were not trained on, to measure on.  [default: some of the validation set]",
+)
+@click.option(
+    "--thumbnails",
+    is_flag=True,
+    help="Put small pictures of the training images into the bundle, to show beside an anomaly: 192 KiB an image, at most, "
+    "in the bundle and in memory.",
 )
 @plain_errors
 def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) -> None:
@@ -273,3 +279,8 @@ def demo(folder: Path, data_only: bool) -> None:
             click.echo(f"{count:4d} images in {root / name}")
     else:
         steps.run(folder)
+
+
+main.add_command(explain)
+main.add_command(info)
+main.add_command(validate)

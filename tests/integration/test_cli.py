@@ -131,7 +131,9 @@ def test_help():
     for arguments, words in {
         ("--help",): ["train", "export", "predict", "pack", "demo"],
         ("predict", "--help"): ["BUNDLE", "FOLDER", "results.csv"],
-        ("export", "--help"): ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images"],
+        ("export", "--help"): ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images", "--thumbnails"],
+        ("validate", "--help"): ["BUNDLE", "--images", "--json", "exit code 1"],
+        ("explain", "--help"): ["BUNDLE", "IMAGE", "--output"],
         ("benchmark", "--help"): ["BUNDLE", "FOLDER", "--threads"],
         ("demo", "--help"): ["--data-only", "Safe to run again"],
         ("train", "--help"): ["--model", "--config"],
