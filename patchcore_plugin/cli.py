@@ -17,6 +17,7 @@ from rich.table import Table
 from patchcore_plugin import __version__
 from patchcore_plugin.cli_bundle import explain, info, validate
 from patchcore_plugin.cli_common import plain_errors, progress_bar
+from patchcore_plugin.cli_update import update
 
 if TYPE_CHECKING:
     from patchcore_plugin.bundle import Manifest
@@ -283,4 +284,5 @@ def demo(folder: Path, data_only: bool) -> None:
 
 main.add_command(explain)
 main.add_command(info)
+main.add_command(update)
 main.add_command(validate)
