@@ -37,6 +37,16 @@ _DRIFT = {
     "distance": 25.9,
     "normal_distance": 22.8,
 }
+_BOX = {"left": 112, "top": 104, "width": 8, "height": 8}
+_NEAREST = {
+    "vector": 217,
+    "distance": 47.9,
+    "image": "good/cell0017.png",
+    "row": 12,
+    "column": 14,
+    "box": _BOX,
+    "crop": None,
+}
 
 
 def _example(example: dict[str, Any]) -> ConfigDict:
@@ -88,6 +98,53 @@ class Answer(BaseModel):
     heatmap: str | None = Field(
         default=None,
         description="On request: base64 PNG in the image's size; yellow from the pixel threshold on, red far above.",
+    )
+
+
+class PatchBox(BaseModel):
+    """Place of a patch, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+class FoundPatch(BaseModel):
+    """The nearest normal patch."""
+
+    model_config = _example(_NEAREST)
+    vector: int = Field(description="Its number in the memory bank.")
+    distance: float = Field(description="How far the anomalous patch is from it, in feature units.")
+    image: str | None = Field(description="Training image that it comes from; null where the bundle does not say.")
+    row: int | None = Field(description="Its row in the patch grid.")
+    column: int | None = Field(description="Its column in the patch grid.")
+    box: PatchBox | None = Field(description="Its place in the image as the network saw it, after resize and crop.")
+    crop: str | None = Field(description="Base64 PNG of what is around it; null where the bundle has no thumbnails.")
+
+
+class FoundReason(BaseModel):
+    """An anomalous patch, and the normal one that is nearest to it."""
+
+    region: FoundRegion | None = Field(description="Region whose highest point it is; null for the farthest patch of all.")
+    row: int = Field(description="The patch's row in the patch grid, from 0.")
+    column: int = Field(description="Its column, from 0.")
+    box: PatchBox = Field(description="Its place in the image as it was sent.")
+    nearest: FoundPatch
+    crop: str = Field(description="Base64 PNG of what is around it.")
+
+
+class Explanation(Answer):
+    """What the service says of one image, and why."""
+
+    model_config = _example(
+        {
+            **_ANSWER,
+            "reasons": [{"region": _REGION, "row": 13, "column": 14, "box": _BOX, "nearest": _NEAREST, "crop": "iVB"}],
+        }
+    )
+    reasons: list[FoundReason] = Field(
+        description="One for each region, 16 at most; where there is none, one for the most anomalous patch."
     )
 
 

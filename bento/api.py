@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from patchcore_plugin.bundle import BundleError
 from patchcore_plugin.images import SUFFIXES
 
-from .answers import Answer, Answers, Drifts, Item, Models, Problem
+from .answers import Answer, Answers, Drifts, Explanation, Item, Models, Problem
 from .door import Door, ProblemError, problem, problem_response
 from .shelf import UnknownModelError
 
@@ -149,6 +149,14 @@ def make_app(settings: Settings) -> FastAPI:
         request.state.log = {"model": answer.model, "score": answer.score, "verdict": answer.verdict}
         headers = {"X-Score": repr(answer.score), "X-Verdict": answer.verdict or "", "X-Version": answer.version}
         return Response(picture, media_type="image/png", headers=headers)
+
+    @app.post("/explain", response_model=Explanation, responses=_PROBLEMS, openapi_extra=_body("image", several=False))
+    async def explain(request: Request, service: Service, model: Annotated[str | None, _MODEL] = None) -> Response:
+        """Score one image, and name the nearest normal patch of each anomalous region."""
+        name, content, fields = await _one_image(request)
+        answer = await service.explain(content, name, fields.get("model") or model)
+        request.state.log = {"model": answer.model, "score": answer.score, "verdict": answer.verdict}
+        return _json(answer)
 
     @app.get("/models", responses={401: _PROBLEMS[401]})
     def models(service: Service) -> Models:

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,14 @@ import anyio.to_thread
 import bentoml
 from bentoml.exceptions import BentoMLConfigException, NotFound
 from opentelemetry import trace
+from PIL import Image
 
 from patchcore_plugin.bundle import MANIFEST, BundleError, Manifest, read_manifest, verify
 from patchcore_plugin.images import ImageError, ImageTooLargeError, read_image
 from patchcore_plugin.network import cores
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
 
-from .answers import Answer, Model, Models, Size, describe_prediction
+from .answers import Answer, Explanation, FoundReason, Model, Models, Size, describe_prediction
 from .api import as_base64, as_grey, as_png, make_app
 from .door import LogFormatter, ProblemError
 from .metrics import Metrics
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from patchcore_plugin.explain import Reason
 
 MODEL = "patchcore"  # in BentoML's store; in a bento: the alias of the model that was built in
 
@@ -170,6 +174,20 @@ class PatchcoreRunner:
                 answers[number] = result
         return answers
 
+    @bentoml.api(batchable=True, max_batch_size=settings.max_batch_size, max_latency_ms=settings.max_latency_ms)
+    def explain(self, images: list[Any]) -> list[Any]:
+        """As :meth:`score`, with the reasons."""
+        return [self._explain(model, pixels) for model, pixels in images]
+
+    def _explain(self, model: str, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+        try:
+            entry = self.shelf.get(model)
+        except BundleError as error:
+            return {"error": str(error)}
+        prediction, reasons = entry.runtime.explain(pixels)
+        manifest = entry.runtime.manifest.model_dump_json()
+        return {**_taken_apart(prediction, manifest, entry.version), "reasons": reasons}
+
 
 @bentoml.service(
     name="patchcore",
@@ -251,6 +269,10 @@ class PatchcoreService:
 
         return await self._work(content, name, model, describe_and_draw)
 
+    async def explain(self, content: bytes, name: str, model: str | None) -> Explanation:
+        """Score an image file's bytes and give the reasons; errors as of :meth:`answer`."""
+        return await self._work(content, name, model, self._describe_why, why=True)
+
     def models(self) -> Models:
         """What there is to ask for."""
         found = self.shelf.places()
@@ -283,14 +305,17 @@ class PatchcoreService:
             )
         return Models(models=listed, default=settings.default_model or (listed[0].name if len(listed) == 1 else None))
 
-    async def _work(self, content: bytes, name: str, model: str | None, finish: Callable[..., Any]) -> Any:
-        """Decode, score, and make an answer of it, off the event loop."""
+    async def _work(
+        self, content: bytes, name: str, model: str | None, finish: Callable[..., Any], *, why: bool = False
+    ) -> Any:
+        """Decode, score, and make an answer of it, off the event loop; with ``why``, the answer is given the reasons too."""
         model = self.resolve(model)
         if settings.runner == "inside":
-            return await self._in_thread(self._work_here, content, name, model, finish)
+            return await self._in_thread(self._work_here, content, name, model, finish, why)
         pixels, decoding = await self._in_thread(self._decode, content, name)
         try:
-            (found,) = await self.runner.to_async.score([(model, pixels)])
+            score = self.runner.to_async.explain if why else self.runner.to_async.score
+            (found,) = await score([(model, pixels)])
         except Exception as error:  # whatever a client meets where the other process is not there
             logger.warning("The runner does not answer: %s: %s", type(error).__name__, error)
             detail = "The process that computes does not answer; it is being started again."
@@ -298,16 +323,22 @@ class PatchcoreService:
         if "error" in found:
             raise BundleError(found["error"])
         version = found.pop("version")
+        if why:
+            finish = partial(finish, found.pop("reasons"))
         prediction = Prediction(**{**found, "manifest": _manifest(found["manifest"])}, size=pixels.shape[:2])
         return await self._in_thread(finish, pixels, prediction, model, version, decoding)
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await anyio.to_thread.run_sync(call, *arguments, limiter=self._limiter, abandon_on_cancel=True)
 
-    def _work_here(self, content: bytes, name: str, model: str, finish: Callable[..., Any]) -> Any:
+    def _work_here(self, content: bytes, name: str, model: str, finish: Callable[..., Any], why: bool) -> Any:
         pixels, decoding = self._decode(content, name)
         entry = self.shelf.get(model)
-        (prediction,) = entry.runtime.predict([pixels])
+        if why:
+            prediction, reasons = entry.runtime.explain(pixels)
+            finish = partial(finish, reasons)
+        else:
+            (prediction,) = entry.runtime.predict([pixels])
         return finish(pixels, prediction, model, entry.version, decoding)
 
     def _decode(self, content: bytes, name: str) -> tuple[NDArray[np.uint8], float]:
@@ -322,6 +353,15 @@ class PatchcoreService:
                 400, "image_unreadable", f"{_shown(name)} cannot be read as an image: {error.reason}."
             ) from error
         return pixels, 1000 * (time.perf_counter() - started)
+
+    def _describe_why(self, reasons: list[Reason], *about: Any) -> Explanation:
+        answer = self._describe(*about)
+
+        def described(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: _as_picture(value) if name == "crop" and value is not None else value for name, value in fields}
+
+        found = [FoundReason.model_validate(asdict(reason, dict_factory=described)) for reason in reasons]
+        return Explanation(**answer.model_dump(), reasons=found)
 
     def _describe(
         self,
@@ -350,6 +390,10 @@ class PatchcoreService:
         self.watch.feed(model, version, prediction)
         self.metrics.verdicts.labels(model=model, verdict=answer.verdict or "none").inc()
         return answer
+
+
+def _as_picture(pixels: NDArray[np.uint8]) -> str:
+    return as_base64(as_png(Image.fromarray(pixels)))
 
 
 def _taken_apart(prediction: Prediction, manifest: str, version: str) -> dict[str, Any]:

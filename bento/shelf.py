@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchcore_plugin.bundle import MANIFEST, BundleError, Manifest, read_manifest
+from patchcore_plugin.bundle import BundleError, Manifest, read_manifest, version_of
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 if TYPE_CHECKING:
@@ -189,11 +188,11 @@ def describe(path: Path) -> tuple[Manifest, str]:
     Raises:
         BundleError: If it cannot be read.
     """
-    return read_manifest(path), _version(path)
+    return read_manifest(path), version_of(path)
 
 
 def _open(name: str, path: Path, stamp: tuple | None, load: Callable[[Path], PatchcoreRuntime]) -> Entry:
-    version = _version(path)
+    version = version_of(path)
     runtime = load(path)
     black = np.zeros((*runtime.manifest.preprocessing.resize, 3), np.uint8)
     try:
@@ -202,14 +201,6 @@ def _open(name: str, path: Path, stamp: tuple | None, load: Callable[[Path], Pat
         msg = f"{path} cannot score an image: {error}"
         raise BundleError(msg) from error
     return Entry(name=name, runtime=runtime, version=version, size=runtime.manifest.total_bytes, _stamp=stamp)
-
-
-def _version(path: Path) -> str:
-    try:
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        msg = f"{path / MANIFEST} cannot be read: {error}"
-        raise BundleError(msg) from error
 
 
 def _stamp(path: Path) -> tuple | None:

@@ -39,6 +39,7 @@ def choose(
     storage: Storage = "float32",
     progress: Callable[[str], object] | None = None,
     threads: int | None = None,
+    least: int = 0,
 ) -> tuple[MemoryBank, list[IndexTrial]]:
     """Build the fastest memory bank that answers as exact search does.
 
@@ -53,6 +54,7 @@ def choose(
         storage: Precision in which the bank keeps its vectors.
         progress: Called with what is done next.
         threads: Threads to search with, as serving does; None leaves it to FAISS.
+        least: Least width to consider.
 
     Returns:
         The bank, its width set and its neighbours found, and what was measured, the index taken among it. Flat is taken
@@ -70,7 +72,7 @@ def choose(
             progress(f"index {kind}")
         bank = banks[kind] = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
         bank.threads = threads
-        for width in _WIDTHS[kind]:
+        for width in [width for width in _WIDTHS[kind] if width >= least] or [least]:
             bank.width = width
             trial = _try(bank, embeddings, nearest, exact, num_neighbors)
             trials.append(trial)

@@ -6,6 +6,12 @@
     bank.faiss      the memory bank and its index
     bank.npy        neighbours of each bank vector, for the image score
 
+and, where it is known which training image each bank vector comes from (:mod:`patchcore_plugin.origins`):
+
+    origins.npy     image, row and column of each bank vector
+    sources.json    the images' names
+    thumbnails.npy  the images themselves, made small; on request
+
 A bundle is whole or absent: it is written beside its place and moved there, and nothing of it is used before every file
 matches its checksum. Nothing in it is ever executed or unpickled.
 """
@@ -33,9 +39,11 @@ FORMAT_VERSION = 3
 _READABLE = (2, 3)  # what format 3 added may be absent
 MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
+ORIGINS, SOURCES, THUMBNAILS = "origins.npy", "sources.json", "thumbnails.npy"
 _FILES = (FEATURES, WEIGHTS, BANK, NEIGHBORS)
-_NAMES = {MANIFEST, *_FILES}
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand, and of the largest calibration 800,000
+_OPTIONAL = (ORIGINS, SOURCES, THUMBNAILS)
+_NAMES = {MANIFEST, *_FILES, *_OPTIONAL}
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 Storage = Literal["float32", "float16", "int8"]
@@ -213,6 +221,32 @@ class File(_Record):
     bytes: PositiveInt
 
 
+class SelfTest(_Record):
+    """What the bundle answered where it was written; see :mod:`patchcore_plugin.self_test`.
+
+    Attributes:
+        scores: Raw image score of each test picture.
+    """
+
+    scores: Annotated[list[Annotated[FiniteFloat, Field(ge=0)]], Field(min_length=1, max_length=100)]
+
+
+class Update(_Record):
+    """One step from a bundle to its successor, by ``patchcore update``.
+
+    Attributes:
+        parent: Version of the bundle that was extended.
+        date: When.
+        images: New normal images that went into the bank.
+        vectors: Vectors that they added to it.
+    """
+
+    parent: Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
+    date: datetime
+    images: PositiveInt
+    vectors: Annotated[int, Field(ge=0)]
+
+
 class Manifest(_Record):
     """Content of manifest.json."""
 
@@ -234,13 +268,21 @@ class Manifest(_Record):
     image: Scale
     pixel: Scale
     calibration: Calibration | None = None
+    self_test: SelfTest | None = None
+    lineage: list[Update] = []  # the first step first
     versions: dict[str, str]
-    files: dict[Literal["features.xml", "features.bin", "bank.faiss", "bank.npy"], File]
+    files: dict[
+        Literal["features.xml", "features.bin", "bank.faiss", "bank.npy", "origins.npy", "sources.json", "thumbnails.npy"],
+        File,
+    ]
 
     @model_validator(mode="after")
     def _all_files_listed(self) -> Self:
-        if len(self.files) != len(_FILES):
+        if not self.files.keys() >= set(_FILES):
             msg = f"files lists {sorted(self.files)}, expected {', '.join(_FILES)}"
+            raise ValueError(msg)
+        if (ORIGINS in self.files) != (SOURCES in self.files) or (THUMBNAILS in self.files and SOURCES not in self.files):
+            msg = f"files lists {sorted(self.files)}: {ORIGINS} and {SOURCES} come together, {THUMBNAILS} with them only"
             raise ValueError(msg)
         return self
 
@@ -309,9 +351,23 @@ def verify(path: Path, manifest: Manifest) -> None:
             raise BundleError(msg)
 
 
+def version_of(path: Path) -> str:
+    """A bundle's version: the first 12 digits of the sha256 of its manifest, which covers all other files' checksums.
+
+    Raises:
+        BundleError: If the manifest cannot be read.
+    """
+    try:
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        msg = f"{path / MANIFEST} cannot be read: {error}"
+        raise BundleError(msg) from error
+
+
 def describe_files(folder: Path) -> dict[str, File]:
     """Checksums and sizes of a bundle's files, for its manifest."""
-    return {name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in _FILES}
+    names = [*_FILES, *(name for name in _OPTIONAL if (folder / name).is_file())]
+    return {name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from patchcore_plugin import __version__
+from patchcore_plugin.cli_bundle import explain, info, validate
 from patchcore_plugin.cli_common import plain_errors, progress_bar
 from patchcore_plugin.cli_evaluate import evaluate
+from patchcore_plugin.cli_update import update
 
 if TYPE_CHECKING:
     from patchcore_plugin.bundle import Manifest
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 _ANOMALIB_COMMANDS = {
     "train": "Fit a model, then test it, with anomalib.",
     "fit": "Fit a model with anomalib.",
-    "validate": "Validate a model with anomalib.",
     "test": "Test a model with anomalib.",
 }
 
@@ -96,6 +97,12 @@ def run_anomalib(arguments: list[str]) -> Any:
     "--images",
     type=click.Path(path_type=Path),
     help="Folder of normal images that were not trained on, to measure on.  [default: some of the validation set]",
+)
+@click.option(
+    "--thumbnails",
+    is_flag=True,
+    help="Put small pictures of the training images into the bundle, to show beside an anomaly: 192 KiB an image, at most, "
+    "in the bundle and in memory.",
 )
 @plain_errors
 def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) -> None:
@@ -277,3 +284,7 @@ def demo(folder: Path, data_only: bool) -> None:
 
 
 main.add_command(evaluate)
+main.add_command(explain)
+main.add_command(info)
+main.add_command(update)
+main.add_command(validate)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 _STATE = 48  # bytes that the coreset keeps for each row, at most
+_NUMBER = 8  # bytes more where rows are moved: which row it is
 _BUFFERS = 0.1  # share of the budget for what does not grow with the rows
 _DEFAULT_SHARE = 0.8  # of the free memory
 _SMALLEST = 1024  # rows of a matrix that is worth streaming through
@@ -60,6 +61,8 @@ class EmbeddingStore:
         rows: Rows appended so far.
         reductions: How often rows had to be reduced to stay within the budget.
         radius_: Covering radius after :meth:`bank`, in feature units: exact without a reduction, else an upper bound.
+        numbers_: Which rows the bank is made of, after :meth:`bank` (K,), int64, on the CPU. Rows are numbered as they were
+            appended, through all processes in order of rank.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class EmbeddingStore:
         self.rows = 0
         self.reductions = 0
         self.radius_ = math.nan
+        self.numbers_ = torch.empty(0, dtype=torch.int64)
         self._matrix: torch.Tensor | None = None
+        self._numbers: torch.Tensor | None = None  # of the matrix's rows, once they have been moved
         self._kept = 0  # rows of the running coreset, at the start of the matrix
         self._filled = 0
         self._radius = float(sampler.radius or 0)
@@ -91,12 +96,15 @@ class EmbeddingStore:
         if embeddings.shape[1] != self._matrix.shape[1]:
             msg = f"Embeddings of {embeddings.shape[1]} values do not go with those of {self._matrix.shape[1]} before."
             raise ValueError(msg)
-        self.rows += len(embeddings)
         while len(embeddings):
             if self._filled == len(self._matrix):
                 self._reduce()
             part = embeddings[: len(self._matrix) - self._filled]
-            self._matrix[self._filled : self._filled + len(part)] = part
+            place = slice(self._filled, self._filled + len(part))
+            self._matrix[place] = part
+            if self._numbers is not None:
+                torch.arange(self.rows, self.rows + len(part), out=self._numbers[place])
+            self.rows += len(part)
             self._filled += len(part)
             embeddings = embeddings[len(part) :]
 
@@ -122,7 +130,7 @@ class EmbeddingStore:
         wanted, rows = self.sampler.count(total), self._matrix[: self._filled]
         self.radius_ = float(facts[:, 2].max())
         if streamed and radius and wanted >= left:
-            bank = rows_of_all(rows, torch.arange(left, device=rows.device), shards)
+            picks = torch.arange(left, device=rows.device)
         else:
             final = GreedyCoreset(
                 size=min(wanted, left),
@@ -131,8 +139,15 @@ class EmbeddingStore:
                 progress=self.sampler.progress,
                 projection=self.sampler.projection,
             )
-            bank = final.sample(rows, group)
+            picks = final.fit(rows, group)
             self.radius_ += final.radius_
+        bank = rows_of_all(rows, picks, shards)
+        if streamed:  # what is left is numbered otherwise than what was appended
+            first = int(facts[: shards.rank, 0].sum())
+            numbers = torch.arange(self._filled, device=rows.device) if self._numbers is None else self._numbers
+            self.numbers_ = rows_of_all((numbers[: self._filled] + first)[:, None], picks, shards)[:, 0].cpu()
+        else:
+            self.numbers_ = picks.cpu()
         if streamed and radius is None and wanted > left == len(bank):
             logger.warning(
                 "The memory budget left room for %d patch embeddings, so the memory bank has %d instead of %d. Raise "
@@ -144,7 +159,7 @@ class EmbeddingStore:
                 "The memory budget was too small for a coreset radius of %.4g: patches lie within %.4g of the bank.",
                 radius, self.radius_,
             )  # fmt: skip
-        self._matrix = None
+        self._matrix = self._numbers = None
         self._filled = self._kept = 0
         return bank
 
@@ -174,6 +189,8 @@ class EmbeddingStore:
             # no fewer than are worth streaming through, should more come than expected
             rows = max(needed, min(capacity, _SMALLEST))
             return torch.empty((rows, columns), dtype=self.dtype, device=device)
+        whole += _NUMBER
+        capacity = int(budget * (1 - _BUFFERS) / whole)
         if capacity < _SMALLEST:
             least = _SMALLEST * whole / (1 - _BUFFERS) / GIB
             given = f"A memory budget of {budget / GIB:.3g} GiB"
@@ -204,6 +221,8 @@ class EmbeddingStore:
     def _reduce(self, *, final: bool = False) -> None:
         """Make room: cover the new rows within the present radius, or, if too many rows stay, enlarge the radius."""
         matrix, capacity = self._matrix[: self._filled], len(self._matrix)
+        if self._numbers is None:
+            self._numbers = torch.arange(capacity, device=matrix.device)
         room = (self._filled if final else capacity * 3 // 4) - self._kept
         with torch.inference_mode(), full_float32(matrix.device.type):
             if self._radius and room > 0:
@@ -233,7 +252,9 @@ class EmbeddingStore:
         """Move picked rows behind the running coreset; in order, so that no row is written over before it is read."""
         picks = picks.sort().values
         for part in picks.split(max(1, 2**18 // self._matrix.shape[1])):
-            self._matrix[self._kept : self._kept + len(part)] = self._matrix.index_select(0, part)
+            place = slice(self._kept, self._kept + len(part))
+            self._matrix[place] = self._matrix.index_select(0, part)
+            self._numbers[place] = self._numbers.index_select(0, part)
             self._kept += len(part)
         self._filled = self._kept
 

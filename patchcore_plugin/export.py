@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import platform
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,6 @@ from patchcore_plugin.bank_index import choose
 from patchcore_plugin.bundle import (
     BANK,
     FEATURES,
-    MANIFEST,
     BundleError,
     Index,
     Manifest,
@@ -39,7 +39,8 @@ from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.torch_model import MemoryBankError
 from patchcore_plugin.network import INPUT, NORMALISED, Network, cores
 from patchcore_plugin.network_precision import choose_precision
-from patchcore_plugin.runtime import PatchcoreRuntime
+from patchcore_plugin.origins import thumbnails as make_thumbnails
+from patchcore_plugin.self_test import write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
     from patchcore_plugin.network import Request
+    from patchcore_plugin.origins import Origins
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ def export_bundle(
     index: IndexKind | Literal["auto"] = "auto",
     storage: Storage = "float32",
     precision: Precision | Literal["auto"] = "f32",
+    thumbnails: bool = False,
     images: Sequence[str | Path] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Path:
@@ -84,6 +87,8 @@ def export_bundle(
         precision: Arithmetic of the network. ``"bf16"`` is used where the serving CPU has it. ``"int8"`` needs the extra
             ``quantize``. ``"auto"`` takes the fastest whose image scores keep a rank correlation of 0.99 and a mean
             error of 2 %.
+        thumbnails: Put small pictures of the training images into the bundle, to show beside an anomaly: 192 KiB for each
+            image that the bank has a patch of, in the bundle and in the memory of what serves it.
         images: Normal images that are not in the bank, to measure on: up to 64 of them. By default those of the
             validation set that the checkpoint keeps.
         progress: Called with what is done next.
@@ -94,7 +99,7 @@ def export_bundle(
     Raises:
         MemoryBankError: If the model is not fitted.
         BundleError: If the folder exists, or the model has a part that a bundle cannot hold: a custom pre-processing step,
-            tiling; or if there are no images to measure a choice on.
+            tiling; or if there are no images to measure a choice on, or a training image is not there for its thumbnail.
         ImageError: If an image cannot be read.
     """
     path = Path(path)
@@ -110,6 +115,7 @@ def export_bundle(
     image, pixel = _scales(model)
     if image.threshold is None:
         logger.warning("The model has no threshold (it was never validated): the bundle will give scores but no verdict.")
+    origins = _origins(model, recipe, thumbnails=thumbnails)
     held_out = _held_out(model, recipe, images)
     network = _Embedding(torch_model)
     vectors = torch_model.memory_bank.detach().float().cpu().numpy()
@@ -129,6 +135,8 @@ def export_bundle(
             bank, trials = MemoryBank(vectors, "flat" if index == "auto" else index, storage), []
             bank.find_neighbors(torch_model.num_neighbors)
         bank.save(draft / BANK)
+        if origins is not None:
+            origins.write(draft)
         precision, precision_trials = choose_precision(
             draft / FEATURES, precision, bank, held_out, torch_model.num_neighbors, progress
         )
@@ -159,9 +167,22 @@ def export_bundle(
             },
             files=describe_files(draft),
         )
-        (draft / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        PatchcoreRuntime.load(draft, cache=False)
+        progress("self-test")
+        write_manifest(draft, manifest)
     return path
+
+
+def _origins(model: FaissPatchcore, recipe: Preprocessing, *, thumbnails: bool) -> Origins | None:
+    """Where the bank's vectors come from, as far as the model knows."""
+    origins = model.origins
+    if origins is not None and len(origins.patches) != len(model.model.memory_bank):
+        origins = None  # of another bank: this one was put there by hand
+    if not thumbnails:
+        return origins
+    if origins is None:
+        msg = "The model does not know its training images, so there is nothing to make thumbnails of. Train it again."
+        raise BundleError(msg)
+    return replace(origins, thumbnails=make_thumbnails(origins.images, recipe))
 
 
 def _held_out(model: FaissPatchcore, recipe: Preprocessing, images: Sequence[str | Path] | None) -> list[NDArray[np.uint8]]:

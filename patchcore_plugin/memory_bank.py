@@ -187,12 +187,15 @@ class MemoryBank:
         found[:, 0] = own
         self.neighbors = found
 
-    def search(self, queries: ArrayLike, k: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        self, queries: ArrayLike, k: int = 1, width: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k nearest bank vectors of each query.
 
         Args:
             queries: Patch embeddings (N, D), finite, cast to float32.
             k: Number of neighbours; at most as many as the bank has are returned.
+            width: Breadth of an approximate search, for this time; the bank's own if not given.
 
         Returns:
             Euclidean distances (N, k), float32, ascending, and bank indices (N, k), int64.
@@ -204,7 +207,7 @@ class MemoryBank:
         if k < 1:
             msg = f"k must be at least 1, got {k}."
             raise ValueError(msg)
-        return self._search(queries, min(k, len(self)), self._width)
+        return self._search(queries, min(k, len(self)), self._width if width is None else min(width, MAX_WIDTH))
 
     def score(self, embedding: NDArray[np.float32], num_neighbors: int) -> Scores:
         """Score embeddings (B, h, w, D); see :func:`patchcore_plugin.scoring.score`.

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import faiss
 import numpy as np
 
+from patchcore_plugin import origins
 from patchcore_plugin.bundle import BANK, FEATURES, BundleError, Manifest, Scale, read_manifest, verify
 from patchcore_plugin.conformal import p_value
 from patchcore_plugin.drift import DriftMonitor
+from patchcore_plugin.explain import Reason, explain
 from patchcore_plugin.images import overlay, read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.network import Network, Request, cores
@@ -134,6 +136,7 @@ class PatchcoreRuntime:
         path: The bundle's folder.
         manifest: What the bundle says of itself.
         drift: Watches whether the images that are scored still look as the calibration's; None without a calibration.
+        origins: Where the bank's vectors come from; None where the bundle does not say.
 
     Raises:
         BundleError: If the bundle is absent, damaged, or of another version; the message names the file.
@@ -169,6 +172,7 @@ class PatchcoreRuntime:
             path_of_cache = path.resolve()
             cache = path_of_cache.with_name(f"{path_of_cache.name}.cache") if cache else None
         network = _load_network(path, self.manifest, mode, self.threads, cache and Path(cache))
+        self.origins = origins.read(path, self.manifest)
         self._workers = 1 if mode == "latency" else self.threads
         self.bank.threads = self.threads if mode == "latency" else None
         self._requests: LifoQueue[Request] = LifoQueue()
@@ -243,6 +247,20 @@ class PatchcoreRuntime:
             return np.concatenate([request.embed(image) for image in images])
         finally:
             self._requests.put(request)
+
+    def explain(self, image: Source) -> tuple[Prediction, list[Reason]]:
+        """Score an image, and name the normal patches that its anomalous ones are nearest to.
+
+        Args:
+            image: As one of those of :meth:`predict`.
+
+        Returns:
+            The prediction, and a reason for each of its regions, the highest peak first, 16 at most; where there is no
+            region, one for the most anomalous patch.
+        """
+        pixels = read_image(image)
+        prediction = self._answer(pixels)
+        return prediction, explain(prediction, pixels, self.embed([pixels])[0], self.bank, self.origins)
 
     @staticmethod
     def heatmap(image: Source, prediction: Prediction) -> Image.Image:

@@ -35,6 +35,7 @@ from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.model.backbone import weights_from_checkpoint
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
+from patchcore_plugin.origins import Origins, of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     held_out: torch.Tensor | None
     """Pre-processed normal images (B, 3, H, W), float16, that are not in the memory bank; None until validated."""
 
+    origins: Origins | None
+    """Training image, row and column of each bank vector; None until fitted, and where the images had no paths."""
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
@@ -154,7 +158,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         )
         self._embeddings: EmbeddingStore | None = None
         self._seen = self._skipped = 0
+        self._sources: list[tuple[str, int, int]] = []  # path, and rows and columns of the patch grid
         self.held_out: torch.Tensor | None = None
+        self.origins: Origins | None = None
 
     @classmethod
     def configure_pre_processor(
@@ -212,7 +218,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Start a new memory bank: training again replaces the old one."""
-        self._embeddings = self.held_out = None
+        self._embeddings = self.held_out = self.origins = None
+        self._sources = []
         self._seen = self._skipped = 0
         self._is_fitted = torch.tensor([False], device=self.device)
 
@@ -244,6 +251,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             if self._embeddings is None:
                 self._embeddings = self._new_store(embedding)
             self._embeddings.append(embedding.reshape(-1, embedding.shape[-1]))
+            grid = embedding.shape[1:3]
+            self._sources += [(path and str(Path(path).absolute()), *grid) for path in paths or [""] * len(images)]
         # Lightning wants a loss. Nothing is learned from it: there is no optimizer.
         parameter = next(self.model.feature_extractor.parameters())
         if parameter.requires_grad:
@@ -306,12 +315,22 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self._embeddings = None
         self.model.memory_bank = store.bank(group).to(self.model.memory_bank)
         self.model.covering_radius.fill_(store.radius_)
+        self.origins = self._origins(store.numbers_, group)
         logger.info(
             "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
             len(self.model.memory_bank),
             rows,
             store.radius_,
         )
+
+    def _origins(self, numbers: torch.Tensor, group: torch.distributed.ProcessGroup | None) -> Origins | None:
+        """Where the patches of some numbers come from, which count the images of all processes by rank."""
+        shares = [self._sources]
+        if group is not None:
+            shares = [[] for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather_object(shares, self._sources, group=group)
+        images, self._sources = [image for share in shares for image in share], []
+        return of_rows(numbers.numpy(), images) if all(path for path, *_ in images) else None
 
     def on_validation_start(self) -> None:
         """Build the memory bank before the first validation.
@@ -371,17 +390,22 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             self.held_out = torch.cat([self.held_out, normal[: max(room, 0)]])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the held-out images with the model."""
+        """Keep the held-out images and the bank's origins with the model."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["held_out"] = self.held_out
+        if self.origins is not None:
+            patches = torch.from_numpy(self.origins.patches)
+            checkpoint["origins"] = {"patches": patches, "images": self.origins.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find held-out images and the kind of post-processor again; older checkpoints have neither."""
+        """Find held-out images, the bank's origins and the kind of post-processor again; older checkpoints have none."""
         rate = checkpoint.get("anomalib_post_processor_config", {}).get("false_positive_rate")
         if rate is not None and type(self.post_processor) is PostProcessor:
             self._replace_post_processor(ConformalPostProcessor(rate))
         super().on_load_checkpoint(checkpoint)
         self.held_out = checkpoint.get("held_out")
+        origins = checkpoint.get("origins")
+        self.origins = origins and Origins(origins["patches"].numpy(), origins["images"])
 
     def _replace_post_processor(self, new: PostProcessor) -> None:
         if self._trainer is not None:  # to which the old one is attached already

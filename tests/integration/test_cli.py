@@ -131,7 +131,10 @@ def test_help():
     for arguments, words in {
         ("--help",): ["train", "export", "predict", "pack", "demo"],
         ("predict", "--help"): ["BUNDLE", "FOLDER", "results.csv"],
-        ("export", "--help"): ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images"],
+        ("export", "--help"): ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images", "--thumbnails"],
+        ("validate", "--help"): ["BUNDLE", "--images", "--json", "exit code 1"],
+        ("explain", "--help"): ["BUNDLE", "IMAGE", "--output"],
+        ("update", "--help"): ["BUNDLE", "NEW_NORMALS", "--holdout", "--test"],
         ("benchmark", "--help"): ["BUNDLE", "FOLDER", "--threads"],
         ("demo", "--help"): ["--data-only", "Safe to run again"],
         ("train", "--help"): ["--model", "--config"],

@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.data.utils import read_image
 from conftest import folder_datamodule, make_engine, make_model
 
-from patchcore_plugin import FaissPatchcore
+from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.export import export_bundle
+from patchcore_plugin.origins import Origins
 
 
 def fit(model, cells, tmp_path, **arguments) -> FaissPatchcore:
@@ -21,6 +25,43 @@ def fit(model, cells, tmp_path, **arguments) -> FaissPatchcore:
 
 def auroc(model, cells, tmp_path) -> float:
     return make_engine(tmp_path).test(model, datamodule=folder_datamodule(cells))[0]["image_AUROC"]
+
+
+def assert_origins(found: Origins, bank: torch.Tensor, trained, images: int) -> None:
+    """The patch that each bank vector is said to come from has that very embedding."""
+    assert len(found.patches) == len(bank)
+    assert len(found.images) <= images
+    assert sorted(set(found.patches[:, 0])) == list(range(len(found.images)))
+    assert len({Path(path).name for path in found.images}) == len(found.images)
+    for number, path in enumerate(found.images):
+        mine = found.patches[:, 0] == number
+        with torch.no_grad():
+            pixels = trained.model.pre_processor.transform(read_image(path, as_tensor=True)[None])
+            (embedding,) = trained.model.model.embed(pixels)
+        _, rows, columns = found.patches[mine].T
+        # An image's embedding depends on its batch and the number of threads in the last digits.
+        np.testing.assert_allclose(bank[mine], embedding[rows, columns], atol=1e-3)
+
+
+def test_bank_remembers_its_images(trained):
+    origins, bank = trained.model.origins, trained.model.model.memory_bank
+    assert_origins(origins, bank, trained, 24)
+    loaded = FaissPatchcore.load_from_checkpoint(trained.checkpoint).origins
+    np.testing.assert_array_equal(loaded.patches, origins.patches)
+    assert loaded.images == origins.images
+
+
+def test_checkpoint_without_origins(trained, tmp_path):
+    """As written before models kept them: it is exported without."""
+    checkpoint = torch.load(trained.checkpoint, weights_only=False)
+    del checkpoint["origins"]
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    model = FaissPatchcore.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert model.origins is None
+    with pytest.raises(BundleError, match="does not know its training images"):
+        export_bundle(model, tmp_path / "bundle", index="flat", thumbnails=True)
+    export_bundle(model, tmp_path / "bundle", index="flat")
+    assert PatchcoreRuntime.load(tmp_path / "bundle").origins is None
 
 
 def test_radius_reached_is_stored_and_true(trained, real_embeddings):
@@ -65,6 +106,7 @@ def test_data_ten_times_the_budget(cells, tmp_path, trained, real_embeddings):
     assert reached <= model.model.covering_radius
     assert reached < 1.3 * trained.model.model.covering_radius
     assert auroc(model, cells, tmp_path) > trained.metrics["image_AUROC"] - 0.03
+    assert_origins(model.origins, bank, trained, 24)
 
 
 def test_features_too_large_for_float16(cells, tmp_path):
@@ -128,6 +170,7 @@ if __name__ == "__main__":
     metrics = engine.test(model, datamodule=data)[0]
     found = {"bank": model.model.memory_bank, "radius": float(model.model.covering_radius), "metrics": metrics}
     found["calibration"] = model.post_processor.calibration
+    found["origins"] = torch.from_numpy(model.origins.patches), model.origins.images
     found["trainable"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     torch.save(found, f"{folder}/{os.environ.get('LOCAL_RANK', 0)}.pt")
 """
@@ -158,7 +201,7 @@ def odd_cells(cells, tmp_path_factory) -> Path:
     return root
 
 
-def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path):
+def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path, trained):
     (one,) = train_by(1, odd_cells, tmp_path / "one")
     first, second = train_by(2, odd_cells, tmp_path / "two")
     assert torch.equal(first["bank"], second["bank"])
@@ -173,6 +216,9 @@ def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path):
     assert len(first["calibration"]) == 52
     assert first["metrics"]["image_AUROC"] == pytest.approx(one["metrics"]["image_AUROC"], abs=0.02)
     assert first["trainable"] == []
+    for found in (one, first, second):
+        patches, images = found["origins"]
+        assert_origins(Origins(patches.numpy(), images), found["bank"], trained, 23)
 
 
 def test_a_process_without_images_ends_with_the_same_bank(odd_cells, tmp_path):
@@ -186,8 +232,10 @@ def test_a_process_without_images_ends_with_the_same_bank(odd_cells, tmp_path):
     assert len(first["bank"]) == 1024 * 2 // 100
 
 
-def test_two_processes_within_a_budget(odd_cells, tmp_path):
+def test_two_processes_within_a_budget(odd_cells, tmp_path, trained):
     first, second = train_by(2, odd_cells, tmp_path / "two", {"memory_budget": 0.003})
     assert torch.equal(first["bank"], second["bank"])
     assert len(first["bank"]) == 23 * 1024 * 2 // 100
     assert first["metrics"]["image_AUROC"] > 0.85
+    patches, images = second["origins"]
+    assert_origins(Origins(patches.numpy(), images), second["bank"], trained, 23)

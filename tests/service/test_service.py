@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import venv
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -111,6 +112,34 @@ def test_heatmap_alone(url, runtime, test_images, kind):
         np.testing.assert_array_equal(picture, np.asarray(runtime.heatmap(test_images[0], prediction)))
     else:
         np.testing.assert_allclose(picture / 65535, prediction.normalized_map, atol=1e-5)
+
+
+@pytest.mark.parametrize("runner", ["inside", "process"])
+def test_explain(url, bundle, runtime, test_images, tmp_path, runner):
+    """Crops and nearest normal patches, as the runtime names them; the same where another process computes."""
+    with (
+        nullcontext(url)
+        if runner == "inside"
+        else bentoml_serve(SERVE, tmp_path, PATCHCORE_BUNDLE=str(bundle), PATCHCORE_RUNNER=runner) as server
+    ):
+        response = httpx.post(f"{server}/explain", files={"image": test_images[0].read_bytes()}, timeout=60)
+        assert response.status_code == 200, response.text
+        explained, plain = response.json(), ask(server, test_images[0]).json()
+        assert {name: explained[name] for name in plain if name != "milliseconds"} == {
+            name: plain[name] for name in plain if name != "milliseconds"
+        }
+        unreadable = httpx.post(f"{server}/explain", files={"image": b"x"}, timeout=60)
+        assert (unreadable.status_code, unreadable.json()["code"]) == (400, "image_unreadable")
+    _, reasons = runtime.explain(test_images[0])
+    assert len(explained["reasons"]) == len(reasons)
+    for found, expected in zip(explained["reasons"], reasons, strict=True):
+        nearest = found["nearest"]
+        assert (nearest["image"], nearest["row"]) == (expected.nearest.image, expected.nearest.row)
+        assert nearest["distance"] == pytest.approx(expected.nearest.distance, rel=1e-6)
+        assert nearest["crop"] is None, "the bundle has no thumbnails"
+        assert found["box"] == vars(expected.box)
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["crop"]))))
+        np.testing.assert_array_equal(picture, expected.crop)
 
 
 def test_models(url, runtime):

@@ -14,6 +14,8 @@ from patchcore_plugin.bundle import (
     FEATURES,
     MANIFEST,
     NEIGHBORS,
+    ORIGINS,
+    SOURCES,
     WEIGHTS,
     BundleError,
     Manifest,
@@ -23,7 +25,7 @@ from patchcore_plugin.bundle import (
 )
 from patchcore_plugin.runtime import PatchcoreRuntime
 
-FILES = [FEATURES, WEIGHTS, BANK, NEIGHBORS]
+FILES = [FEATURES, WEIGHTS, BANK, NEIGHBORS, ORIGINS, SOURCES]
 
 
 def change_manifest(folder, **changes):
@@ -144,6 +146,8 @@ def test_huge_manifest(bundle_copy):
         ({"surprise": 1}, "surprise"),
         ({"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}}}, "files"),
         ({"files": {}}, "files lists"),
+        ({"self_test": {"scores": []}}, "self_test.scores"),
+        ({"lineage": [{"parent": "../x", "date": "2026-01-01", "images": 1, "vectors": 1}]}, r"lineage\.0\.parent"),
         (
             {"preprocessing": {"resize": [64, 64], "crop": [65, 64], "mean": [0, 0, 0], "std": [1, 1, 1]}},
             "crop .* is larger",

@@ -28,11 +28,13 @@ def work(rank: int, folder: str, name: str, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     rows = torch.from_numpy(np.load(f"{folder}/{rank}.npy"))
     try:
-        if name == "store":
-            store = EmbeddingStore(GreedyCoreset(ratio=0.1, progress=False), expected_rows=len(rows))
-            if len(rows):
-                store.append(rows)
-            found = {"bank": store.bank(dist.group.WORLD), "radius": store.radius_}
+        if name in ("store", "streamed"):
+            budget = {"store": None, "streamed": 1500 * 200}[name]
+            store = EmbeddingStore(GreedyCoreset(ratio=0.1, progress=False), expected_rows=len(rows), budget=budget)
+            for part in rows.split(400) if len(rows) else ():
+                store.append(part)
+            found = {"bank": store.bank(dist.group.WORLD), "radius": store.radius_, "numbers": store.numbers_}
+            found["reductions"] = store.reductions
         else:
             sampler = GreedyCoreset(size=200, progress=False, projection=0.9 if name == "projection" else None)
             found = {"picks": sampler.fit(rows, dist.group.WORLD), "radius": sampler.radius_}
@@ -107,3 +109,12 @@ def test_store_of_a_process_without_rows(points, tmp_path):
     for found in together(tmp_path, [points, points[:0]], "store"):
         assert torch.equal(found["bank"], bank)
         assert found["radius"] == pytest.approx(store.radius_)
+
+
+def test_store_knows_its_rows_through_all_processes(points, tmp_path):
+    """Within a budget that one of two processes exceeds: what is left of its rows is numbered as it was appended."""
+    shards = np.split(points, [600])
+    for found in together(tmp_path, shards, "streamed"):
+        assert torch.equal(torch.from_numpy(points)[found["numbers"]], found["bank"])
+        assert len(found["numbers"].unique()) == len(found["bank"]) == 500
+    assert [torch.load(tmp_path / f"{rank}.pt")["reductions"] > 0 for rank in range(2)] == [False, True]

@@ -1,0 +1,177 @@
+"""``patchcore update``: a bundle that knows new normal images, against a slow reference, and whole or absent."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image, ImageEnhance
+
+from patchcore_plugin import PatchcoreRuntime
+from patchcore_plugin import update as module
+from patchcore_plugin.bundle import MANIFEST, BundleError, read_manifest, version_of
+from patchcore_plugin.cli import main
+from patchcore_plugin.export import export_bundle
+from patchcore_plugin.update import farthest_first, update_bundle
+
+
+def reference(points: np.ndarray, centres: np.ndarray, radius: float) -> list[int]:
+    """One at a time, in float64, every distance taken anew."""
+    points, centres, picks = points.astype(np.float64), list(centres.astype(np.float64)), []
+    while len(points):
+        nearest = [min(np.sqrt(((point - centre) ** 2).sum()) for centre in centres) for point in points]
+        if max(nearest) <= radius:
+            break
+        picks.append(int(np.argmax(nearest)))
+        centres.append(points[picks[-1]])
+    return picks
+
+
+WHOLE = st.integers(-6, 6).map(float)  # whose distances are the same in float32, ties included
+
+
+@given(
+    points=arrays.arrays(np.float32, st.tuples(st.integers(0, 25), st.just(3)), elements=WHOLE),
+    centres=arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.just(3)), elements=WHOLE),
+    radius=st.sampled_from([0.0, 1.0, 2.5, 4.0, 30.0]),
+)
+def test_farthest_first_is_the_reference(points, centres, radius):
+    distances = np.sqrt(((points[:, None] - centres) ** 2).sum(2)).min(1)
+    assert farthest_first(points, distances, radius).tolist() == reference(points, centres, radius)
+
+
+@pytest.fixture(scope="module")
+def bright(cells, tmp_path_factory) -> Path:
+    """Normal cells under stronger light."""
+    folder = tmp_path_factory.mktemp("line 2")
+    for image in sorted((cells / "test/good").iterdir())[:9]:
+        ImageEnhance.Brightness(Image.open(image).convert("L")).enhance(1.5).save(folder / image.name)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["flat", "int8 graph with thumbnails"])
+def parent(request, bundle, trained, tmp_path_factory) -> Path:
+    if request.param == "flat":
+        return bundle
+    path = tmp_path_factory.mktemp("parent") / "bundle"
+    return export_bundle(trained.model, path, "cells", index="hnsw", storage="int8", thumbnails=True)
+
+
+def test_successor(parent, bright, tmp_path):
+    before, content = read_manifest(parent), {file.name: file.read_bytes() for file in parent.iterdir()}
+    report = update_bundle(parent, sorted(bright.iterdir()), tmp_path / "new", holdout=4)
+    assert {file.name: file.read_bytes() for file in parent.iterdir()} == content, "never in place"
+    old, new = PatchcoreRuntime.load(parent), PatchcoreRuntime.load(tmp_path / "new")
+    names = sorted(image.name for image in bright.iterdir())
+    held_out, added = [names[3], names[7]], [name for place, name in enumerate(names) if place not in (3, 7)]
+    assert [Path(name).name for name in report.names] == held_out
+
+    # which vectors: those of the slow reference, from all patches of the images that went in
+    embeddings = old.embed([np.asarray(Image.open(bright / name).convert("RGB")) for name in added])
+    patches = embeddings.reshape(-1, 152)
+    bank = old.bank.vectors.astype(np.float64)
+    nearest = np.concatenate([np.sqrt(((part[:, None] - bank) ** 2).sum(2).min(1)) for part in np.array_split(patches, 100)])
+    far = np.flatnonzero(nearest > before.covering_radius)
+    assert len(far) > 20
+    picks, distances, points = [], nearest[far], patches[far].astype(np.float64)
+    while distances.max() > before.covering_radius:
+        picks.append(int(distances.argmax()))
+        distances = np.minimum(distances, np.sqrt(((points - points[picks[-1]]) ** 2).sum(1)))
+    size = len(old.bank)
+    assert (report.update.images, report.update.vectors, len(new.bank)) == (7, len(picks), size + len(picks))
+    step = 0 if before.index.storage == "float32" else np.ptp(new.bank.vectors, axis=0) / 255
+    assert (np.abs(new.bank.vectors[:size] - old.bank.vectors) <= step + 1e-6).all()
+    assert (np.abs(new.bank.vectors[size:] - patches[far[picks]]) <= step + 1e-6).all()
+
+    # where they come from
+    assert new.origins.images[: len(old.origins.images)] == old.origins.images
+    for number, (image, row, column) in zip(far[picks], new.origins.patches[size:], strict=True):
+        assert new.origins.images[image] == f"{bright.name}/{added[number // 1024]}"
+        assert (row, column) == divmod(number % 1024, 32)
+    if old.origins.thumbnails is not None:
+        last = new.origins.images[-1].split("/")[1]
+        pixels = Image.open(bright / last).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(new.origins.thumbnails[-1], pixels)
+
+    # what it says of itself
+    after = new.manifest
+    (lineage,) = after.lineage
+    assert (lineage.parent, lineage.vectors) == (version_of(parent), len(picks))
+    assert (after.index.kind, after.index.storage) == (before.index.kind, before.index.storage)
+    assert after.index.width >= before.index.width
+    assert (after.image, after.pixel, after.covering_radius) == (before.image, before.pixel, before.covering_radius)
+    assert after.self_test != before.self_test
+    assert (after.name, after.backbone, after.num_neighbors) == (before.name, before.backbone, before.num_neighbors)
+
+    # what it is for
+    assert [answer.score for answer in report.after] == [
+        answer.score for answer in new.predict([bright / name for name in held_out])
+    ]
+    assert all(after.score < before.score for before, after in zip(report.before, report.after, strict=True))
+    again = update_bundle(tmp_path / "new", sorted(bright.iterdir()), tmp_path / "newer", holdout=4)
+    assert again.update.vectors <= 0.05 * len(picks), "the images are covered, but for what int8 rounds away"
+    assert [step.parent for step in read_manifest(tmp_path / "newer").lineage] == [
+        version_of(parent),
+        version_of(tmp_path / "new"),
+    ]
+
+
+def test_command(bundle, bright, cells, tmp_path):
+    new = tmp_path / "new"
+    arguments = ["update", str(bundle), str(bright), "--output", str(new), "--test", str(cells / "test")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    for text in ("held-out image", "False alarms among the 1 held-out images", "Image AUROC", "after ("):
+        assert text in result.output
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "exists already" in result.output
+    assert "update" in CliRunner().invoke(main, ["info", str(new)]).output
+    assert CliRunner().invoke(main, ["validate", str(new)]).exit_code == 0
+    result = CliRunner().invoke(main, [*arguments[:-1], str(bright)])
+    assert result.exit_code == 1
+    assert "must hold the folders good and defective" in result.output
+
+
+@pytest.mark.parametrize("step", ["choose", "describe_files", "write_manifest"])
+def test_interrupted_update_leaves_nothing(bundle, bright, tmp_path, monkeypatch, step):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        update_bundle(bundle, sorted(bright.iterdir())[:2], tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals(bundle_copy, bright, tmp_path):
+    images = sorted(bright.iterdir())
+    for few, message in ((images[:1], "at least two"), ([images[0], tmp_path / "absent.png"], "absent")):
+        with pytest.raises((ValueError, OSError), match=message):
+            update_bundle(bundle_copy, few, tmp_path / "new")
+    with pytest.raises(ValueError, match="holdout must be at least 2, got 1"):
+        update_bundle(bundle_copy, images, tmp_path / "new", holdout=1)
+    with pytest.raises(BundleError, match="exists already"):
+        update_bundle(bundle_copy, images, bundle_copy)
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    (bundle_copy / MANIFEST).write_text(json.dumps({**content, "covering_radius": None}))
+    with pytest.raises(BundleError, match=r"does not record the covering radius .* Train again"):
+        update_bundle(bundle_copy, images, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_bundle_without_origins_gets_none(bundle, bright, tmp_path):
+    """Those of its own vectors are not known."""
+    old = Path(shutil.copytree(bundle, tmp_path / "old"))
+    content = json.loads((old / MANIFEST).read_text())
+    for name in ("origins.npy", "sources.json"):
+        (old / name).unlink()
+        del content["files"][name]
+    (old / MANIFEST).write_text(json.dumps(content))
+    update_bundle(old, sorted(bright.iterdir())[:3], tmp_path / "new")
+    assert PatchcoreRuntime.load(tmp_path / "new").origins is None

@@ -1,0 +1,144 @@
+"""Where bank vectors come from: numbers to patches, and files that may be damaged or hostile."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from patchcore_plugin.bundle import (
+    MANIFEST,
+    ORIGINS,
+    SOURCES,
+    THUMBNAILS,
+    BundleError,
+    Preprocessing,
+    describe_files,
+    read_manifest,
+)
+from patchcore_plugin.origins import Origins, of_rows, read, thumbnails
+from patchcore_plugin.runtime import PatchcoreRuntime
+
+GRID = st.tuples(st.integers(1, 5), st.integers(1, 5))
+
+
+@given(grids=st.lists(GRID, min_size=1, max_size=6), data=st.data())
+def test_numbers_of_rows_to_patches(grids, data):
+    """Images may have grids of different sizes, where a data set has images of different sizes."""
+    images = [(f"/data/{number}.png", *grid) for number, grid in enumerate(grids)]
+    every = [(path, row, column) for path, rows, columns in images for row in range(rows) for column in range(columns)]
+    numbers = data.draw(st.lists(st.integers(0, len(every) - 1), min_size=1, max_size=20, unique=True))
+    found = of_rows(np.array(numbers), images)
+    assert [(found.images[image], row, column) for image, row, column in found.patches] == [every[n] for n in numbers]
+    assert sorted(set(found.patches[:, 0])) == list(range(len(found.images)))
+    both = found.extended(found)
+    assert [(both.images[image], row, column) for image, row, column in both.patches] == 2 * [every[n] for n in numbers]
+
+
+def test_bundle_tells_no_more_than_folder_and_file(bundle):
+    manifest = read_manifest(bundle)
+    found = read(bundle, manifest)
+    assert all(name.startswith("good/") and len(Path(name).parts) == 2 for name in found.images)
+    assert found.patches.shape == (manifest.bank_size, 3)
+    assert found.thumbnails is None
+
+
+def damage(folder: Path, **changes) -> None:
+    """Change files of a bundle, and its checksums with them: someone means it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    files = {name: file.model_dump() for name, file in describe_files(folder).items()}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": files, **changes}))
+
+
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda sound: sound.astype(np.int64), "holds int64 values"),
+        (lambda sound: sound[:-1], "not image, row and column"),
+        (lambda sound: sound[:, :2], "not image, row and column"),
+        (lambda sound: sound - np.int32([0, 0, 99]), "out of range"),
+        (lambda sound: sound + np.int32([10_000, 0, 0]), "out of range"),
+        (lambda sound: sound + np.int32([0, 32, 0]), "out of range"),
+        (lambda sound: np.array([Harm()] * len(sound), object), "is damaged"),
+    ],
+)
+def test_hostile_origins(bundle_copy, content, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save(bundle_copy / ORIGINS, content(np.load(bundle_copy / ORIGINS)), allow_pickle=True)
+    damage(bundle_copy)
+    with pytest.raises(BundleError, match=reason) as caught:
+        PatchcoreRuntime.load(bundle_copy)
+    assert ORIGINS in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"{}", b"[1]", b'[""]', b'["' + b"x" * 2000 + b'"]', b"[]"])
+def test_hostile_names(bundle_copy, content):
+    (bundle_copy / SOURCES).write_bytes(content)
+    damage(bundle_copy)
+    with pytest.raises(BundleError, match=r"sources\.json|origins\.npy names an image"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_truncated_and_unfitting_thumbnails(bundle_copy):
+    count = len(json.loads((bundle_copy / SOURCES).read_text()))
+    np.save(bundle_copy / THUMBNAILS, np.zeros((count, 256, 256, 3), np.uint8))
+    damage(bundle_copy)
+    assert PatchcoreRuntime.load(bundle_copy).origins.thumbnails.shape == (count, 256, 256, 3)
+    (bundle_copy / THUMBNAILS).write_bytes((bundle_copy / THUMBNAILS).read_bytes()[:-1])
+    damage(bundle_copy)
+    with pytest.raises(BundleError, match=r"thumbnails\.npy is damaged"):
+        PatchcoreRuntime.load(bundle_copy)
+    np.save(bundle_copy / THUMBNAILS, np.zeros((count, 255, 256, 3), np.uint8))
+    damage(bundle_copy)
+    with pytest.raises(BundleError, match=r"thumbnails\.npy holds uint8 values of shape \(\d+, 255"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_files_come_together(bundle_copy):
+    (bundle_copy / SOURCES).unlink()
+    damage(bundle_copy)
+    with pytest.raises(BundleError, match=r"origins\.npy and sources\.json come together"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+def test_bundle_without_origins(bundle_copy, test_images):
+    (bundle_copy / SOURCES).unlink()
+    (bundle_copy / ORIGINS).unlink()
+    damage(bundle_copy)
+    runtime = PatchcoreRuntime.load(bundle_copy)
+    assert runtime.origins is None
+    assert runtime.predict(test_images[:1])[0].score > 0
+
+
+def test_thumbnails_are_what_the_network_sees(tmp_path):
+    """Resized, cropped, and then no larger than 256 pixels on a side."""
+    pixels = np.zeros((300, 600, 3), np.uint8)
+    pixels[100:200, 200:400] = 255
+    Image.fromarray(pixels).save(tmp_path / "part.png")
+    statistics = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    recipe = Preprocessing(resize=(300, 600), crop=(100, 200), **statistics)
+    (picture,) = thumbnails([tmp_path / "part.png"], recipe)
+    assert picture.shape == (100, 200, 3)
+    assert picture.min() == 255
+    (picture,) = thumbnails([tmp_path / "part.png"], Preprocessing(resize=(512, 1024), **statistics))
+    assert picture.shape == (128, 256, 3)
+    with pytest.raises(BundleError, match=r"absent\.png is not there any more"):
+        thumbnails([tmp_path / "part.png", tmp_path / "absent.png"], recipe)
+
+
+def test_origins_are_written_as_they_are_read(bundle_copy):
+    before = read(bundle_copy, read_manifest(bundle_copy))
+    Origins(before.patches, [f"/home/someone/secret/{name}" for name in before.images]).write(bundle_copy)
+    damage(bundle_copy)
+    after = read(bundle_copy, read_manifest(bundle_copy))
+    assert after.images == before.images
+    np.testing.assert_array_equal(after.patches, before.patches)
