@@ -168,6 +168,14 @@ def make_app(settings: Settings) -> FastAPI:
         """Whether production has moved away from the images that each model was calibrated on."""
         return service.watch.describe()
 
+    _add_page(app, settings)
+    _answer_problems(app)
+    return app
+
+
+def _add_page(app: FastAPI, settings: Settings) -> None:
+    """The page for people, and its samples."""
+
     @app.get("/samples", include_in_schema=False)
     def samples() -> list[str]:
         return sorted(_samples(settings))
@@ -184,8 +192,6 @@ def make_app(settings: Settings) -> FastAPI:
         return RedirectResponse("ui/")
 
     app.mount("/ui", _Page(directory=PAGE, html=True), name="ui")
-    _answer_problems(app)
-    return app
 
 
 class _Page(StaticFiles):

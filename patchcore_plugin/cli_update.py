@@ -39,7 +39,8 @@ def update(bundle: Path, new_normals: Path, output: Path, holdout: int, test: Pa
     """Extend a BUNDLE by NEW_NORMALS, a folder of normal images that it gives false alarms for.
 
     Needs no training. The bundle stays as it is; a new one is written, which knows what it was made from. Every image of the
-    folder must be normal: a defect among them would no longer be found. Thresholds that validation set stay.
+    folder must be normal: a defect among them would no longer be found. Thresholds that were calibrated by normal images
+    are set again; those that validation set with defective ones stay.
     """
     from patchcore_plugin.images import find_images
     from patchcore_plugin.update import update_bundle

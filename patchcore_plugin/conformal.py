@@ -23,12 +23,12 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import TYPE_CHECKING
 
-from patchcore_plugin.bundle import Scale
+import numpy as np
+
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from patchcore_plugin.bundle import Calibration
 
 
 def p_value(calibration: Sequence[float], score: float) -> float:
@@ -83,6 +83,31 @@ def scales(calibration: Calibration) -> tuple[Scale, Scale]:
         Scale(threshold=image, minimum=low, maximum=2 * image - low),
         Scale(threshold=pixel, minimum=dark, maximum=2 * pixel - dark),
     )
+
+
+def extended(
+    calibration: Calibration, scores: Sequence[float], peaks: Sequence[float], means: Sequence[float]
+) -> Calibration:
+    """The calibration with more normal images in it: production is now a mixture of both kinds.
+
+    Where the memory bank has grown since, the known images' numbers stay as they were: their distances can only have become
+    smaller (and their scores, but for the weight of equation 7), so thresholds are on the safe side.
+
+    Args:
+        calibration: What is known.
+        scores: Image scores of the new images.
+        peaks: The largest value of each one's anomaly map.
+        means: The map's means.
+
+    Returns:
+        It, with the same rate. Of more than 10,000 images, as many drawn at random.
+    """
+    joined = {}
+    for name, more in {"scores": scores, "peaks": peaks, "means": means}.items():
+        values = np.array([*getattr(calibration, name), *more], np.float64)
+        kept = np.random.default_rng(0).permutation(len(values))[:MAX_CALIBRATION]
+        joined[name] = np.sort(values[kept]).tolist()
+    return Calibration(false_positive_rate=calibration.false_positive_rate, **joined)
 
 
 def images_needed(rate: float) -> int:

@@ -20,6 +20,7 @@ from patchcore_plugin.bundle import (
     FORMAT_VERSION,
     WEIGHTS,
     BundleError,
+    Calibration,
     Index,
     Manifest,
     Scale,
@@ -28,10 +29,11 @@ from patchcore_plugin.bundle import (
     describe_files,
     version_of,
 )
+from patchcore_plugin.conformal import extended, scales
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
-from patchcore_plugin.scoring import Scores
+from patchcore_plugin.scoring import Scores, anomaly_map
 from patchcore_plugin.self_test import write_manifest
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def update_bundle(
         if old.origins is not None:
             _origins(old, numbers, added).write(draft)
         step = Update(parent=version_of(path), date=datetime.now(timezone.utc), images=len(added), vectors=len(vectors))
-        image, pixel = recalibrated(old.manifest, _scores(old, bank, held_out, progress))
+        image, pixel, calibration = recalibrated(old.manifest, _scores(old, bank, held_out, progress))
         manifest = old.manifest.model_copy(
             update={
                 "format_version": FORMAT_VERSION,
@@ -134,6 +136,7 @@ def update_bundle(
                 "index": index,
                 "image": image,
                 "pixel": pixel,
+                "calibration": calibration,
                 "lineage": [*old.manifest.lineage, step],
                 "versions": old.manifest.versions | _versions(),
                 "files": describe_files(draft),
@@ -144,17 +147,23 @@ def update_bundle(
     return Report(step, len(bank), radius, [str(image) for image in held_out], before, after)
 
 
-def recalibrated(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale]:
-    """Image and pixel scale of the new bundle.
+def recalibrated(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Calibration | None]:
+    """Image and pixel scale of the new bundle, and its calibration.
 
-    A threshold that validation set with defective images cannot be set again without them: it stays.
+    A calibration by normal images is extended by the held-out ones, and sets the thresholds again. A threshold that
+    validation set with defective images cannot be set again without them: it stays.
 
     Args:
         manifest: The old bundle's.
         held_out: Scores of the held-out images with the new bank.
     """
-    del held_out  # MERGE: where the manifest has a calibration, its normal scores are joined by these
-    return manifest.image, manifest.pixel
+    if manifest.calibration is None:
+        return manifest.image, manifest.pixel, None
+    maps = anomaly_map(held_out.patch, manifest.preprocessing.size)
+    calibration = extended(
+        manifest.calibration, held_out.image.tolist(), maps.max((1, 2)).tolist(), maps.mean((1, 2)).tolist()
+    )
+    return *scales(calibration), calibration
 
 
 def farthest_first(

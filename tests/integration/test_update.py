@@ -165,6 +165,24 @@ def test_refusals(bundle_copy, bright, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_calibration_is_extended(calibrated, bright, tmp_path):
+    """By the held-out images' scores with the new bank; the thresholds follow."""
+    report = update_bundle(calibrated, sorted(bright.iterdir()), tmp_path / "new", holdout=2)
+    old, new = read_manifest(calibrated), read_manifest(tmp_path / "new")
+    assert len(report.after) == 4
+    for name, values in {
+        "scores": [answer.score for answer in report.after],
+        "peaks": [answer.anomaly_map.max() for answer in report.after],
+        "means": [answer.anomaly_map.mean() for answer in report.after],
+    }.items():
+        expected = np.sort([*getattr(old.calibration, name), *values])
+        np.testing.assert_allclose(getattr(new.calibration, name), expected, rtol=1e-4)
+    rank = int(np.ceil(25 * (1 - old.calibration.false_positive_rate)))
+    assert new.image.threshold == new.calibration.scores[rank - 1]
+    assert new.pixel.threshold == new.calibration.peaks[rank - 1]
+    assert report.after[0].p_value is not None
+
+
 def test_bundle_without_origins_gets_none(bundle, bright, tmp_path):
     """Those of its own vectors are not known."""
     old = Path(shutil.copytree(bundle, tmp_path / "old"))

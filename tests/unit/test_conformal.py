@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin.bundle import Calibration
-from patchcore_plugin.conformal import images_needed, p_value, scales, threshold
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
+from patchcore_plugin.conformal import extended, images_needed, p_value, scales, threshold
 from patchcore_plugin.scoring import normalize
 
 # few different values, so that ties are common
@@ -80,3 +80,11 @@ def test_scales(scores, rate):
         assert expected is None or one == pytest.approx(expected, abs=1e-3)
     assert pixel.minimum == means[0]
     assert normalize(np.float32([1000.0]), pixel.threshold, pixel.minimum, pixel.maximum) == 1
+
+
+def test_extended_keeps_to_the_cap():
+    full = [float(number) for number in range(MAX_CALIBRATION)]
+    calibration = Calibration(false_positive_rate=0.01, scores=full, peaks=full, means=full)
+    more = extended(calibration, [-1.0] * 5000, [-1.0] * 5000, [-1.0] * 5000)
+    assert len(more.scores) == MAX_CALIBRATION
+    assert 0.3 < np.mean(np.array(more.scores) == -1) < 0.37, "drawn at random of old and new"
