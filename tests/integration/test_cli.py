@@ -119,7 +119,7 @@ def test_short_name_in_a_config(cells, tmp_path):
     assert list(tmp_path.glob("results/FaissPatchcore/elpv/v0/weights/lightning/model.ckpt"))
 
 
-@pytest.mark.parametrize("config", ["folder.yaml", "mvtec_ad.yaml", "visa.yaml", "elpv.yaml"])
+@pytest.mark.parametrize("config", ["folder.yaml", "mvtec_ad.yaml", "visa.yaml", "elpv.yaml", "best.yaml"])
 def test_configs_are_understood(config, tmp_path):
     result = run(
         "anomalib", "fit", "--config", files("patchcore_plugin.configs") / config, "--print_config", cwd=tmp_path
