@@ -48,7 +48,7 @@ def stages(runtime: PatchcoreRuntime, images: Iterable[Path]) -> dict[str, list[
         mark()
         embedding = runtime.embed([pixels])
         mark()
-        scores = runtime.bank.score(embedding, runtime.manifest.num_neighbors)
+        scores = runtime.bank.score(embedding, runtime.manifest.num_neighbors, runtime.manifest.score_smoothing)
         mark()
         anomaly_map(scores.patch, runtime.manifest.preprocessing.size)
         mark()

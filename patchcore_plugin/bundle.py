@@ -262,6 +262,7 @@ class Manifest(_Record):
     coreset_sampling_ratio: Annotated[float, Field(gt=0, le=1)]
     covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None  # of the training patches around the bank
     num_neighbors: PositiveInt
+    score_smoothing: Annotated[FiniteFloat, Field(ge=0)] = 0  # of patch distances for the image score, in patches
     index: Index = Index()
     precision: Precision = "f32"  # of the network
     precision_trials: list[PrecisionTrial] = []

@@ -138,7 +138,7 @@ def export_bundle(
         if origins is not None:
             origins.write(draft)
         precision, precision_trials = choose_precision(
-            draft / FEATURES, precision, bank, held_out, torch_model.num_neighbors, progress
+            draft / FEATURES, precision, bank, held_out, torch_model.num_neighbors, progress, torch_model.score_smoothing
         )
         manifest = Manifest(
             name=name or path.name,
@@ -152,6 +152,7 @@ def export_bundle(
             coreset_sampling_ratio=model.coreset_sampling_ratio,
             covering_radius=None if torch_model.covering_radius.isnan() else float(torch_model.covering_radius),
             num_neighbors=torch_model.num_neighbors,
+            score_smoothing=torch_model.score_smoothing,
             index=Index(kind=bank.index, storage=bank.storage, width=bank.width, trials=trials),
             precision=precision,
             precision_trials=precision_trials,

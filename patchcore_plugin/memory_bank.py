@@ -209,7 +209,7 @@ class MemoryBank:
             raise ValueError(msg)
         return self._search(queries, min(k, len(self)), self._width if width is None else min(width, MAX_WIDTH))
 
-    def score(self, embedding: NDArray[np.float32], num_neighbors: int) -> Scores:
+    def score(self, embedding: NDArray[np.float32], num_neighbors: int, smoothing: float = 0) -> Scores:
         """Score embeddings (B, h, w, D); see :func:`patchcore_plugin.scoring.score`.
 
         With an approximate index, an image's patches of largest distance are searched for again, more widely, until no
@@ -234,7 +234,7 @@ class MemoryBank:
                 around[:, 0] = indices  # or a duplicate
             return _exact(queries, self._take(around))
 
-        return score(embedding, nearest, support)
+        return score(embedding, nearest, support, smoothing)
 
     def save(self, path: str | Path) -> None:
         """Write the bank as a FAISS index file, and the neighbours beside it (``.npy``), where there are some."""

@@ -38,6 +38,7 @@ def choose_precision(
     images: Sequence[NDArray[np.uint8]],
     num_neighbors: int,
     progress: Callable[[str], object],
+    smoothing: float = 0,
 ) -> tuple[str, list[PrecisionTrial]]:
     """Take the fastest precision whose image scores are near enough to f32's, and leave its network at ``path``.
 
@@ -48,6 +49,7 @@ def choose_precision(
         images: Normal images (H, W, 3), u8, RGB, that are not in the bank.
         num_neighbors: Neighbours that the image score takes into account.
         progress: Called with what is done next.
+        smoothing: Of the patch distances for the image score, in patches.
 
     Returns:
         The precision, and what was measured; nothing was where only f32 was asked for.
@@ -65,7 +67,7 @@ def choose_precision(
     for name, file in files.items():
         progress(f"precision {name}")
         try:
-            milliseconds, scores = _measure(Network(file, name), bank, images[1::2] or images, num_neighbors)
+            milliseconds, scores = _measure(Network(file, name), bank, images[1::2] or images, num_neighbors, smoothing)
         except (RuntimeError, ValueError) as error:  # it does not compile, or gives NaN
             if name in (precision, "f32"):
                 msg = f"The network cannot be used in {name}: {error}"
@@ -105,7 +107,7 @@ def _candidates(
 
 
 def _measure(
-    network: Network, bank: MemoryBank, images: Sequence[NDArray[np.uint8]], num_neighbors: int
+    network: Network, bank: MemoryBank, images: Sequence[NDArray[np.uint8]], num_neighbors: int, smoothing: float
 ) -> tuple[float, NDArray[np.float32]]:
     """Median milliseconds of an image's embeddings, and all images' scores."""
     times, scores, request = [], [], network.request()
@@ -115,7 +117,7 @@ def _measure(
             started = time.perf_counter()
             request.embed(image)
             times.append(time.perf_counter() - started)
-        scores.append(bank.score(embedding, num_neighbors).image)
+        scores.append(bank.score(embedding, num_neighbors, smoothing).image)
     return 1000 * float(np.median(times)), np.concatenate(scores)
 
 

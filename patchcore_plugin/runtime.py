@@ -278,7 +278,7 @@ class PatchcoreRuntime:
         started = time.perf_counter()
         embedding = self.embed([pixels])
         embedded = time.perf_counter()
-        scores = self.bank.score(embedding, self.manifest.num_neighbors)
+        scores = self.bank.score(embedding, self.manifest.num_neighbors, self.manifest.score_smoothing)
         searched = time.perf_counter()
         image = self.manifest.image
         normalized = _normalize(scores.image, image)

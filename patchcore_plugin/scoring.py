@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     patch: Any
 
 
-def score(embedding: Any, nearest: Nearest, support: Support) -> Scores:
+def score(embedding: Any, nearest: Nearest, support: Support, smoothing: float = 0) -> Scores:
     """Score a batch of embeddings against a memory bank.
 
     Args:
@@ -47,6 +47,9 @@ def score(embedding: Any, nearest: Nearest, support: Support) -> Scores:
         nearest: Gives the distances (N,) and bank indices (N,) of the nearest bank vectors of patches (N, D).
         support: Gives the distances (B, b) of patches (B, D) to the b nearest neighbours of the bank vectors (B,) that are
             nearest to them, those themselves first. A neighbourhood of one leaves the image score as it is.
+        smoothing: Standard deviation, in patches, of a Gaussian that smooths the distances before the largest is taken for
+            the image score: a defect covers several patches, and a single one that stands out is often chance. 0 is the
+            paper's.
     """
     xp = array_namespace(embedding)
     _, height, width, dimensions = embedding.shape
@@ -56,7 +59,11 @@ def score(embedding: Any, nearest: Nearest, support: Support) -> Scores:
     patch = xp.reshape(distance, (-1, patches))
     # Row, among all queries, of each image's most anomalous patch.
     worst = xp.argmax(patch, axis=1) + patches * xp.arange(patch.shape[0], dtype=xp.int64, device=device(patch))
-    image = xp.take(distance, worst, axis=0)
+    if smoothing:
+        smoothed = anomaly_map(xp.reshape(distance, (-1, height, width)), (height, width), sigma=smoothing)
+        image = xp.max(xp.reshape(smoothed, (-1, patches)), axis=1)
+    else:
+        image = xp.take(distance, worst, axis=0)
     around = support(xp.take(queries, worst, axis=0), xp.take(index, worst, axis=0))
     if around.shape[1] > 1:  # a neighbourhood of one would weigh every score with nothing
         image = reweight(image, around)
@@ -88,7 +95,7 @@ def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear",
         patch: Patch distances (B, h, w), float32.
         size: Height and width of the map, in pixels.
         upsampling: ``"bilinear"`` as in the paper, or ``"nearest"`` as in anomalib's ``Patchcore``.
-        sigma: Standard deviation of the Gaussian, in pixels.
+        sigma: Standard deviation of the Gaussian, in pixels of the map.
 
     Returns:
         Anomaly map (B, H, W), float32, in feature units.

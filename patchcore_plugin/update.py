@@ -256,9 +256,9 @@ def _origins(runtime: PatchcoreRuntime, numbers: NDArray[np.int64], images: Sequ
 
 def _scores(runtime: PatchcoreRuntime, bank: MemoryBank, images: Sequence[Path], progress: Progress) -> Scores:
     """Raw scores of images with the new bank."""
-    found = []
+    found, manifest = [], runtime.manifest
     for place, image in enumerate(images, 1):
-        found.append(bank.score(runtime.embed([read_image(image)]), runtime.manifest.num_neighbors))
+        found.append(bank.score(runtime.embed([read_image(image)]), manifest.num_neighbors, manifest.score_smoothing))
         progress("Score", place, len(images))
     return Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
 

@@ -44,6 +44,22 @@ def weights_from_checkpoint() -> Iterator[None]:
         _weights_follow.reset(token)
 
 
+def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (RGB, of values in [0, 1]) by which images were normalised when timm's weights were made.
+
+    Raises:
+        ValueError: If timm does not know them.
+    """
+    known = timm.get_pretrained_cfg(_EMBEDDED_ARCHITECTURE if name == EMBEDDED else name)
+    if known is None:
+        msg = (
+            f"timm does not know how images for the backbone {name!r} are to be normalised: give a pre_processor whose "
+            "Normalize has the right mean and std."
+        )
+        raise ValueError(msg)
+    return tuple(known.mean), tuple(known.std)
+
+
 class Backbone(nn.Module):
     """Frozen feature extractor.
 
@@ -97,9 +113,7 @@ class Backbone(nn.Module):
         try:
             features = self.net(images)
         except AssertionError as error:  # timm's transformers of a fixed image size
-            msg = (
-                f"{error} Give the pre-processor a size that fits: FaissPatchcore.configure_pre_processor(image_size=(...))."
-            )
+            msg = f"{error} Give a size that fits: image_size: [height, width]."
             raise ValueError(msg) from error
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]

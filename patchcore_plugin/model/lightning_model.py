@@ -21,7 +21,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torch.utils.data import DistributedSampler
-from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from patchcore_plugin.coreset import (
     GreedyCoreset,
@@ -32,15 +31,20 @@ from patchcore_plugin.coreset import (
     check_ratio,
 )
 from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
+from patchcore_plugin.model.arguments import (
+    check_image_size,
+    check_normalization,
+    check_smoothing,
+    dtype_of_bank,
+    dtype_of_embeddings,
+)
 from patchcore_plugin.model.backbone import weights_from_checkpoint
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
+from patchcore_plugin.model.pre_processing import Normalization, build
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 from patchcore_plugin.origins import Origins, of_rows
 
 logger = logging.getLogger(__name__)
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _GRAPH_LIMIT = 2**30  # bytes of the memory bank in a graph; an ONNX file ends at 2 GiB
 # Normal images of the validation set that a checkpoint keeps, 400 KB each at 256 x 256, and bytes of all of them.
@@ -79,6 +83,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             last two halve their memory. ``None`` takes the bank's.
         memory_budget: GiB that the embeddings and the coreset may take, per process. Where they need more, the coreset is
             kept up to date while embeddings come, at a somewhat larger radius. ``None`` takes most of the free memory.
+        image_size: Height and width to which the default pre-processor resizes images, in pixels. ``None`` is 256 x 256.
+        normalization: How the default pre-processor normalises images: ``"imagenet"``, with ImageNet's mean and standard
+            deviation, as the paper and anomalib do with every backbone; or ``"backbone"``, with what the backbone's weights
+            were trained with, where timm knows that it was something else.
+        score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the patch distances before the largest
+            becomes the image score. 0 is the paper's. The anomaly map is not touched by it.
 
     With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, all of them pick
     the coreset together, and every one gets the bank that a single process would have picked, as long as the embeddings
@@ -120,6 +130,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         coreset_projection: float | None = None,
         embedding_dtype: str | None = None,
         memory_budget: float | None = None,
+        image_size: tuple[int, int] | None = None,
+        normalization: Normalization = "imagenet",
+        score_smoothing: float = 0,
     ) -> None:
         check_ratio(coreset_sampling_ratio)
         if coreset_radius is not None:
@@ -133,8 +146,17 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             check_budget(memory_budget)
         check_count("num_neighbors", num_neighbors)
         check_random_state(random_state)
-        dtype = _dtype(precision)
-        self.embedding_dtype = dtype if embedding_dtype is None else _embedding_dtype(embedding_dtype)
+        check_smoothing(score_smoothing)
+        check_normalization(normalization)
+        if image_size is not None:
+            image_size = check_image_size(image_size)
+        if image_size is not None or normalization != "imagenet":
+            if pre_processor is not True:
+                msg = "image_size and normalization set up the default pre-processor: leave them out, or pre_processor."
+                raise ValueError(msg)
+            pre_processor = build(image_size, normalization=normalization, backbone=backbone)
+        dtype = dtype_of_bank(precision)
+        self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
         if not isinstance(layers, str):
             layers = list(layers)  # a plain list: what get_model's omegaconf gives could not be loaded from the checkpoint
         super().__init__(
@@ -155,6 +177,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             num_neighbors=num_neighbors,
             backbone_weights=backbone_weights,
             dtype=dtype,
+            score_smoothing=score_smoothing,
         )
         self._embeddings: EmbeddingStore | None = None
         self._seen = self._skipped = 0
@@ -177,15 +200,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             ValueError: If the crop is larger than the resized image.
         """
-        image_size = image_size or (256, 256)
-        steps: list[nn.Module] = [Resize(image_size, antialias=True)]
-        if center_crop_size is not None:
-            if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
-                msg = f"center_crop_size {center_crop_size} does not fit into image_size {image_size}."
-                raise ValueError(msg)
-            steps.append(CenterCrop(center_crop_size))
-        steps.append(Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD))
-        return PreProcessor(transform=Compose(steps))
+        return build(image_size, center_crop_size)
 
     @staticmethod
     def configure_optimizers() -> None:
@@ -446,23 +461,6 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         loose = kwargs.get("strict") is False
         with nullcontext() if loose else weights_from_checkpoint():
             return super().load_from_checkpoint(*args, **kwargs)
-
-
-def _dtype(precision: str | PrecisionType) -> torch.dtype:
-    value = precision.value if isinstance(precision, PrecisionType) else str(precision).lower()
-    dtypes = {"float32": torch.float32, "float16": torch.float16}
-    if value not in dtypes:
-        msg = f"precision must be 'float32' or 'float16', got {precision!r}."
-        raise ValueError(msg)
-    return dtypes[value]
-
-
-def _embedding_dtype(name: str) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
-        msg = f"embedding_dtype must be one of {', '.join(map(repr, dtypes))} or None, got {name!r}."
-        raise ValueError(msg)
-    return dtypes[name]
 
 
 def _images(trainer: Trainer) -> int | None:

@@ -44,6 +44,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         num_neighbors: Neighbours that re-weight the image score (equation 7).
         backbone_weights: Local weight file instead of ``pre_trained``.
         dtype: Precision of the memory bank and, on an accelerator, of the backbone's arithmetic.
+        score_smoothing: Of the patch distances for the image score; see :func:`patchcore_plugin.scoring.score`.
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
@@ -62,10 +63,12 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         num_neighbors: int = 9,
         backbone_weights: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        score_smoothing: float = 0,
     ) -> None:
         super().__init__()
         self.tiler: Tiler | None = None
         self.num_neighbors = num_neighbors
+        self.score_smoothing = score_smoothing
         self.layers = tuple(layers)
         self.feature_extractor = Backbone(backbone, layers, pre_trained, backbone_weights)
         self.register_buffer("memory_bank", torch.empty(0, dtype=dtype))
@@ -146,7 +149,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         autocast = torch.is_autocast_enabled(embedding.device.type)
         # Distances are float32 whatever the trainer's precision: bf16 has three digits.
         with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
-            scores = score(embedding.float(), self._nearest, self._support)
+            scores = score(embedding.float(), self._nearest, self._support, self.score_smoothing)
             maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling)
         return InferenceBatch(pred_score=scores.image, anomaly_map=maps[:, None])
 

@@ -5,6 +5,7 @@ import sys
 import threading
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from anomalib.data.utils import read_image
@@ -208,6 +209,30 @@ def test_crop_and_other_sizes(cells, tmp_path, test_images):
     np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
     np.testing.assert_allclose([answer.anomaly_map for answer in answers], maps, rtol=1e-3)
     assert [answer.verdict == "anomalous" for answer in answers] == labels
+
+
+def test_size_normalisation_and_smoothing_travel(cells, tmp_path, test_images):
+    """From the arguments to checkpoint, bundle and anomalib's own export: the same scores everywhere."""
+    model = make_model(image_size=[160, 192], normalization="backbone", score_smoothing=1.5)
+    engine = make_engine(tmp_path)
+    engine.fit(model, datamodule=folder_datamodule(cells))
+    loaded = FaissPatchcore.load_from_checkpoint(engine.best_model_path).eval()
+    scores, maps, labels = torch_predictions(loaded, test_images[::10])
+    np.testing.assert_allclose(torch_predictions(model.eval(), test_images[::10])[0], scores, rtol=1e-5)
+    assert maps.shape[1:] == (160, 192)
+    unsmoothed = maps.reshape(len(maps), -1).max(1)
+    assert (scores < unsmoothed).all(), "the map is smoothed by half a patch alone"
+    runtime = PatchcoreRuntime.load(export_bundle(loaded, tmp_path / "bundle"))
+    assert runtime.manifest.preprocessing.mean == (0.5, 0.5, 0.5)
+    answers = runtime.predict(test_images[::10])
+    np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
+    np.testing.assert_allclose([answer.anomaly_map for answer in answers], maps, rtol=1e-3)
+    assert [answer.verdict == "anomalous" for answer in answers] == labels
+    graph = engine.export(loaded, "onnx", export_root=tmp_path)
+    session = onnxruntime.InferenceSession(str(graph))
+    images = torch.stack([read_image(path, as_tensor=True) for path in test_images[::10]])
+    expected = loaded(images).pred_score
+    np.testing.assert_allclose(session.run(["pred_score"], {"input": images.numpy()})[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_float16_model_exports(trained, tmp_path, test_images):

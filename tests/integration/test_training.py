@@ -59,6 +59,9 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "coreset_projection",
         "embedding_dtype",
         "memory_budget",
+        "image_size",
+        "normalization",
+        "score_smoothing",
     }
 
 
@@ -263,6 +266,32 @@ def test_configure_pre_processor():
     torch.testing.assert_close(paper.transform(image), theirs.transform(image))
     with pytest.raises(ValueError, match=r"center_crop_size \(300, 224\) does not fit into image_size \(256, 256\)"):
         FaissPatchcore.configure_pre_processor(image_size=(256, 256), center_crop_size=(300, 224))
+
+
+def test_size_and_normalisation_of_the_default_pre_processor():
+    images = torch.rand(2, 3, 50, 40)
+    found = make_model(image_size=[48, 64], normalization="backbone").pre_processor.transform(images)
+    resized = torch.nn.functional.interpolate(images, (48, 64), mode="bilinear", antialias=True)
+    torch.testing.assert_close(found, 2 * resized - 1, msg="EfficientNet-Lite0 was trained on values from -1 to 1")
+    paper = make_model(image_size=(48, 64)).pre_processor.transform(images)
+    torch.testing.assert_close(paper, Patchcore.configure_pre_processor((48, 64)).transform(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 256}, r"image_size must be a height and a width in pixels, e\.g\. \[256, 256\], got 256"),
+        ({"image_size": [0, 256]}, "image_size must be"),
+        ({"normalization": "own"}, "normalization must be one of 'imagenet', 'backbone', got 'own'"),
+        ({"normalization": "backbone", "backbone": "hf_hub:some/model"}, "does not know how images for .*are to be normal"),
+        ({"image_size": (256, 256), "pre_processor": False}, "leave them out, or pre_processor"),
+        ({"score_smoothing": -1}, "score_smoothing must be a finite number of at least 0, got -1"),
+        ({"score_smoothing": float("nan")}, "score_smoothing must be a finite number"),
+    ],
+)
+def test_image_and_score_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**arguments)
 
 
 @pytest.mark.parametrize("ratio", [0, 1.01, -1, "a tenth"])

@@ -111,8 +111,11 @@ def test_absent(tmp_path):
 
 
 def test_bundle_of_the_format_before(bundle_copy):
-    change_manifest(bundle_copy, format_version=2)
-    assert read_manifest(bundle_copy).format_version == 2
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    del content["score_smoothing"]
+    (bundle_copy / MANIFEST).write_text(json.dumps({**content, "format_version": 2}))
+    manifest = read_manifest(bundle_copy)
+    assert (manifest.format_version, manifest.score_smoothing) == (2, 0)
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, "2.0", None, [2]])

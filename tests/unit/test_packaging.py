@@ -45,7 +45,15 @@ def test_entry_points():
 
 def test_configs_and_service_travel_with_the_package():
     configs = {file.name for file in files("patchcore_plugin.configs").iterdir()}
-    assert {"elpv.yaml", "evaluate.yaml", "folder.yaml", "mvtec_ad.yaml", "visa.yaml"} <= configs
+    assert {
+        "best.yaml",
+        "elpv.yaml",
+        "evaluate.yaml",
+        "folder.yaml",
+        "mvtec_ad.yaml",
+        "normal_only.yaml",
+        "visa.yaml",
+    } <= configs
     assert (files("patchcore_plugin.bento") / "service.py").is_file()
     assert (files("patchcore_plugin.bento") / "ui" / "index.html").is_file()
     assert (files("patchcore_plugin") / "py.typed").is_file()

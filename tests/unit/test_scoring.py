@@ -11,18 +11,22 @@ from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.scoring import anomaly_map, normalize, reweight, score
 
 
-def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours: int) -> float:
-    """Equations 6 and 7 for one image's patches (P, D), in float64 and loops."""
+def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours: int, smoothing: float = 0) -> float:
+    """Equations 6 and 7 for one image's patches (h, w, D), in float64 and loops."""
+    grid, embedding = embedding.shape[:2], embedding.reshape(-1, embedding.shape[-1])
     embedding, vectors = embedding.astype(np.float64), vectors.astype(np.float64)
     distances = np.array([[np.linalg.norm(patch - vector) for vector in vectors] for patch in embedding])
     worst = int(distances.min(1).argmax())
     nearest = int(distances[worst].argmin())
     largest = distances[worst, nearest]
+    image = largest
+    if smoothing:
+        image = gaussian_filter(distances.min(1).reshape(grid), smoothing, mode="mirror", truncate=4.0).max()
     if min(neighbours, len(vectors)) == 1:
-        return largest
+        return image
     around = np.argsort(np.linalg.norm(vectors - vectors[nearest], axis=1), kind="stable")[:neighbours]
     weights = np.exp(distances[worst, around] - distances[worst, around].max())
-    return (1 - np.exp(largest - distances[worst, around].max()) / weights.sum()) * largest
+    return (1 - np.exp(largest - distances[worst, around].max()) / weights.sum()) * image
 
 
 @settings(max_examples=40, deadline=None)
@@ -35,14 +39,15 @@ def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours
     size=st.integers(1, 20),
     neighbours=st.integers(1, 12),
     scale=st.sampled_from([0.01, 1.0, 100.0]),
+    smoothing=st.sampled_from([0, 0.4, 1, 2.5]),
 )
-def test_score(seed, batch, height, width, columns, size, neighbours, scale):
+def test_score(seed, batch, height, width, columns, size, neighbours, scale, smoothing):
     rng = np.random.default_rng(seed)
     vectors = (scale * rng.normal(size=(size, columns))).astype(np.float32)
     embedding = (scale * rng.normal(size=(batch, height, width, columns))).astype(np.float32)
     bank = MemoryBank(vectors)
-    scores = bank.score(embedding, neighbours)
-    expected = [reference_image_score(image.reshape(-1, columns), vectors, neighbours) for image in embedding]
+    scores = bank.score(embedding, neighbours, smoothing)
+    expected = [reference_image_score(image, vectors, neighbours, smoothing) for image in embedding]
     np.testing.assert_allclose(scores.image, expected, rtol=1e-3, atol=1e-5 * scale)
     assert scores.patch.shape == (batch, height, width)
 
@@ -53,7 +58,7 @@ def test_score(seed, batch, height, width, columns, size, neighbours, scale):
         around = torch.from_numpy(vectors[bank.search(vectors[indices.numpy()], neighbours)[1]])
         return (queries[:, None] - around).square().sum(2).sqrt()
 
-    tensors = score(torch.from_numpy(embedding), nearest, support)
+    tensors = score(torch.from_numpy(embedding), nearest, support, smoothing)
     np.testing.assert_allclose(tensors.image.numpy(), scores.image, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(tensors.patch.numpy(), scores.patch)
 

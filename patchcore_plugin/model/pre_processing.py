@@ -1,0 +1,48 @@
+"""The default pre-processor: size and normalisation of images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
+
+from patchcore_plugin.model.backbone import pretrained_statistics
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Normalization = Literal["imagenet", "backbone"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build(
+    image_size: tuple[int, int] | None = None,
+    center_crop_size: tuple[int, int] | None = None,
+    normalization: Normalization = "imagenet",
+    backbone: str = "",
+) -> PreProcessor:
+    """Resize, crop the centre, normalise.
+
+    Args:
+        image_size: Height and width after resizing, in pixels. ``None`` is 256 x 256.
+        center_crop_size: Height and width of the crop, in pixels. ``None`` crops nothing.
+        normalization: ``"imagenet"`` takes ImageNet's mean and standard deviation, ``"backbone"`` what the weights of
+            ``backbone`` were trained with.
+        backbone: timm model name; used by ``"backbone"`` alone.
+
+    Raises:
+        ValueError: If the crop is larger than the resized image, or timm does not know the backbone's normalisation.
+    """
+    image_size = image_size or (256, 256)
+    steps: list[nn.Module] = [Resize(image_size, antialias=True)]
+    if center_crop_size is not None:
+        if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
+            msg = f"center_crop_size {center_crop_size} does not fit into image_size {image_size}."
+            raise ValueError(msg)
+        steps.append(CenterCrop(center_crop_size))
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalization == "imagenet" else pretrained_statistics(backbone)
+    steps.append(Normalize(mean=mean, std=std))
+    return PreProcessor(transform=Compose(steps))
