@@ -71,10 +71,11 @@ def main(retrain: bool) -> None:
         bundle = train(root, folder)
         old = PatchcoreRuntime.load(bundle)
         before = dict(zip([*good, *bad], old.predict([*good, *bad]), strict=True))
-        alarms = sum(before[image].verdict == "anomalous" for image in good)
+        alarms = [sum(before[image].verdict == "anomalous" for image in part) for part in (new, rest)]
         click.echo(
             f"bank {len(old.bank):,}, radius {old.manifest.covering_radius:.4g}, threshold "
-            f"{old.manifest.image.threshold:.4g}, {alarms} false alarms among {len(good)} unchanged normal test images"
+            f"{old.manifest.image.threshold:.4g}; false alarms before any change: {alarms[0]} of the {NEW}, "
+            f"{alarms[1]} of the {len(rest)} others"
         )
 
         def auroc(answers: dict[Path, object], normal: list[Path]) -> float:
