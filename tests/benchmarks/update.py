@@ -74,8 +74,8 @@ def main(retrain: bool) -> None:
         alarms = [sum(before[image].verdict == "anomalous" for image in part) for part in (new, rest)]
         click.echo(
             f"bank {len(old.bank):,}, radius {old.manifest.covering_radius:.4g}, threshold "
-            f"{old.manifest.image.threshold:.4g}; false alarms before any change: {alarms[0]} of the {NEW}, {alarms[1]} of "
-            f"the {len(rest)} others"
+            f"{old.manifest.image.threshold:.4g}; false alarms before any change: {alarms[0]} of the {NEW}, "
+            f"{alarms[1]} of the {len(rest)} others"
         )
 
         def auroc(answers: dict[Path, object], normal: list[Path]) -> float:
