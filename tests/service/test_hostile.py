@@ -288,7 +288,7 @@ def test_schemathesis(url, tmp_path, examples):
 def test_openapi_describes_every_field(url):
     """Each with a description or a title of its own, answers with an example."""
     document = httpx.get(f"{url}/docs.json", timeout=20).json()
-    assert {"/predict", "/predict_batch", "/heatmap", "/models", "/drift"} == set(document["paths"])
+    assert {"/predict", "/predict_batch", "/heatmap", "/explain", "/models", "/drift"} == set(document["paths"])
     schemas = document["components"]["schemas"]
     for name in ("Answer", "FoundRegion", "Problem", "Model"):
         assert schemas[name]["examples"], name

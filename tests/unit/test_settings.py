@@ -1,5 +1,7 @@
 """The service's settings: from environment and file, wrong ones refused by name."""
 
+from importlib.metadata import distributions
+
 import pytest
 from bentoml.exceptions import BentoMLConfigException
 from patchcore_plugin.bento.settings import Settings, read_settings
@@ -18,6 +20,14 @@ def test_defaults():
     assert settings == Settings()
     assert (settings.host, settings.runner, settings.api_key) == ("127.0.0.1", "inside", None)
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_tracing_needs_its_package(monkeypatch):
+    if "opentelemetry-exporter-otlp-proto-http" in {found.metadata["Name"] for found in distributions()}:
+        pytest.skip("it is installed here")
+    monkeypatch.setenv("PATCHCORE_TRACE_TO", "http://127.0.0.1:4318/v1/traces")
+    with pytest.raises(BentoMLConfigException, match="PATCHCORE_TRACE_TO: .*opentelemetry-exporter-otlp"):
+        read_settings()
 
 
 def test_container(monkeypatch):
