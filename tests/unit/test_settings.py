@@ -26,7 +26,7 @@ def test_tracing_needs_its_package(monkeypatch):
     if "opentelemetry-exporter-otlp-proto-http" in {found.metadata["Name"] for found in distributions()}:
         pytest.skip("it is installed here")
     monkeypatch.setenv("PATCHCORE_TRACE_TO", "http://127.0.0.1:4318/v1/traces")
-    with pytest.raises(BentoMLConfigException, match="PATCHCORE_TRACE_TO: .*opentelemetry-exporter-otlp"):
+    with pytest.raises(BentoMLConfigException, match=r"PATCHCORE_TRACE_TO: .*opentelemetry-exporter-otlp"):
         read_settings()
 
 
