@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from patchcore_plugin.explain import Reason
-
 MODEL = "patchcore"  # in BentoML's store; in a bento: the alias of the model that was built in
 
 settings = read_settings()
@@ -186,7 +184,7 @@ class PatchcoreRunner:
             return {"error": str(error)}
         prediction, reasons = entry.runtime.explain(pixels)
         manifest = entry.runtime.manifest.model_dump_json()
-        return {**_taken_apart(prediction, manifest, entry.version), "reasons": reasons}
+        return {**_taken_apart(prediction, manifest, entry.version), "reasons": [asdict(reason) for reason in reasons]}
 
 
 @bentoml.service(
@@ -336,7 +334,7 @@ class PatchcoreService:
         entry = self.shelf.get(model)
         if why:
             prediction, reasons = entry.runtime.explain(pixels)
-            finish = partial(finish, reasons)
+            finish = partial(finish, [asdict(reason) for reason in reasons])
         else:
             (prediction,) = entry.runtime.predict([pixels])
         return finish(pixels, prediction, model, entry.version, decoding)
@@ -354,14 +352,8 @@ class PatchcoreService:
             ) from error
         return pixels, 1000 * (time.perf_counter() - started)
 
-    def _describe_why(self, reasons: list[Reason], *about: Any) -> Explanation:
-        answer = self._describe(*about)
-
-        def described(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {name: _as_picture(value) if name == "crop" and value is not None else value for name, value in fields}
-
-        found = [FoundReason.model_validate(asdict(reason, dict_factory=described)) for reason in reasons]
-        return Explanation(**answer.model_dump(), reasons=found)
+    def _describe_why(self, reasons: list[dict[str, Any]], *about: Any) -> Explanation:
+        return Explanation(**self._describe(*about).model_dump(), reasons=[_found_reason(reason) for reason in reasons])
 
     def _describe(
         self,
@@ -392,8 +384,14 @@ class PatchcoreService:
         return answer
 
 
-def _as_picture(pixels: NDArray[np.uint8]) -> str:
-    return as_base64(as_png(Image.fromarray(pixels)))
+def _found_reason(reason: dict[str, Any]) -> FoundReason:
+    """A reason, as a dictionary, with its pictures as the answer has them."""
+
+    def picture(crop: NDArray[np.uint8] | None) -> str | None:
+        return None if crop is None else as_base64(as_png(Image.fromarray(crop)))
+
+    nearest = {**reason["nearest"], "crop": picture(reason["nearest"]["crop"])}
+    return FoundReason.model_validate({**reason, "nearest": nearest, "crop": picture(reason["crop"])})
 
 
 def _taken_apart(prediction: Prediction, manifest: str, version: str) -> dict[str, Any]:
