@@ -74,8 +74,9 @@ def reweight(distance: Any, support: Any) -> Any:
     """Image score after equation 7 of the paper.
 
     Args:
-        distance: Distance s* of the most anomalous patch to its nearest bank vector m* (B,).
-        support: Distances of that patch to the b nearest neighbours of m* in the bank, m* the first (B, b).
+        distance: Image score to weigh (B,): the distance s* of the most anomalous patch to its nearest bank vector m*, or
+            what smoothing leaves of the distances there.
+        support: Distances of the most anomalous patch to the b nearest neighbours of m* in the bank, m* the first (B, b).
 
     Returns:
         ``(1 - exp(s*) / sum(exp(support))) * s*`` (B,). The softmax is shifted by its largest term and cannot overflow.
