@@ -176,7 +176,7 @@ def test_transformers_follow_the_image_size(name):
 
 def test_image_size_that_a_transformer_cannot_take():
     backbone = Backbone("vit_tiny_patch16_224", ["blocks.5"], pre_trained=False)
-    with pytest.raises(ValueError, match=r"configure_pre_processor\(image_size"):
+    with pytest.raises(ValueError, match=r"image_size: \[height, width\]"):
         backbone(torch.zeros(1, 3, 250, 250))
 
 
