@@ -1,6 +1,7 @@
 """The BentoML service: real servers, started from a path, from the model store, and from a built bento."""
 
 import base64
+import filecmp
 import hashlib
 import io
 import json
@@ -305,6 +306,12 @@ def test_damaged_bundle(bundle_copy, tmp_path):
             pytest.fail("a server with a damaged bundle must not become ready")
 
 
+def differing(found: filecmp.dircmp) -> list[str]:
+    """Files of two folders that differ or are in one alone."""
+    below = [f"{name}/{file}" for name, folder in found.subdirs.items() for file in differing(folder)]
+    return [*found.left_only, *found.right_only, *found.diff_files, *below]
+
+
 def test_built_bento_serves(store, runtime, bundle_copy, test_images, tmp_path):
     """``bentoml build`` from a clean copy of the repository; the bento has model and code inside."""
     source = tmp_path / "clone"
@@ -317,6 +324,10 @@ def test_built_bento_serves(store, runtime, bundle_copy, test_images, tmp_path):
     (bento,) = (path.parent for path in Path(store["BENTOML_HOME"], "bentos").rglob("bento.yaml"))
     names = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*.py")}
     assert {"bento/service.py", "patchcore_plugin/runtime.py", "patchcore_plugin/memory_bank.py"} <= names
+    again = [*build, "--version", "again"]
+    subprocess.run(again, cwd=source, env=environment, capture_output=True, timeout=300, check=True)
+    differ = differing(filecmp.dircmp(bento, bento.with_name("again")))
+    assert differ == ["README.md", "bento.yaml"], "which BentoML writes: version and time"
     # A newer model in the store must not slip into a bento that was built with another.
     newer = json.loads((bundle_copy / "manifest.json").read_text()) | {"name": "newer"}
     (bundle_copy / "manifest.json").write_text(json.dumps(newer))
