@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import shutil
 import uuid
 from contextlib import contextmanager
 from datetime import datetime
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -41,9 +43,9 @@ MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
 ORIGINS, SOURCES, THUMBNAILS = "origins.npy", "sources.json", "thumbnails.npy"
 _FILES = (FEATURES, WEIGHTS, BANK, NEIGHBORS)
-_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand, and of the largest calibration 800,000
 _OPTIONAL = (ORIGINS, SOURCES, THUMBNAILS)
 _NAMES = {MANIFEST, *_FILES, *_OPTIONAL}
+_MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has about two thousand, and of the largest calibration 800,000
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 Storage = Literal["float32", "float16", "int8"]
@@ -369,6 +371,11 @@ def describe_files(folder: Path) -> dict[str, File]:
     """Checksums and sizes of a bundle's files, for its manifest."""
     names = [*_FILES, *(name for name in _OPTIONAL if (folder / name).is_file())]
     return {name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
+
+
+def describe_versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of installed packages, for a manifest."""
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 @contextmanager

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import platform
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +30,7 @@ from patchcore_plugin.bundle import (
     Scale,
     atomic_folder,
     describe_files,
+    describe_versions,
 )
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
@@ -159,13 +158,7 @@ def export_bundle(
             image=image,
             pixel=pixel,
             calibration=_calibration(model, precision),
-            versions={
-                "python": platform.python_version(),
-                **{
-                    package: version(package)
-                    for package in ("patchcore-plugin", "anomalib", "torch", "timm", "openvino", "faiss-cpu", "numpy")
-                },
-            },
+            versions=describe_versions("patchcore-plugin", "anomalib", "torch", "timm", "openvino", "faiss-cpu", "numpy"),
             files=describe_files(draft),
         )
         progress("self-test")

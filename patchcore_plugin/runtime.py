@@ -259,8 +259,8 @@ class PatchcoreRuntime:
             region, one for the most anomalous patch.
         """
         pixels = read_image(image)
-        prediction = self._answer(pixels)
-        return prediction, explain(prediction, pixels, self.embed([pixels])[0], self.bank, self.origins)
+        prediction, embedding = self._scored(pixels)
+        return prediction, explain(prediction, pixels, embedding[0], self.bank, self.origins)
 
     @staticmethod
     def heatmap(image: Source, prediction: Prediction) -> Image.Image:
@@ -275,6 +275,10 @@ class PatchcoreRuntime:
         return overlay(read_image(image), values, prediction.manifest.preprocessing)
 
     def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
+        return self._scored(pixels)[0]
+
+    def _scored(self, pixels: NDArray[np.uint8]) -> tuple[Prediction, NDArray[np.float32]]:
+        """The prediction, and the embedding (1, h, w, D) that it comes from."""
         started = time.perf_counter()
         embedding = self.embed([pixels])
         embedded = time.perf_counter()
@@ -301,7 +305,7 @@ class PatchcoreRuntime:
         )
         if self.drift is not None:
             self.drift.update(prediction.score, prediction.mean_distance)
-        return prediction
+        return prediction, embedding
 
 
 def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:

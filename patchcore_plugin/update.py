@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,7 @@ from patchcore_plugin.bundle import (
     Update,
     atomic_folder,
     describe_files,
+    describe_versions,
     version_of,
 )
 from patchcore_plugin.conformal import extended, scales
@@ -138,7 +137,7 @@ def update_bundle(
                 "pixel": pixel,
                 "calibration": calibration,
                 "lineage": [*old.manifest.lineage, step],
-                "versions": old.manifest.versions | _versions(),
+                "versions": old.manifest.versions | describe_versions("patchcore-plugin", "openvino", "faiss-cpu", "numpy"),
                 "files": describe_files(draft),
             }
         )
@@ -261,8 +260,3 @@ def _scores(runtime: PatchcoreRuntime, bank: MemoryBank, images: Sequence[Path],
         found.append(bank.score(runtime.embed([read_image(image)]), manifest.num_neighbors, manifest.score_smoothing))
         progress("Score", place, len(images))
     return Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("patchcore-plugin", "openvino", "faiss-cpu", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
