@@ -353,7 +353,8 @@ class PatchcoreService:
         return pixels, 1000 * (time.perf_counter() - started)
 
     def _describe_why(self, reasons: list[dict[str, Any]], *about: Any) -> Explanation:
-        return Explanation(**self._describe(*about).model_dump(), reasons=[_found_reason(reason) for reason in reasons])
+        answer = self._describe(*about, counted=False)
+        return Explanation(**answer.model_dump(), reasons=[_found_reason(reason) for reason in reasons])
 
     def _describe(
         self,
@@ -364,7 +365,9 @@ class PatchcoreService:
         decoding: float,
         *,
         heatmap: bool = False,
+        counted: bool = True,
     ) -> Answer:
+        """Make an answer; ``counted`` is False for an image that is explained, which was counted when it was scored."""
         started = time.perf_counter()
         answer = describe_prediction(prediction, model, version)
         if heatmap:
@@ -377,6 +380,8 @@ class PatchcoreService:
         if span.is_recording():
             span.set_attributes({f"patchcore.{stage}_ms": spent for stage, spent in answer.milliseconds.items()})
             span.set_attributes({"patchcore.model": model, "patchcore.version": version, "patchcore.score": answer.score})
+        if not counted:
+            return answer
         if answer.normalized_score is not None:
             self.metrics.scores.labels(model=model).observe(answer.normalized_score)
         self.watch.feed(model, version, prediction)

@@ -96,8 +96,16 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
         if (trial.index, trial.width) == (index.kind, index.width):
             found = f"recall@1 {trial.recall:.4f}, error {trial.error:.1e} at the 99.9th percentile"
             yield "", f"{trial.milliseconds:.2f} ms an image, {found} when exported"
+    smoothed = f", smoothed by {manifest.score_smoothing:g} patches" if manifest.score_smoothing else ""
+    weighted = f", re-weighted by {manifest.num_neighbors} neighbours" if manifest.num_neighbors > 1 else ""
+    yield "image score", f"largest patch distance{smoothed}{weighted}"
     yield "image threshold", _scale(manifest.image)
     yield "pixel threshold", _scale(manifest.pixel)
+    if manifest.calibration is None:
+        yield "calibration", "none: no p-values, no drift"
+    else:
+        count, rate = len(manifest.calibration.scores), manifest.calibration.false_positive_rate
+        yield "calibration", f"{count} normal images, for {rate:.2%} of false alarms at most"
     known = "image, row and column of each bank vector" if ORIGINS in manifest.files else "unknown"
     yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
     yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"

@@ -251,6 +251,8 @@ class PatchcoreRuntime:
     def explain(self, image: Source) -> tuple[Prediction, list[Reason]]:
         """Score an image, and name the normal patches that its anomalous ones are nearest to.
 
+        It does not count for :attr:`drift`: production's image was scored by :meth:`predict`.
+
         Args:
             image: As one of those of :meth:`predict`.
 
@@ -275,7 +277,10 @@ class PatchcoreRuntime:
         return overlay(read_image(image), values, prediction.manifest.preprocessing)
 
     def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
-        return self._scored(pixels)[0]
+        prediction, _ = self._scored(pixels)
+        if self.drift is not None:
+            self.drift.update(prediction.score, prediction.mean_distance)
+        return prediction
 
     def _scored(self, pixels: NDArray[np.uint8]) -> tuple[Prediction, NDArray[np.float32]]:
         """The prediction, and the embedding (1, h, w, D) that it comes from."""
@@ -303,8 +308,6 @@ class PatchcoreRuntime:
             manifest=self.manifest,
             milliseconds={"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)},
         )
-        if self.drift is not None:
-            self.drift.update(prediction.score, prediction.mean_distance)
         return prediction, embedding
 
 

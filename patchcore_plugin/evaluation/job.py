@@ -32,7 +32,7 @@ from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.evaluation.metrics import image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.pictures import draw_pictures
 from patchcore_plugin.evaluation.plan import Job, component_class, component_parser
-from patchcore_plugin.evaluation.runner import METRICS, PREDICTIONS
+from patchcore_plugin.evaluation.runner import NUMBERS, PREDICTIONS
 from patchcore_plugin.model.backbone import EMBEDDED, Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
 
@@ -95,7 +95,7 @@ def run(job: Job, data: Path, folder: Path) -> None:
         "pictures": shown,
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform()},
     }
-    (folder / METRICS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / NUMBERS).write_text(json.dumps(content, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "engine", ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.evaluation.plan import Job
 
-METRICS, PREDICTIONS = "metrics.json", "predictions.csv"
+NUMBERS, PREDICTIONS = "metrics.json", "predictions.csv"
 """Files of a result."""
 
 
@@ -116,7 +116,7 @@ def read_result(job: Job, output: Path) -> Result:
         error = _beside(folder, "error")
         result.error = error.read_text(encoding="utf-8") if error.is_file() else None
         return result
-    result.content = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    result.content = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
     with (folder / PREDICTIONS).open(newline="", encoding="utf-8") as file:
         result.predictions = [
             {**row, "label": int(row["label"]), "score": float(row["score"])} for row in csv.DictReader(file)

@@ -82,6 +82,7 @@ def test_drift_in_the_runtime(calibrated, test_images):
     runtime = PatchcoreRuntime.load(calibrated)
     good = [path for path in test_images if path.parent.name == "good"]
     runtime.predict(good)
+    runtime.explain(good[0])
     assert (runtime.drift.state.images, runtime.drift.drifted) == (len(good), False)
     turned = [np.rot90(np.asarray(read_image(path, as_tensor=False)) * 255).astype(np.uint8).copy() for path in good]
     runtime.predict(turned)

@@ -112,9 +112,15 @@ def test_info(bundle):
         f"{manifest.bank_size:,} x 152",
         manifest.index.kind,
         f"{manifest.image.threshold:.4g}",
+        "largest patch distance, re-weighted by 9 neighbours",
+        "none: no p-values, no drift",
     ):
         assert text in output
     assert hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12] in output
     code, output = call("info", bundle / "absent")
     assert code == 1
     assert "no bundle folder" in output
+
+
+def test_info_of_a_calibrated_bundle(calibrated):
+    assert "20 normal images, for 5.00% of false alarms at most" in call("info", calibrated)[1]

@@ -33,6 +33,9 @@ def test_p_values_and_drift(calibrated, test_images, tmp_path, runner):
         assert [answer["p_value"] for answer in answers] == [prediction.p_value for prediction in expected]
         (seen,) = httpx.get(f"{url}/drift").json()["models"]
         assert (seen["model"], seen["version"]) == (answers[0]["model"], answers[0]["version"])
+        content = {"image": ("1.png", good[0].read_bytes())}
+        assert httpx.post(f"{url}/explain", files=content, timeout=120).status_code == 200
+        assert httpx.get(f"{url}/drift").json()["models"] == [seen], "an explained image has been counted already"
         drift = seen["drift"]
         assert (drift["images"], drift["drifted"], drift["since"], drift["what"]) == (32, False, None, None)
         for _ in range(2):
