@@ -12,7 +12,7 @@ from scipy.ndimage import label as regions_of
 
 from patchcore_plugin.evaluation.metrics import AUPRO_LIMIT, image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.plan import Job, PlanError, list_jobs, read_plan
-from patchcore_plugin.evaluation.runner import METRICS, PREDICTIONS, Result, read_result, select
+from patchcore_plugin.evaluation.runner import NUMBERS, PREDICTIONS, Result, read_result, select
 from patchcore_plugin.evaluation.summary import MEAN, summarise, write_csv
 
 PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}}
@@ -268,7 +268,7 @@ def test_result_folders(tmp_path):
     folder.with_name(f"{job.key}.error").write_text("ValueError: no")
     assert (read_result(job, tmp_path).status, read_result(job, tmp_path).error) == ("failed", "ValueError: no")
     folder.mkdir()
-    (folder / METRICS).write_text(json.dumps({"metrics": {"aupro": None, "f1_max": 0.5}}))
+    (folder / NUMBERS).write_text(json.dumps({"metrics": {"aupro": None, "f1_max": 0.5}}))
     (folder / PREDICTIONS).write_text("image,kind,label,score\na/b.png,a,1,0.25\n")
     found = read_result(job, tmp_path)
     assert (found.status, found.error, found.metrics) == ("done", None, {"f1_max": 0.5})
