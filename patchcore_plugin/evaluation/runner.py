@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.evaluation.plan import Job
 
+_DEFINITION, _LOG, _ERROR = "json", "log", "error"  # endings of files beside the result's folder
 NUMBERS, PREDICTIONS = "metrics.json", "predictions.csv"
 """Files of a result."""
 
@@ -83,13 +84,16 @@ def run_jobs(jobs: Iterable[Job], output: Path, done: Callable[[Result], None], 
             start(job)
             _run(job, output)
             result = read_result(job, output)
+        if result.content:  # also where an evaluation was killed while its job was ending
+            for ending in (_DEFINITION, _LOG):
+                _beside(result.folder, ending).unlink(missing_ok=True)
         done(result)
 
 
 def _run(job: Job, output: Path) -> None:
     folder = output / "jobs" / job.key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    definition, log, error = (_beside(folder, ending) for ending in ("json", "log", "error"))
+    definition, log, error = (_beside(folder, ending) for ending in (_DEFINITION, _LOG, _ERROR))
     error.unlink(missing_ok=True)
     definition.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     command = [sys.executable, "-m", "patchcore_plugin.evaluation.job", definition, folder, output / "data"]
@@ -103,9 +107,6 @@ def _run(job: Job, output: Path) -> None:
             process.wait()
     if process.returncode and not error.exists():
         error.write_text(f"its process ended with exit code {process.returncode}; {log} may say why", encoding="utf-8")
-    if not process.returncode:
-        definition.unlink()
-        log.unlink()
 
 
 def read_result(job: Job, output: Path) -> Result:
@@ -113,7 +114,7 @@ def read_result(job: Job, output: Path) -> Result:
     folder = output / "jobs" / job.key
     result = Result(job, folder)
     if not folder.is_dir():
-        error = _beside(folder, "error")
+        error = _beside(folder, _ERROR)
         result.error = error.read_text(encoding="utf-8") if error.is_file() else None
         return result
     result.content = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))

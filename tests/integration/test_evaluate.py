@@ -160,9 +160,13 @@ def test_finished_jobs_are_not_repeated(evaluated, config):
     output, _ = evaluated
     before = {path: path.stat().st_mtime_ns for path in output.glob("jobs/*/metrics.json")}
     table = rows(output)
+    (left,) = output.glob("jobs/tiles-ours-0-*")
+    left = left.with_name(f"{left.name}.log")
+    left.touch()  # as if the evaluation had been killed while this job was ending
     assert evaluate(config, output, "*/ours/*").returncode == 0, "the job that failed is not among these"
     assert {path: path.stat().st_mtime_ns for path in output.glob("jobs/*/metrics.json")} == before
     assert rows(output) == table
+    assert not left.exists()
 
 
 def test_job_ends_with_its_evaluation(evaluated, config, tmp_path):
@@ -183,10 +187,10 @@ def test_killed_evaluation_goes_on(evaluated, config, tmp_path):
     jobs = tmp_path / "jobs"
     command = [PATCHCORE, "evaluate", config, "--output", tmp_path, "--only", "*/ours/*", "--only", "*/<img*/0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: any(jobs.glob("*/metrics.json")) and any(jobs.glob(".*.partial/engine")), process)
+    wait_for(lambda: any(jobs.glob("[!.]*/metrics.json")) and any(jobs.glob(".*.partial/engine")), process)
     process.kill()
     process.wait()
-    (first,) = jobs.glob("*/metrics.json")
+    (first,) = jobs.glob("[!.]*/metrics.json")
     written = first.stat().st_mtime_ns
     assert not (tmp_path / "results.csv").exists()
     result = evaluate(config, tmp_path, "*/ours/*", "*/<img*/0")
