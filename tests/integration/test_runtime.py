@@ -203,7 +203,7 @@ def test_crop_and_other_sizes(cells, tmp_path, test_images):
     pre_processor = FaissPatchcore.configure_pre_processor(image_size=(240, 200), center_crop_size=(193, 160))
     model = make_model(pre_processor=pre_processor, num_neighbors=1)
     make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
-    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle", index="flat"))
     scores, maps, labels = torch_predictions(model.eval(), test_images[::10])
     answers = runtime.predict(test_images[::10])
     np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
@@ -239,7 +239,7 @@ def test_size_normalisation_smoothing_and_position_travel(cells, tmp_path, test_
 def test_float16_model_exports(trained, tmp_path, test_images):
     model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
     model.model.half()
-    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle", index="flat"))
     assert model.model.memory_bank.dtype == torch.float16, "the model itself is left as it was"
     answer = runtime.predict(test_images[:1])[0]
     assert answer.score == pytest.approx(torch_predictions(trained.model, test_images[:1])[0][0], rel=0.01)
@@ -248,7 +248,7 @@ def test_float16_model_exports(trained, tmp_path, test_images):
 def test_model_without_thresholds(trained, tmp_path, test_images, caplog):
     model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
     model.post_processor = None
-    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle", index="flat"))
     assert "has no threshold" in caplog.text
     answer = runtime.predict(test_images[:1])[0]
     assert answer.score > 0
@@ -260,7 +260,7 @@ def test_model_without_thresholds(trained, tmp_path, test_images, caplog):
 def test_sensitivity(trained, tmp_path, test_images, sensitivity):
     model = FaissPatchcore.load_from_checkpoint(trained.checkpoint).eval()
     model.post_processor.image_sensitivity = sensitivity
-    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle", index="flat"))
     _, _, labels = torch_predictions(model, test_images[::4])
     assert [answer.verdict == "anomalous" for answer in runtime.predict(test_images[::4])] == labels
 
@@ -308,7 +308,7 @@ def test_other_backbone(cells, tmp_path, test_images):
     torch.manual_seed(0)
     model = make_model(backbone="resnet18", layers=["layer2", "layer3"], pre_trained=False)
     make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
-    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle", index="flat"))
     scores, _, _ = torch_predictions(model.eval(), test_images[::20])
     np.testing.assert_allclose([answer.score for answer in runtime.predict(test_images[::20])], scores, rtol=1e-3)
     assert runtime.manifest.layers == ["layer2", "layer3"]
@@ -348,7 +348,7 @@ def test_pixel_sensitivity_moves_the_colours(trained, tmp_path, test_images):
     for sensitivity in (0.3, 0.5, 0.8):
         model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
         model.post_processor.pixel_sensitivity = sensitivity
-        runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / f"bundle{sensitivity}"))
+        runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / f"bundle{sensitivity}", index="flat"))
         picture = np.asarray(runtime.heatmap(test_images[0], runtime.predict(test_images[:1])[0])).astype(int)
         coloured.append(int((picture[:, :, 0] != picture[:, :, 2]).sum()))
     assert coloured[0] < coloured[1] < coloured[2]
