@@ -122,6 +122,8 @@ def test_same_backbone(evaluated):
 
 def test_report_in_a_browser(evaluated, browser, keep):
     """No request, no error, no script from a name; everything is in it, and a phone can read it."""
+    from playwright.sync_api import expect  # it is there where a browser is
+
     for width in (1280, 390):
         page = browser.new_page(viewport={"width": width, "height": 800})
         asked, errors = [], []
@@ -132,7 +134,9 @@ def test_report_in_a_browser(evaluated, browser, keep):
         address = (evaluated[0] / "report.html").as_uri()
         page.goto(address)
         page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
-        page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        for image in page.locator("img").all():
+            expect(image).to_have_js_property("complete", value=True)
+        assert page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
         keep(page, f"evaluation-{width}")
         assert [url for url in asked if not url.startswith("data:")] == [address]
         assert errors == []

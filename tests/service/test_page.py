@@ -226,7 +226,7 @@ def test_history(page, runtime, test_images, keep):
         verdict_is(page, {"normal": "Normal", "anomalous": "Anomalous"}[expected.verdict], path.name)
         assert float(page.locator("#meter").get_attribute("aria-valuenow")) == pytest.approx(expected.score, rel=1e-6)
         expect(page.locator("#regions tr")).to_have_count(len(expected.regions))
-        page.wait_for_function("document.getElementById('heatmap').complete")
+        expect(page.locator("#heatmap")).to_have_js_property("complete", value=True)
         assert natural_size(page, "heatmap") == [300, 300]
         assert page.locator("#history [aria-current]").count() == 1
     assert page.evaluate("liveUrls.size") <= 2
