@@ -16,11 +16,9 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torch.utils.data import DistributedSampler
 
 from patchcore_plugin.coreset import (
     GreedyCoreset,
@@ -43,13 +41,12 @@ from patchcore_plugin.model.backbone import weights_from_checkpoint
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import Normalization, build
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
+from patchcore_plugin.model.training_images import check_finite, expected_images, hold_out, own_images
 from patchcore_plugin.origins import Origins, of_rows
 
 logger = logging.getLogger(__name__)
 
 _GRAPH_LIMIT = 2**30  # bytes of the memory bank in a graph; an ONNX file ends at 2 GiB
-# Normal images of the validation set that a checkpoint keeps, 400 KB each at 256 x 256, and bytes of all of them.
-_HELD_OUT, _HELD_OUT_BYTES = 32, 2**25
 
 
 class FaissPatchcore(MemoryBankMixin, AnomalibModule):
@@ -254,7 +251,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         del args, kwargs
         images, paths = batch.image, batch.image_path
         use = torch.ones(len(images), dtype=torch.bool)
-        use[self._real_images(len(images)) :] = False
+        use[own_images(self.trainer.train_dataloader, self._seen, len(images)) :] = False
         self._seen += len(images)
         if batch.gt_label is not None:
             anomalous = (batch.gt_label != 0).cpu()
@@ -265,7 +262,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             paths = [path for path, used in zip(paths, use, strict=True) if used] if paths else None
         if len(images):
             embedding = self.model.embed(images)
-            _check_finite(embedding, paths)
+            check_finite(embedding, paths)
             embedding = embedding.to(self.embedding_dtype)
             if not embedding.to(self.model.memory_bank.dtype).isfinite().all():
                 msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
@@ -283,7 +280,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     def _new_store(self, embedding: torch.Tensor | None) -> EmbeddingStore:
         """Store for the embeddings of this process's images; ``embedding`` (B, h, w, D) is the first batch, if any."""
-        images = 0 if embedding is None else _images(self.trainer)
+        images = 0 if embedding is None else expected_images(self.trainer)
         radius = self.coreset_radius
         return EmbeddingStore(
             GreedyCoreset(
@@ -297,18 +294,6 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
         )
-
-    def _real_images(self, size: int) -> int:
-        """How many of this process's next ``size`` images are its own.
-
-        A distributed sampler makes all processes' shares equally large, and repeats images for that. They come last.
-        """
-        loader = self.trainer.train_dataloader
-        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
-            return size
-        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
-        return max(0, min(size, own - self._seen))
 
     def fit(self) -> None:
         """Reduce the collected embeddings to the coreset and make it the memory bank.
@@ -392,24 +377,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score the images of a batch."""
         del args, kwargs
-        if self._is_fitting():
-            self._hold_out(batch)
+        if self._is_fitting() and batch.gt_label is not None:
+            self.held_out = hold_out(self.held_out, batch.image[(batch.gt_label == 0).to(batch.image.device)])
         return batch.update(**self.model(batch.image)._asdict())
-
-    def _hold_out(self, batch: Batch) -> None:
-        """Keep some normal images of the validation set, by which an export chooses index and precision."""
-        if batch.gt_label is None:
-            return
-        normal = batch.image[(batch.gt_label == 0).to(batch.image.device)].half().cpu()
-        if not len(normal):
-            return
-        if self.held_out is None:
-            self.held_out = normal[:0]
-        if normal.shape[1:] != self.held_out.shape[1:]:
-            return  # without a resize to one size, images differ
-        room = min(_HELD_OUT, max(1, _HELD_OUT_BYTES // normal[0].nbytes)) - len(self.held_out)
-        with torch.autocast("cpu", enabled=False):  # of bfloat16, which refuses to join float16 images
-            self.held_out = torch.cat([self.held_out, normal[: max(room, 0)]])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the held-out images and the bank's origins with the model."""
@@ -468,25 +438,3 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         loose = kwargs.get("strict") is False
         with nullcontext() if loose else weights_from_checkpoint():
             return super().load_from_checkpoint(*args, **kwargs)
-
-
-def _images(trainer: Trainer) -> int | None:
-    """Images that an epoch gives to this process, at most; None if unknown."""
-    loader = trainer.train_dataloader
-    try:
-        images = len(loader.sampler)
-    except (AttributeError, TypeError):  # an iterable data set, or several loaders
-        return None
-    return min(images, int(min(trainer.num_training_batches, images)) * (loader.batch_size or images))
-
-
-def _check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
-    bad = (~embedding.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        names = f" for {', '.join(str(paths[i]) for i in bad[:3])}" if paths else ""
-        more = f" and {len(bad) - 3} more" if paths and len(bad) > 3 else ""
-        msg = (
-            f"The backbone gives NaN or infinite features{names}{more}. With precision='float16' features can overflow: use "
-            "'float32'. Otherwise check these images, and the backbone's weights for NaN."
-        )
-        raise ValueError(msg)
