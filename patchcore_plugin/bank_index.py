@@ -26,7 +26,7 @@ ERROR = 1e-3
 _WIDTHS = {
     "flat": (0,),
     "ivf": (1, 2, 4, 8, 16, 32, 64, 128),
-    "hnsw": (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384),
+    "hnsw": (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384),
 }
 _SMALL = 500  # vectors: fewer are compared with as fast as any index finds its way
 
@@ -97,7 +97,7 @@ def _try(
     num_neighbors: int,
 ) -> IndexTrial:
     """Measure a bank; the patches' true distances (N,) are ``nearest`` to its vectors, ``exact`` to those in float32."""
-    distances = bank.search(embeddings.reshape(-1, embeddings.shape[-1]))[0][:, 0]
+    distances = bank.nearest(embeddings)[0]
     smallest = 1e-6 * max(float(exact.max()), 1e-30)  # a patch of the bank is at distance 0, and rounding may differ
     found = distances <= nearest * (1 + 1e-5) + smallest
     error, storage_error = (

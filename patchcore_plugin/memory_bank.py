@@ -21,12 +21,15 @@ DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
 
 _BLOCK_ROWS = 4096
 _LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built,
-_LARGE, _LARGE_CONSTRUCTION = 100_000, 200  # which are more where a graph of so many vectors would lose its way
+_LARGE, _LARGE_CONSTRUCTION = 10_000, 200  # which are more where a graph of so many vectors would lose its way
 _EXACT_NEIGHBOURS = 2**40  # M * M * D up to which the bank's own neighbours are searched one by one
 _PARTS = 2  # of the queries for each thread, as some take longer
 # An approximate search may overlook the nearest vector, and an image's score is its largest distance: one slip in a
 # thousand patches would be one in every image. So the patches of largest distance are searched again, this many times wider.
 _AGAIN, _WIDER, _MOST_AGAIN = 2, 8, 64
+# Adjacent patches are often nearest to the same vector: what an approximate search has overlooked for one, it has often
+# found for the next. Axis of (B, h, w) and step to the four around each patch, in turn, so that an answer travels.
+_AROUND = ((1, 1), (1, -1), (2, 1), (2, -1))
 _QUANTIZERS = {storage: quantizer for quantizer, storage in bank_file.STORAGES.items()}
 
 
@@ -209,6 +212,29 @@ class MemoryBank:
             raise ValueError(msg)
         return self._search(queries, min(k, len(self)), self._width if width is None else min(width, MAX_WIDTH))
 
+    def nearest(self, embedding: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Find the nearest bank vector of each patch of images.
+
+        As :meth:`search` does with ``k=1``; an approximate index then also tries, for each patch, the answers of the four
+        around it, which overlooks less than half as many nearest vectors.
+
+        Args:
+            embedding: Patch embeddings (B, h, w, D).
+
+        Returns:
+            Euclidean distances (B * h * w,), float32, and bank indices (B * h * w,), int64.
+        """
+        queries = self._fitting(embedding.reshape(-1, embedding.shape[-1]), "queries")
+        distances, indices = (found[:, 0] for found in self._search(queries, 1, self._width))
+        if self.index != "flat":
+            for axis, step in _AROUND:
+                there = np.roll(indices.reshape(embedding.shape[:3]), step, axis).reshape(-1)
+                rows = np.flatnonzero(there != indices)
+                tried = _exact(queries[rows], self._take(there[rows])[:, None])[:, 0]
+                nearer = tried < distances[rows]
+                distances[rows[nearer]], indices[rows[nearer]] = tried[nearer], there[rows[nearer]]
+        return distances, indices
+
     def score(self, embedding: NDArray[np.float32], num_neighbors: int, smoothing: float = 0) -> Scores:
         """Score embeddings (B, h, w, D); see :func:`patchcore_plugin.scoring.score`.
 
@@ -218,7 +244,7 @@ class MemoryBank:
         patches = embedding.shape[1] * embedding.shape[2]
 
         def nearest(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            distances, indices = (found[:, 0] for found in self._search(self._fitting(queries, "queries"), 1, self._width))
+            distances, indices = self.nearest(embedding)
             if self.index != "flat":
                 for start in range(0, len(queries), patches):
                     rows = slice(start, start + patches)
@@ -269,7 +295,9 @@ class MemoryBank:
         if self.storage == "float32" and self.index != "ivf":
             return self.vectors[indices]
         flat = np.ascontiguousarray(indices.reshape(-1), np.int64)
-        return self._index.reconstruct_batch(flat).reshape(*indices.shape, self.dimension)
+        take = self._index.reconstruct_batch
+        vectors = take(flat) if self._pool is None else self._pool.submit(take, flat).result()
+        return vectors.reshape(*indices.shape, self.dimension)
 
     def _find(
         self, queries: NDArray[np.float32], k: int, width: int

@@ -1,6 +1,7 @@
 """The memory bank's search: against its size, against flat search, and for wide embeddings.
 
     python tests/benchmarks/bank.py                 # real embeddings of solar cells, 10,000 to 1,000,000 x 152
+    python tests/benchmarks/bank.py --data coreset  # the first 10,000 to 250,000 picks of all of them
     python tests/benchmarks/bank.py --data wide     # random clusters of wide_resnet50_2's shape, 16,000 and 160,000 x 1,536
 
 Queries are all patches of one image, which is not in the bank; times are medians of single images.
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patchcore_plugin.bank_index import choose
+from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.network import cores
 
@@ -39,19 +41,33 @@ def real(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))], images
 
 
+def coreset(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Picks of the coreset sampler in their order, of which any first ones are a coreset too."""
+    points, images = real((2624 - IMAGES) * 1024)
+    return points[GreedyCoreset(ratio=largest / len(points)).fit(points)], images
+
+
 def wide(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     points = clustered(largest + IMAGES * 784, 1536)
     return points[IMAGES * 784 :], points[: IMAGES * 784].reshape(IMAGES, 28, 28, -1)
 
 
+DATA = {
+    "elpv": (real, (10_000, 42_086, 200_000, 1_000_000)),
+    "coreset": (coreset, (10_000, 42_086, 100_000, 250_000)),
+    "wide": (wide, (16_000, 160_000)),
+}
+
+
 @click.command()
-@click.option("--data", type=click.Choice(["elpv", "wide"]), default="elpv", show_default=True)
+@click.option("--data", type=click.Choice(list(DATA)), default="elpv", show_default=True)
 @click.option("--size", "sizes", type=int, multiple=True, help="Vectors; may be repeated.")
 @click.option("--storage", type=click.Choice(["float32", "float16", "int8"]), default="float32", show_default=True)
 def main(data: str, sizes: tuple[int, ...], storage: str) -> None:
     """Print search time and recall of the index that the measured choice takes, and of flat search."""
-    sizes = sizes or ((10_000, 42_086, 200_000, 1_000_000) if data == "elpv" else (16_000, 160_000))
-    points, images = (real if data == "elpv" else wide)(max(sizes))
+    embeddings, usual = DATA[data]
+    sizes = sizes or usual
+    points, images = embeddings(max(sizes))
     click.echo(heading("faiss-cpu", columns=points.shape[1]))
     table = Table(
         "vectors", "index", "build s", "file MiB", "load s", "ms an image", "recall@1", "error at 99.9 %", "flat ms", "ratio"

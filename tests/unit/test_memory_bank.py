@@ -182,6 +182,30 @@ def test_other_indexes(index, storage, seed, size, columns, kinds, k, width):
     assert all(len(set(row)) == len(row) for row in indices.tolist())
 
 
+@pytest.mark.parametrize("threads", [None, 2])
+@pytest.mark.parametrize(("index", "storage"), [("flat", "float32"), *KINDS])
+def test_nearest_of_images(index, storage, threads, real_embeddings):
+    """Patches learn from those around them, of their own image only; no distance is another than its vector's."""
+    vectors, images = real_embeddings[:3072:3], real_embeddings[3072:].reshape(3, 32, 32, -1)
+    queries = images.reshape(-1, images.shape[-1])
+    bank = MemoryBank(vectors, index, storage, width=1)
+    bank.threads = threads
+    stored = bank.vectors
+    exact = np.concatenate([np.linalg.norm(query - stored, axis=1).min(keepdims=True) for query in queries])
+    alone, (distances, indices) = bank.search(queries)[0][:, 0], bank.nearest(images)
+    assert distances.shape == indices.shape == (len(queries),)
+    np.testing.assert_allclose(np.linalg.norm(queries - stored[indices], axis=1), distances, rtol=1e-5)
+    assert (distances <= alone).all()
+    missed, missed_alone = ((found > exact * (1 + 1e-5)).mean() for found in (distances, alone))
+    if index == "flat":
+        assert missed == missed_alone == 0
+    else:
+        assert missed < missed_alone * 0.7
+    one_by_one = [np.concatenate(part) for part in zip(*(bank.nearest(image[None]) for image in images), strict=True)]
+    np.testing.assert_array_equal(distances, one_by_one[0])
+    np.testing.assert_array_equal(indices, one_by_one[1])
+
+
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])
 def test_image_scores_are_exact_where_single_patches_are_overlooked(index, real_embeddings):
     """A narrow search overlooks a few nearest vectors; the farthest patches are searched again."""
