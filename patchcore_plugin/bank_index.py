@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchcore_plugin.bundle import IndexTrial
+from patchcore_plugin.bundle import IndexKind, IndexTrial
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.network import has_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import IndexKind, Storage
+    from patchcore_plugin.bundle import Storage
 
 RECALL = 0.999
 """Least share of patches whose nearest bank vector an index must find, for :func:`choose` to take it."""
@@ -23,11 +24,14 @@ RECALL = 0.999
 ERROR = 1e-3
 """Largest relative error of the distance, at the 99.9th percentile of the patches, for :func:`choose` to take an index."""
 
-_WIDTHS = {
-    "flat": (0,),
-    "ivf": (1, 2, 4, 8, 16, 32, 64, 128),
-    "hnsw": (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384),
-}
+# Kinds of search and the widths to try, the narrowest first. A flat index of some width is a product in bfloat16.
+_EXACT, _PRODUCT = ("flat", (0,)), ("flat", (2, 3, 4))
+_SEARCHES: tuple[tuple[IndexKind, tuple[int, ...]], ...] = (
+    _EXACT,
+    _PRODUCT,
+    ("ivf", (1, 2, 4, 8, 16, 32, 64, 128)),
+    ("hnsw", (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)),
+)
 _SMALL = 500  # vectors: fewer are compared with as fast as any index finds its way
 
 
@@ -57,29 +61,30 @@ def choose(
         least: Least width to consider.
 
     Returns:
-        The bank, its width set and its neighbours found, and what was measured, the index taken among it. Flat is taken
-        where none answers well enough.
+        The bank, its width set and its neighbours found, and what was measured, the index taken among it. Exact search is
+        taken where no other answers well enough.
     """
     queries = embeddings.reshape(-1, embeddings.shape[-1])
     flat = MemoryBank(vectors, "flat", storage)
     nearest = flat.search(queries)[0][:, 0]
     exact = nearest if storage == "float32" else MemoryBank(vectors).search(queries)[0][:, 0]
-    kinds = (index,) if index else ("flat",) if len(vectors) < _SMALL else ("flat", "ivf", "hnsw")
     trials: list[IndexTrial] = []
     banks: dict[str, MemoryBank] = {}
-    for kind in kinds:
-        if progress:
-            progress(f"index {kind}")
-        bank = banks[kind] = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
+    for kind, widths in _searches(len(vectors), index, least):
+        if kind not in banks:
+            if progress:
+                progress(f"index {kind}")
+            banks[kind] = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
+        bank = banks[kind]
         bank.threads = threads
-        for width in [width for width in _WIDTHS[kind] if width >= least] or [least]:
+        for width in widths:
             bank.width = width
             trial = _try(bank, embeddings, nearest, exact, num_neighbors)
             trials.append(trial)
             fastest = min((other.milliseconds for other in trials if other.good), default=np.inf)
             if trial.good or trial.milliseconds > 1.5 * fastest:
                 break  # wider ones take longer
-    good = [trial for trial in trials if trial.good] or [trial for trial in trials if trial.index == "flat"] or trials[-1:]
+    good = [trial for trial in trials if trial.good] or trials[-1:]
     best = min(good, key=lambda trial: trial.milliseconds)
     bank = banks[best.index]
     bank.width = best.width
@@ -87,6 +92,17 @@ def choose(
         progress("neighbours")
     bank.find_neighbors(num_neighbors)
     return bank, trials
+
+
+def _searches(size: int, index: IndexKind | None, least: int) -> list[tuple[IndexKind, tuple[int, ...]]]:
+    """Kinds of search and widths to try in a bank of ``size`` vectors."""
+    if index is None:
+        searches = [_EXACT] if size < _SMALL else [each for each in _SEARCHES if each != _PRODUCT or has_bfloat16()]
+    elif index == "flat":
+        searches = [_PRODUCT, _EXACT] if least else [_EXACT]
+    else:
+        searches = [each for each in _SEARCHES if each[0] == index]
+    return [(kind, tuple(width for width in widths if width >= least or not width) or (least,)) for kind, widths in searches]
 
 
 def _try(

@@ -164,7 +164,8 @@ class IndexTrial(_Record):
     Attributes:
         index: ``"flat"``, ``"ivf"`` or ``"hnsw"``.
         storage: Precision of the vectors that it searched.
-        width: Breadth of the search: cells probed (ivf) or candidates kept (hnsw).
+        width: Breadth of the search: cells probed (ivf), candidates kept (hnsw), or candidates of a product in bfloat16
+            (flat; 0 is exact search).
         milliseconds: Median time to search for one image's patches.
         recall: Share of the patches whose nearest bank vector it found.
         error: Relative error of the distance, at the 99.9th percentile of the patches, against exact search.
@@ -188,7 +189,7 @@ class Index(_Record):
     Attributes:
         kind: ``"flat"``, ``"ivf"`` or ``"hnsw"``.
         storage: Precision of the bank's vectors.
-        width: Breadth of the search.
+        width: Breadth of the search, as in a trial.
         trials: What was measured before it was chosen; empty where nothing was.
     """
 

@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 
 from patchcore_plugin import bank_file
+from patchcore_plugin.bank_product import PARTS, Product
 from patchcore_plugin.bundle import MAX_WIDTH, IndexKind, Storage
 from patchcore_plugin.scoring import Scores, score
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
-"""Width of the search where none is given: lists probed (ivf), or length of the candidate list (hnsw)."""
+"""Width of the search where none is given: none (flat), lists probed (ivf), or length of the candidate list (hnsw)."""
+
+_WIDEST = {"flat": PARTS, "ivf": MAX_WIDTH, "hnsw": MAX_WIDTH}
 
 _BLOCK_ROWS = 4096
 _LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built,
@@ -30,6 +33,7 @@ _AGAIN, _WIDER, _MOST_AGAIN = 2, 8, 64
 # Adjacent patches are often nearest to the same vector: what an approximate search has overlooked for one, it has often
 # found for the next. Axis of (B, h, w) and step to the four around each patch, in turn, so that an answer travels.
 _AROUND = ((1, 1), (1, -1), (2, 1), (2, -1))
+_FEW = 16  # queries, up to which FAISS's flat search takes differences
 _QUANTIZERS = {storage: quantizer for quantizer, storage in bank_file.STORAGES.items()}
 
 
@@ -37,8 +41,8 @@ class MemoryBank:
     """Bank of normal patch embeddings, searched by Euclidean distance (FAISS).
 
     Whatever the index, a distance that is returned is exact: it is taken by differences between the query and the vector
-    as it is stored. An approximate index (``"ivf"``, ``"hnsw"``) may miss the nearest vector of a patch and return one
-    a little farther; :func:`patchcore_plugin.bank_index.choose` measures how often.
+    as it is stored. An approximate index (``"ivf"``, ``"hnsw"``, or ``"flat"`` with a width) may miss the nearest vector of
+    a patch and return one a little farther; :func:`patchcore_plugin.bank_index.choose` measures how often.
 
     Args:
         vectors: Bank vectors (M, D), finite, cast to float32.
@@ -46,7 +50,8 @@ class MemoryBank:
             ``"hnsw"`` follows a graph of neighbours, whose building takes 0.05 to 0.5 ms a vector.
         storage: Precision in which vectors are kept: ``"float32"``, ``"float16"`` (half the memory) or ``"int8"`` (a
             quarter; distances move by about a percent).
-        width: Breadth of an approximate search: cells probed, or candidates kept. More is slower and finds more.
+        width: Breadth of an approximate search: cells probed (ivf), candidates kept (hnsw), or, for the patches of images,
+            candidates that a product in bfloat16 gives (flat; 0 is exact search). More is slower and finds more.
         num_neighbors: Neighbours of each bank vector that are found in advance for the image score (equation 7); 0 finds
             them when they are needed.
 
@@ -94,6 +99,7 @@ class MemoryBank:
         self.neighbors: NDArray[np.int32] | None = None
         self._threads: int | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._product: Product | None = None
 
     def __len__(self) -> int:
         """Number M of bank vectors."""
@@ -106,15 +112,14 @@ class MemoryBank:
 
     @property
     def width(self) -> int:
-        """Breadth of an approximate search; 0 for a flat bank."""
+        """Breadth of an approximate search; 0 for exact search."""
         return self._width
 
     @width.setter
     def width(self, width: int) -> None:
-        if self.index == "flat":
-            return
-        if not 1 <= width <= MAX_WIDTH:
-            msg = f"width must be from 1 to {MAX_WIDTH:,}, got {width}."
+        least, most = int(self.index != "flat"), _WIDEST[self.index]
+        if not least <= width <= most:
+            msg = f"width must be from {least} to {most:,} for the index {self.index!r}, got {width}."
             raise ValueError(msg)
         self._width = int(width)
 
@@ -131,7 +136,7 @@ class MemoryBank:
     def threads(self, threads: int | None) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-        self._threads = threads
+        self._threads, self._product = threads, None
         self._pool = threads and ThreadPoolExecutor(
             threads, thread_name_prefix="memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,)
         )
@@ -161,7 +166,7 @@ class MemoryBank:
         _check_storage(vectors, self.storage)
         grown = faiss.clone_index(self._index)  # arrays that look into the old one stay as they are
         grown.add(vectors)
-        self._index = grown
+        self._index, self._product = grown, None
         self.find_neighbors(0 if self.neighbors is None else self.neighbors.shape[1])
 
     def find_neighbors(self, count: int) -> None:
@@ -215,8 +220,8 @@ class MemoryBank:
     def nearest(self, embedding: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the nearest bank vector of each patch of images.
 
-        As :meth:`search` does with ``k=1``; an approximate index then also tries, for each patch, the answers of the four
-        around it, which overlooks less than half as many nearest vectors.
+        As :meth:`search` does with ``k=1``; a graph or cells then also try, for each patch, the answers of the four around
+        it, which overlooks less than half as many nearest vectors.
 
         Args:
             embedding: Patch embeddings (B, h, w, D).
@@ -225,6 +230,9 @@ class MemoryBank:
             Euclidean distances (B * h * w,), float32, and bank indices (B * h * w,), int64.
         """
         queries = self._fitting(embedding.reshape(-1, embedding.shape[-1]), "queries")
+        if self.index == "flat" and self._width:
+            images = [self._by_product(image) for image in np.split(queries, len(embedding))]
+            return np.concatenate([found[0] for found in images]), np.concatenate([found[1] for found in images])
         distances, indices = (found[:, 0] for found in self._search(queries, 1, self._width))
         if self.index != "flat":
             for axis, step in _AROUND:
@@ -245,7 +253,7 @@ class MemoryBank:
 
         def nearest(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             distances, indices = self.nearest(embedding)
-            if self.index != "flat":
+            if self._width:
                 for start in range(0, len(queries), patches):
                     rows = slice(start, start + patches)
                     self._look_again(queries[rows], distances[rows], indices[rows])
@@ -299,10 +307,21 @@ class MemoryBank:
         vectors = take(flat) if self._pool is None else self._pool.submit(take, flat).result()
         return vectors.reshape(*indices.shape, self.dimension)
 
+    def _by_product(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Distances (N,) and bank indices (N,) of the nearest of the candidates that a product gives."""
+        if self._product is None:
+            self._product = Product(self.vectors, self._threads)
+        candidates = self._product.candidates(queries, self._width)
+        exact = _exact(queries, self._take(candidates))
+        best = exact.argmin(1)[:, None]
+        return np.take_along_axis(exact, best, 1)[:, 0], np.take_along_axis(candidates, best, 1)[:, 0]
+
     def _find(
         self, queries: NDArray[np.float32], k: int, width: int
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
         """Indices (N, k) of the vectors that the index finds, and their squared distances, where it has exact ones."""
+        if self.index == "flat" and len(queries) <= _FEW:
+            return self._alone(queries, k)
         if self.index == "flat":
             # Its blocked search expands |x - y|^2 and loses digits where a patch lies close to the bank. It is one matrix
             # product after the other, which has its own threads.
@@ -322,8 +341,17 @@ class MemoryBank:
             return None, found
         return squares, found
 
+    def _alone(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """FAISS's search of a few queries, on this thread: it is over before others would have begun."""
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            return self._index.search(queries, k)
+        finally:
+            faiss.omp_set_num_threads(threads)
+
     def _on_threads(
-        self, queries: NDArray[np.float32], k: int, parameters: faiss.SearchParameters | None
+        self, queries: NDArray[np.float32], k: int, parameters: faiss.SearchParameters
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """FAISS's search, on this bank's own threads if it has some."""
         if self._pool is None:

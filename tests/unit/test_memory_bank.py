@@ -170,7 +170,7 @@ def test_other_indexes(index, storage, seed, size, columns, kinds, k, width):
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(kinds, columns))[rng.integers(0, kinds, size)].astype(np.float32)
     asked = rng.normal(size=(30, columns)).astype(np.float32)
-    bank = MemoryBank(vectors, index, storage, width)
+    bank = MemoryBank(vectors, index, storage, 0 if index == "flat" else width)
     stored = bank.vectors
     np.testing.assert_allclose(stored, vectors, atol={"float32": 0, "float16": 2e-3, "int8": 0.05}[storage])
     distances, indices = bank.search(asked, k)
@@ -188,7 +188,7 @@ def test_nearest_of_images(index, storage, threads, real_embeddings):
     """Patches learn from those around them, of their own image only; no distance is another than its vector's."""
     vectors, images = real_embeddings[:3072:3], real_embeddings[3072:].reshape(3, 32, 32, -1)
     queries = images.reshape(-1, images.shape[-1])
-    bank = MemoryBank(vectors, index, storage, width=1)
+    bank = MemoryBank(vectors, index, storage, width=None if index == "flat" else 1)
     bank.threads = threads
     stored = bank.vectors
     exact = np.concatenate([np.linalg.norm(query - stored, axis=1).min(keepdims=True) for query in queries])
@@ -246,10 +246,11 @@ def test_mapped_into_memory(tmp_path, real_embeddings, monkeypatch):
 def test_add(index, storage, real_embeddings):
     """A bank that grew answers as one that was built whole."""
     vectors = real_embeddings[::20]
-    bank = MemoryBank(vectors[:100], index, storage, width=64, num_neighbors=4)
+    width = 0 if index == "flat" else 64
+    bank = MemoryBank(vectors[:100], index, storage, width, num_neighbors=4)
     bank.add(vectors[100:200])
     bank.add(vectors[200:])
-    whole = MemoryBank(vectors, index, storage, width=64, num_neighbors=4)
+    whole = MemoryBank(vectors, index, storage, width, num_neighbors=4)
     assert len(bank) == len(vectors)
     assert bank.neighbors.shape == (len(vectors), 4)
     tolerance = {"float32": 1e-5, "float16": 1e-3, "int8": 0.2}[storage]  # int8's range is that of the first vectors
@@ -311,7 +312,7 @@ def test_wrong_arguments():
         MemoryBank(vectors, "annoy")
     with pytest.raises(ValueError, match="storage must be one of float32, float16, int8; got 'int4'"):
         MemoryBank(vectors, storage="int4")
-    with pytest.raises(ValueError, match="width must be from 1 to 65,536, got 0"):
+    with pytest.raises(ValueError, match="width must be from 1 to 65,536 for the index 'hnsw', got 0"):
         MemoryBank(vectors, "hnsw", width=0)
 
 

@@ -1,0 +1,125 @@
+"""Candidates by a product in bfloat16, and the flat index that searches by them."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchcore_plugin import bank_product
+from patchcore_plugin.bank_product import PARTS, Product
+from patchcore_plugin.memory_bank import MemoryBank
+
+
+def distances(queries, vectors):
+    """Slow and obvious, in float64."""
+    return np.array([np.linalg.norm(query - vectors.astype(np.float64), axis=1) for query in queries.astype(np.float64)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(1, 700),
+    columns=st.integers(1, 70),
+    kinds=st.integers(1, 700),
+    scale=st.integers(-12, 12),
+    offset=st.sampled_from([0, 1, 100]),
+    count=st.integers(1, PARTS),
+)
+def test_candidates(seed, size, columns, kinds, scale, offset, count):
+    """Different vectors, the first of them as near as any but for what bfloat16 rounds, at all scales."""
+    rng = np.random.default_rng(seed)
+    vectors = ((rng.normal(size=(kinds, columns)) + offset)[rng.integers(0, kinds, size)] * 10.0**scale).astype(np.float32)
+    queries = np.concatenate([(rng.normal(size=(20, columns)) + offset) * 10.0**scale, vectors[:5]]).astype(np.float32)
+    found = Product(vectors, 1).candidates(queries, count)
+    assert found.dtype == np.int64
+    assert found.shape[0] == len(queries)
+    assert min(count, -(-size // 64)) <= found.shape[1] <= min(count, size)
+    assert ((found >= 0) & (found < size)).all()
+    assert all(len(set(row)) == len(row) for row in found.tolist())
+    exact = distances(queries, vectors)
+    best = np.take_along_axis(exact, found, 1)[:, 0]
+    mean = vectors.astype(np.float64).mean(0)
+    lengths = np.linalg.norm(queries - mean, axis=1) + np.linalg.norm(vectors - mean, axis=1).max()
+    assert (best**2 <= exact.min(1) ** 2 + 0.02 * lengths**2).all()
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_real_patches(bfloat16, real_embeddings, monkeypatch):
+    """The nearest is nearly always among the first three; on a CPU without bfloat16 the product is one of float32."""
+    if not bfloat16:
+        monkeypatch.setattr(bank_product, "has_bfloat16", lambda: False)
+    vectors, queries = real_embeddings[:3072:3], real_embeddings[3072:4096]
+    found = Product(vectors, 2).candidates(queries, 3)
+    exact = distances(queries, vectors)
+    best = np.take_along_axis(exact, found, 1)
+    assert (best.min(1) <= exact.min(1) * (1 + 1e-6)).mean() > (0.995 if bfloat16 else 0.9999)
+
+
+def test_terms():
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32) * np.float32(1e3)
+    terms = bank_product._terms(values)
+    assert not (terms.view(np.uint32) & 0xFFFF).any()
+    np.testing.assert_array_equal(terms.astype(np.float64).sum(1), values)
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_from_several_threads(threads, real_embeddings):
+    bank = MemoryBank(real_embeddings[:3072], width=2, num_neighbors=5)
+    bank.threads = threads
+    images = list(real_embeddings[3072:].reshape(3, 1, 32, 32, -1)) * 6
+    alone = [bank.score(image, 5) for image in images]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda image: bank.score(image, 5), images))
+    for ours, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours.image, expected.image)
+        np.testing.assert_array_equal(ours.patch, expected.patch)
+    batch = bank.score(np.concatenate(images[:3]), 5)
+    np.testing.assert_array_equal(batch.patch, np.concatenate([scores.patch for scores in alone[:3]]))
+    np.testing.assert_array_equal(batch.image, np.concatenate([scores.image for scores in alone[:3]]))
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_distances_are_those_of_stored_vectors(storage, width, real_embeddings):
+    images = real_embeddings[3072:].reshape(3, 32, 32, -1)
+    queries = images.reshape(-1, images.shape[-1])
+    bank = MemoryBank(real_embeddings[:2048], storage=storage, width=width)
+    found, indices = bank.nearest(images)
+    np.testing.assert_allclose(np.linalg.norm(queries - bank.vectors[indices], axis=1), found, rtol=1e-5)
+    exact = distances(queries, bank.vectors).min(1)
+    assert (found >= exact * (1 - 1e-5)).all()
+    assert (found <= exact * 1.02 + 1e-3).all()
+    expected = MemoryBank(real_embeddings[:2048], storage=storage).score(images, 9).image
+    np.testing.assert_allclose(bank.score(images, 9).image, expected, rtol=1e-4)
+
+
+def test_saved_loaded_grown(tmp_path, real_embeddings):
+    """The file is that of a flat index; the width comes from elsewhere, and what is added is found."""
+    image = real_embeddings[4096:5120].reshape(1, 32, 32, -1)
+    MemoryBank(real_embeddings[:2048], width=2).save(tmp_path / "bank.faiss")
+    bank = MemoryBank.load(tmp_path / "bank.faiss", 2)
+    assert (bank.index, bank.width) == ("flat", 2)
+    assert MemoryBank.load(tmp_path / "bank.faiss").width == 0
+    before = bank.nearest(image)[0]
+    assert before.max() > 1
+    bank.add(real_embeddings[4096:5120])
+    found, indices = bank.nearest(image)
+    np.testing.assert_array_equal(indices, np.arange(2048, 3072))
+    assert not found.any()
+
+
+@pytest.mark.parametrize("width", [-1, PARTS + 1])
+def test_width(width):
+    with pytest.raises(ValueError, match=f"width must be from 0 to {PARTS} for the index 'flat', got {width}"):
+        MemoryBank(np.eye(3), width=width)
+
+
+def test_many_grids(real_embeddings):
+    """Images of several grids, the smallest of one patch, each with its own compiled product."""
+    bank = MemoryBank(real_embeddings[:2048], width=2)
+    for side in (1, 3, 32):
+        image = real_embeddings[3072 : 3072 + side * side].reshape(1, side, side, -1)
+        exact = distances(image.reshape(-1, 152), bank.vectors).min(1)
+        np.testing.assert_allclose(bank.nearest(image)[0], exact, rtol=0.02)
