@@ -32,6 +32,7 @@ _SEARCHES: tuple[tuple[IndexKind, tuple[int, ...]], ...] = (
     ("ivf", (1, 2, 4, 8, 16, 32, 64, 128)),
     ("hnsw", (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)),
 )
+_LARGEST_PRODUCT = 2**25  # values of a bank for whose product there is memory
 _SMALL = 500  # vectors: fewer are compared with as fast as any index finds its way
 
 
@@ -54,7 +55,8 @@ def choose(
         vectors: Bank vectors (M, D), float32.
         embeddings: Patch embeddings (B, h, w, D) of normal images that are not in the bank.
         num_neighbors: Neighbours that the image score takes into account.
-        index: Consider this one only. Where it cannot answer well enough, it is searched as widely as is ever tried.
+        index: Consider this one only. Where it cannot answer well enough, it is searched as widely as is ever tried. A flat
+            one is exact unless ``least`` is given.
         storage: Precision in which the bank keeps its vectors.
         progress: Called with what is done next.
         threads: Threads to search with, as serving does; None leaves it to FAISS.
@@ -70,13 +72,17 @@ def choose(
     exact = nearest if storage == "float32" else MemoryBank(vectors).search(queries)[0][:, 0]
     trials: list[IndexTrial] = []
     banks: dict[str, MemoryBank] = {}
-    for kind, widths in _searches(len(vectors), index, least):
+    if progress:
+        progress("neighbours")
+    flat.find_neighbors(num_neighbors)
+    for kind, widths in _searches(vectors.shape, index, storage, least):
         if kind not in banks:
             if progress:
                 progress(f"index {kind}")
             banks[kind] = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
+            banks[kind].neighbors = flat.neighbors
+            banks[kind].threads = threads
         bank = banks[kind]
-        bank.threads = threads
         for width in widths:
             bank.width = width
             trial = _try(bank, embeddings, nearest, exact, num_neighbors)
@@ -88,18 +94,21 @@ def choose(
     best = min(good, key=lambda trial: trial.milliseconds)
     bank = banks[best.index]
     bank.width = best.width
-    if progress:
-        progress("neighbours")
-    bank.find_neighbors(num_neighbors)
+    if bank.neighbors is None:  # too many to compare each with each: the index searches for them
+        bank.find_neighbors(num_neighbors)
     return bank, trials
 
 
-def _searches(size: int, index: IndexKind | None, least: int) -> list[tuple[IndexKind, tuple[int, ...]]]:
-    """Kinds of search and widths to try in a bank of ``size`` vectors."""
+def _searches(
+    shape: tuple[int, int], index: IndexKind | None, storage: Storage, least: int
+) -> list[tuple[IndexKind, tuple[int, ...]]]:
+    """Kinds of search and widths to try in a bank of vectors (M, D)."""
+    size, dimension = shape
+    product = has_bfloat16() and storage == "float32" and size * dimension <= _LARGEST_PRODUCT
     if index is None:
-        searches = [_EXACT] if size < _SMALL else [each for each in _SEARCHES if each != _PRODUCT or has_bfloat16()]
+        searches = [_EXACT] if size < _SMALL else [each for each in _SEARCHES if each != _PRODUCT or product]
     elif index == "flat":
-        searches = [_PRODUCT, _EXACT] if least else [_EXACT]
+        searches = [_PRODUCT, _EXACT] if least and product else [_EXACT]
     else:
         searches = [each for each in _SEARCHES if each[0] == index]
     return [(kind, tuple(width for width in widths if width >= least or not width) or (least,)) for kind, widths in searches]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PARTS = 16
-"""Most parts that the bank is divided into: each gives one candidate, and its products stay in a core's cache."""
+"""Most parts that the bank is divided into; each gives one candidate, from products that stay near its core."""
 
 _ROWS, _COLUMNS = 16, 32  # the matrices' sizes are multiples of these, as products of others are slower by half
 _TERMS = 3  # numbers of bfloat16 that add up to one of float32
@@ -28,8 +28,11 @@ _TERMS = 3  # numbers of bfloat16 that add up to one of float32
 class Product:
     """The bank's vectors as factors of a product with patches.
 
-    For each patch every vector is looked at, in bfloat16, where the CPU has it: squared distances are wrong by up to a
-    percent, so that the nearest vector is among the first few rather than the first.
+    For each patch every vector is looked at, in bfloat16, where the CPU has it. The squared distance of x and y is then
+    wrong by up to a percent of (|x| + |y|)^2, both measured from the bank's mean: the nearest vector is among the first few
+    rather than the first, unless the bank falls into groups that lie much farther apart than patches from it.
+
+    A product takes some twice the memory of its vectors, in float32.
 
     Args:
         vectors: Bank vectors (M, D), float32.
@@ -37,24 +40,14 @@ class Product:
     """
 
     def __init__(self, vectors: NDArray[np.float32], threads: int | None) -> None:
+        self._vectors = vectors
         self._mean = vectors.mean(0)  # around it vectors are short, and rounding loses little
-        self._size, dimension = vectors.shape
-        self._rows = _multiple(-(-self._size // PARTS), _ROWS)  # of a part
-        parts = -(-self._size // self._rows)
-        self._columns = _multiple(dimension + 2 * _TERMS, _COLUMNS)
-        # -|x - y|^2 / 2 = x @ y - |x|^2 / 2 - |y|^2 / 2: the squares are further terms of the product.
-        factor = np.zeros((parts * self._rows, self._columns), np.float32)
-        around = factor[: self._size, :dimension]
-        np.subtract(vectors, self._mean, out=around)
-        factor[:, dimension : dimension + _TERMS] = 1
-        factor[: self._size, dimension + _TERMS : dimension + 2 * _TERMS] = _terms(_halves(around))
-        factor[self._size :, dimension + _TERMS] = -1e38  # what fills up the last part is far away
-        self._factors = factor.reshape(parts, self._rows, -1)
+        self._columns = _multiple(vectors.shape[1] + 2 * _TERMS, _COLUMNS)
         self._options = {
             **(compile_options("throughput", cores()) if threads is None else compile_options("latency", threads)),
             "INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16() else "f32",
         }
-        self._compiled: dict[tuple[int, int], tuple[ov.CompiledModel, LifoQueue[ov.InferRequest]]] = {}
+        self._compiled: dict[int, tuple[ov.CompiledModel, LifoQueue[ov.InferRequest]]] = {}
         self._lock = Lock()
 
     def candidates(self, queries: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -67,18 +60,17 @@ class Product:
         np.subtract(queries, self._mean, out=patches[:, :dimension])
         patches[:, dimension : dimension + _TERMS] = _terms(_halves(patches[:, :dimension]))
         patches[:, dimension + _TERMS : dimension + 2 * _TERMS] = 1
-        with self._request(len(queries), min(count, len(self._factors))) as request:
+        with self._request(len(queries)) as request:
             found = request.infer([patches], share_inputs=True, share_outputs=True)[0]
-            # what was rounded beyond all measure may lead behind the last
-            return np.minimum(found, self._size - 1, dtype=np.int64)
+            return found[:, :count].astype(np.int64)
 
     @contextmanager
-    def _request(self, rows: int, count: int) -> Iterator[ov.InferRequest]:
+    def _request(self, rows: int) -> Iterator[ov.InferRequest]:
         with self._lock:
-            if (rows, count) not in self._compiled:
-                compiled = ov.Core().compile_model(self._network(rows, count), "CPU", self._options)
-                self._compiled[rows, count] = compiled, LifoQueue()
-            compiled, idle = self._compiled[rows, count]
+            if rows not in self._compiled:
+                compiled = ov.Core().compile_model(self._network(rows), "CPU", self._options)
+                self._compiled[rows] = compiled, LifoQueue()
+            compiled, idle = self._compiled[rows]
         try:
             request = idle.get_nowait()
         except Empty:
@@ -88,18 +80,35 @@ class Product:
         finally:
             idle.put(request)
 
-    def _network(self, rows: int, count: int) -> ov.Model:
-        """From patches (N, columns) to candidates (N, count): the best of each part, and the best of those."""
+    def _network(self, rows: int) -> ov.Model:
+        """From patches (N, columns) to candidates (N, parts): the best of each part, the nearest first."""
         patches = ops.parameter([rows, self._columns], np.float32)
+        factors = self._factors()
         values, numbers = [], []
-        for part, factor in enumerate(self._factors):
+        for part, factor in enumerate(factors):
             nearness = ops.matmul(patches, factor, transpose_a=False, transpose_b=True)
             best = ops.topk(nearness, np.int64(1), 1, "max", "none", "i32")
             values.append(best.output(0))
-            numbers.append(ops.add(best.output(1), np.int32(part * self._rows)).output(0))
-        order = ops.topk(ops.concat(values, 1), np.int64(count), 1, "max", "value", "i32")
+            numbers.append(ops.add(best.output(1), np.int32(part * len(factor))).output(0))
+        order = ops.topk(ops.concat(values, 1), np.int64(len(factors)), 1, "max", "value", "i32")
         found = ops.gather_elements(ops.concat(numbers, 1), order.output(1), 1)
         return ov.Model([found], [patches], "candidates")
+
+    def _factors(self) -> NDArray[np.float32]:
+        """The bank in parts (parts, rows, columns), of vectors around the mean and the terms of their squares.
+
+        -|x - y|^2 / 2 = x @ y - |x|^2 / 2 - |y|^2 / 2: the squares are further terms of the product.
+        """
+        size, dimension = self._vectors.shape
+        rows = _multiple(-(-size // PARTS), _ROWS)
+        parts = -(-size // rows)
+        factors = np.zeros((parts * rows, self._columns), np.float32)
+        around = factors[:size, :dimension]
+        np.subtract(self._vectors, self._mean, out=around)
+        factors[:, dimension : dimension + _TERMS] = 1
+        factors[:size, dimension + _TERMS : dimension + 2 * _TERMS] = _terms(_halves(around))
+        factors[size:, dimension + _TERMS] = -1e38  # what fills up the last part is far away
+        return factors.reshape(parts, rows, -1)
 
 
 def _multiple(size: int, of: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, get_args
 
 import faiss
 import numpy as np
 
-from patchcore_plugin import bank_file
+from patchcore_plugin import bank_faiss, bank_file
 from patchcore_plugin.bank_product import PARTS, Product
 from patchcore_plugin.bundle import MAX_WIDTH, IndexKind, Storage
 from patchcore_plugin.scoring import Scores, score
@@ -20,21 +21,16 @@ if TYPE_CHECKING:
 DEFAULT_WIDTH = {"flat": 0, "ivf": 16, "hnsw": 32}
 """Width of the search where none is given: none (flat), lists probed (ivf), or length of the candidate list (hnsw)."""
 
-_WIDEST = {"flat": PARTS, "ivf": MAX_WIDTH, "hnsw": MAX_WIDTH}
-
 _BLOCK_ROWS = 4096
-_LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built,
-_LARGE, _LARGE_CONSTRUCTION = 10_000, 200  # which are more where a graph of so many vectors would lose its way
 _EXACT_NEIGHBOURS = 2**40  # M * M * D up to which the bank's own neighbours are searched one by one
 _PARTS = 2  # of the queries for each thread, as some take longer
 # An approximate search may overlook the nearest vector, and an image's score is its largest distance: one slip in a
 # thousand patches would be one in every image. So the patches of largest distance are searched again, this many times wider.
 _AGAIN, _WIDER, _MOST_AGAIN = 2, 8, 64
 # Adjacent patches are often nearest to the same vector: what an approximate search has overlooked for one, it has often
-# found for the next. Axis of (B, h, w) and step to the four around each patch, in turn, so that an answer travels.
-_AROUND = ((1, 1), (1, -1), (2, 1), (2, -1))
+# found for the next. Axis of (h, w) and step to the four around each patch, in turn, so that an answer travels.
+_AROUND = ((0, 1), (0, -1), (1, 1), (1, -1))
 _FEW = 16  # queries, up to which FAISS's flat search takes differences
-_QUANTIZERS = {storage: quantizer for quantizer, storage in bank_file.STORAGES.items()}
 
 
 class MemoryBank:
@@ -51,7 +47,8 @@ class MemoryBank:
         storage: Precision in which vectors are kept: ``"float32"``, ``"float16"`` (half the memory) or ``"int8"`` (a
             quarter; distances move by about a percent).
         width: Breadth of an approximate search: cells probed (ivf), candidates kept (hnsw), or, for the patches of images,
-            candidates that a product in bfloat16 gives (flat; 0 is exact search). More is slower and finds more.
+            candidates that a product in bfloat16 gives (flat in float32, up to 16; 0 is exact search). More is slower and
+            finds more.
         num_neighbors: Neighbours of each bank vector that are found in advance for the image score (equation 7); 0 finds
             them when they are needed.
 
@@ -80,7 +77,7 @@ class MemoryBank:
             msg = f"storage must be one of {', '.join(get_args(Storage))}; got {storage!r}."
             raise ValueError(msg)
         _check_storage(vectors, storage)
-        built = _build(vectors, index, storage)
+        built = bank_faiss.build(vectors, index, storage)
         built.train(vectors)
         built.add(vectors)
         if isinstance(built, faiss.IndexIVF):
@@ -100,6 +97,7 @@ class MemoryBank:
         self._threads: int | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._product: Product | None = None
+        self._lock = Lock()  # of the product's making
 
     def __len__(self) -> int:
         """Number M of bank vectors."""
@@ -117,18 +115,19 @@ class MemoryBank:
 
     @width.setter
     def width(self, width: int) -> None:
-        least, most = int(self.index != "flat"), _WIDEST[self.index]
+        least, most = (1, MAX_WIDTH) if self.index != "flat" else (0, PARTS if self.storage == "float32" else 0)
         if not least <= width <= most:
-            msg = f"width must be from {least} to {most:,} for the index {self.index!r}, got {width}."
+            msg = f"width must be from {least} to {most:,} for the index {self.index!r} in {self.storage}, got {width}."
             raise ValueError(msg)
         self._width = int(width)
 
     @property
     def threads(self) -> int | None:
-        """Threads of the bank's own to search with; None leaves it to FAISS, which uses OpenMP's.
+        """Threads of the bank's own to search one image with; None leaves it to FAISS, which uses OpenMP's.
 
-        OpenMP's threads go on spinning for a while when a search is over, and slow what runs next on their cores. A flat
-        bank leaves it to FAISS nevertheless: its matrix products are several times slower on threads of ours.
+        OpenMP's threads go on spinning for a while when a search is over, and slow what runs next on their cores. Exact
+        search leaves it to FAISS nevertheless: its matrix products are several times slower on threads of ours. A flat bank
+        with a width takes as many of OpenVINO's; with None, one for each image that is searched at the same time.
         """
         return self._threads
 
@@ -145,7 +144,7 @@ class MemoryBank:
     def vectors(self) -> NDArray[np.float32]:
         """The vectors (M, D) as they are stored, read-only; no copy where they are float32 and not in cells."""
         if self.storage == "float32" and self.index != "ivf":
-            return np.asarray(_Storage(bank_file.storage(self._index), self._index))
+            return bank_faiss.view(self._index)
         vectors = self._index.reconstruct_n(0, len(self))
         vectors.setflags(write=False)
         return vectors
@@ -203,7 +202,8 @@ class MemoryBank:
         Args:
             queries: Patch embeddings (N, D), finite, cast to float32.
             k: Number of neighbours; at most as many as the bank has are returned.
-            width: Breadth of an approximate search, for this time; the bank's own if not given.
+            width: Breadth of an approximate search, for this time; the bank's own if not given. A flat bank is searched
+                exactly.
 
         Returns:
             Euclidean distances (N, k), float32, ascending, and bank indices (N, k), int64.
@@ -220,8 +220,9 @@ class MemoryBank:
     def nearest(self, embedding: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the nearest bank vector of each patch of images.
 
-        As :meth:`search` does with ``k=1``; a graph or cells then also try, for each patch, the answers of the four around
-        it, which overlooks less than half as many nearest vectors.
+        A flat bank with a width compares with the candidates of a product. A graph or cells are searched as
+        :meth:`search` does; then each patch also tries the answers of the four around it, which overlooks fewer nearest
+        vectors: half as many on solar cells.
 
         Args:
             embedding: Patch embeddings (B, h, w, D).
@@ -230,17 +231,18 @@ class MemoryBank:
             Euclidean distances (B * h * w,), float32, and bank indices (B * h * w,), int64.
         """
         queries = self._fitting(embedding.reshape(-1, embedding.shape[-1]), "queries")
-        if self.index == "flat" and self._width:
-            images = [self._by_product(image) for image in np.split(queries, len(embedding))]
-            return np.concatenate([found[0] for found in images]), np.concatenate([found[1] for found in images])
-        distances, indices = (found[:, 0] for found in self._search(queries, 1, self._width))
-        if self.index != "flat":
-            for axis, step in _AROUND:
-                there = np.roll(indices.reshape(embedding.shape[:3]), step, axis).reshape(-1)
-                rows = np.flatnonzero(there != indices)
-                tried = _exact(queries[rows], self._take(there[rows])[:, None])[:, 0]
-                nearer = tried < distances[rows]
-                distances[rows[nearer]], indices[rows[nearer]] = tried[nearer], there[rows[nearer]]
+        by_product = self.index == "flat" and self._width > 0
+        if by_product:
+            distances, indices = np.empty(len(queries), np.float32), np.empty(len(queries), np.int64)
+        else:
+            distances, indices = (found[:, 0] for found in self._search(queries, 1, self._width))
+        patches = embedding.shape[1] * embedding.shape[2]
+        for start in range(0, len(queries), patches):
+            image = slice(start, start + patches)
+            if by_product:
+                distances[image], indices[image] = self._by_product(queries[image])
+            elif self.index != "flat":
+                self._look_around(queries[image], distances[image], indices[image], embedding.shape[1:3])
         return distances, indices
 
     def score(self, embedding: NDArray[np.float32], num_neighbors: int, smoothing: float = 0) -> Scores:
@@ -303,25 +305,40 @@ class MemoryBank:
         if self.storage == "float32" and self.index != "ivf":
             return self.vectors[indices]
         flat = np.ascontiguousarray(indices.reshape(-1), np.int64)
-        take = self._index.reconstruct_batch
+        take = self._index.reconstruct_batch  # by OpenMP's threads, but for a pool's one
         vectors = take(flat) if self._pool is None else self._pool.submit(take, flat).result()
         return vectors.reshape(*indices.shape, self.dimension)
 
     def _by_product(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Distances (N,) and bank indices (N,) of the nearest of the candidates that a product gives."""
-        if self._product is None:
-            self._product = Product(self.vectors, self._threads)
-        candidates = self._product.candidates(queries, self._width)
+        with self._lock:
+            product = self._product = self._product or Product(self.vectors, self._threads)
+        candidates = product.candidates(queries, self._width)
         exact = _exact(queries, self._take(candidates))
         best = exact.argmin(1)[:, None]
         return np.take_along_axis(exact, best, 1)[:, 0], np.take_along_axis(candidates, best, 1)[:, 0]
+
+    def _look_around(
+        self,
+        queries: NDArray[np.float32],
+        distances: NDArray[np.float32],
+        indices: NDArray[np.int64],
+        grid: tuple[int, int],
+    ) -> None:
+        """Try, in place, for each patch of an image, the answers of the four around it."""
+        for axis, step in _AROUND:
+            there = np.roll(indices.reshape(grid), step, axis).reshape(-1)
+            rows = np.flatnonzero(there != indices)
+            tried = _exact(queries[rows], self._take(there[rows])[:, None])[:, 0]
+            nearer = tried < distances[rows]
+            distances[rows[nearer]], indices[rows[nearer]] = tried[nearer], there[rows[nearer]]
 
     def _find(
         self, queries: NDArray[np.float32], k: int, width: int
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
         """Indices (N, k) of the vectors that the index finds, and their squared distances, where it has exact ones."""
         if self.index == "flat" and len(queries) <= _FEW:
-            return self._alone(queries, k)
+            return self._on_threads(queries, k, None)
         if self.index == "flat":
             # Its blocked search expands |x - y|^2 and loses digits where a patch lies close to the bank. It is one matrix
             # product after the other, which has its own threads.
@@ -341,17 +358,8 @@ class MemoryBank:
             return None, found
         return squares, found
 
-    def _alone(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """FAISS's search of a few queries, on this thread: it is over before others would have begun."""
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
-            return self._index.search(queries, k)
-        finally:
-            faiss.omp_set_num_threads(threads)
-
     def _on_threads(
-        self, queries: NDArray[np.float32], k: int, parameters: faiss.SearchParameters
+        self, queries: NDArray[np.float32], k: int, parameters: faiss.SearchParameters | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """FAISS's search, on this bank's own threads if it has some."""
         if self._pool is None:
@@ -390,31 +398,6 @@ class MemoryBank:
             largest = max(largest, distances[rows].max())
 
 
-def _build(vectors: NDArray[np.float32], index: str, storage: str) -> faiss.Index:
-    dimension = vectors.shape[1]
-    quantizer = _QUANTIZERS.get(storage)
-    if index == "flat":
-        return faiss.IndexFlatL2(dimension) if quantizer is None else faiss.IndexScalarQuantizer(dimension, quantizer)
-    if index == "hnsw":
-        graph = (
-            faiss.IndexHNSWFlat(dimension, _LINKS) if quantizer is None else faiss.IndexHNSWSQ(dimension, quantizer, _LINKS)
-        )
-        graph.hnsw.efConstruction = _CONSTRUCTION if len(vectors) < _LARGE else _LARGE_CONSTRUCTION
-        return graph
-    if index == "ivf":
-        cells = faiss.IndexFlatL2(dimension)
-        count = max(1, min(len(vectors) // 8, round(2 * len(vectors) ** 0.5)))
-        partition = (
-            faiss.IndexIVFFlat(cells, dimension, count)
-            if quantizer is None
-            else faiss.IndexIVFScalarQuantizer(cells, dimension, count, quantizer, faiss.METRIC_L2, False)
-        )
-        partition.cp.min_points_per_centroid = 1  # or it warns of few points, which is what a bank has
-        return partition
-    msg = f"index must be one of {', '.join(get_args(IndexKind))}; got {index!r}."
-    raise ValueError(msg)
-
-
 def _check_storage(vectors: NDArray[np.float32], storage: str) -> None:
     if storage == "float16" and np.abs(vectors).max(initial=0) > np.finfo(np.float16).max:
         msg = "The vectors hold values too large for storage 'float16': use 'float32'."
@@ -425,21 +408,6 @@ def _exact(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArra
     """Distances (N, k) of queries (N, D) to vectors (N, k, D)."""
     difference = queries[:, None] - vectors
     return np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
-
-
-class _Storage:
-    """The vectors (M, D) inside a FAISS index as an array, so that the bank is held once. Keeps the index alive."""
-
-    def __init__(self, storage: faiss.IndexFlat, index: faiss.Index) -> None:
-        self._index = index
-        flat = faiss.rev_swig_ptr(storage.get_xb(), storage.ntotal * storage.d)
-        address = flat.__array_interface__["data"][0]
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (storage.ntotal, storage.d),
-            "typestr": np.dtype(np.float32).str,
-            "data": (address, True),  # read only
-        }
 
 
 def _as_matrix(values: ArrayLike, name: str) -> NDArray[np.float32]:

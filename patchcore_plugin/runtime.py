@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 
 from patchcore_plugin import origins
-from patchcore_plugin.bundle import BANK, FEATURES, BundleError, Manifest, Scale, read_manifest, verify
+from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, BundleError, Manifest, Scale, read_manifest, verify
 from patchcore_plugin.conformal import p_value
 from patchcore_plugin.drift import DriftMonitor
 from patchcore_plugin.explain import Reason, explain
@@ -313,7 +313,7 @@ class PatchcoreRuntime:
 
 def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     try:
-        bank = MemoryBank.load(path / BANK, manifest.index.width or None)
+        bank = MemoryBank.load(path / BANK)
     except ValueError as error:
         raise BundleError(str(error)) from error
     found, expected = (len(bank), bank.dimension), (manifest.bank_size, manifest.embedding_dimension)
@@ -323,6 +323,12 @@ def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     if (bank.index, bank.storage) != (manifest.index.kind, manifest.index.storage):
         msg = f"{path / BANK} is a {bank.index} index of {bank.storage}, the manifest says {manifest.index}."
         raise BundleError(msg)
+    try:
+        if manifest.index.width:
+            bank.width = manifest.index.width
+    except ValueError as error:
+        msg = f"{path / MANIFEST}: {error}"
+        raise BundleError(msg) from error
     return bank
 
 

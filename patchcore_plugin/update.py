@@ -224,7 +224,7 @@ def _uncovered(
 def _grown(
     runtime: PatchcoreRuntime, vectors: NDArray[np.float32], held_out: Sequence[Path], progress: Progress
 ) -> tuple[MemoryBank, Index]:
-    """The bank with more vectors, and what its index does on held-out images: the same kind, at least as wide."""
+    """The bank with more vectors, and what its index does on held-out images: the same kind, at least as wide, or exact."""
     progress("Index", 0, 1)
     measured = np.concatenate([runtime.embed([read_image(image)]) for image in held_out[:_MEASURED]])
     index = runtime.manifest.index

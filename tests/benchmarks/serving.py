@@ -136,7 +136,7 @@ def main(ratios: tuple[float, ...], precision: str, count: int) -> None:
 
     click.echo(heading("openvino", "faiss-cpu"))
     embeddings = elpv_embeddings()
-    table = Table("bank", "index", "precision", "ours ms", "of it search", "by twos", "anomalib ms", "ratio", "by twos", "r")
+    table = Table("bank", "index", "precision", "ours ms", "of it search", "by twos", "anomalib ms", "ratio", "of twos", "r")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         lay_out(folder / "elpv")

@@ -1,5 +1,6 @@
 """Same numbers after export: the runtime against torch on real images, whatever their number and size."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, Resize
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
-from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.bundle import MANIFEST, BundleError
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.images import ImageError
 from patchcore_plugin.model.torch_model import MemoryBankError
@@ -76,6 +77,23 @@ def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
     embeddings = runtime.embed(pixels)
     for image, embedding in zip(pixels, embeddings, strict=True):
         np.testing.assert_array_equal(runtime.embed([image])[0], embedding)
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_bank_searched_by_a_product(bundle_copy, runtime, test_images, mode):
+    """Scores are those of exact search, alone or among others."""
+    manifest = json.loads((bundle_copy / MANIFEST).read_text("utf-8"))
+    assert (manifest["index"]["kind"], runtime.bank.width) == ("flat", 0)
+    manifest["index"]["width"] = 2
+    (bundle_copy / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    by_product = PatchcoreRuntime.load(bundle_copy, mode=mode, cache=False)
+    assert by_product.bank.width == 2
+    found = by_product.predict(test_images[:12])
+    for ours, expected in zip(found, runtime.predict(test_images[:12]), strict=True):
+        assert ours.score == pytest.approx(expected.score, rel=1e-4)
+        assert ours.verdict == expected.verdict
+        assert np.mean(ours.patch_distances > expected.patch_distances * (1 + 1e-5)) < 0.01
+    assert [again.score for again in by_product.predict(test_images[:3])] == [answer.score for answer in found[:3]]
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from patchcore_plugin import bank_index
 from patchcore_plugin.bank_index import ERROR, RECALL, choose
+from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.network import has_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +23,15 @@ def vectors(real_embeddings):
 def test_choice(vectors, images):
     steps = []
     bank, trials = choose(vectors, images, num_neighbors=9, progress=steps.append)
-    assert steps == ["index flat", "index ivf", "index hnsw", "neighbours"]
+    assert steps == ["neighbours", "index flat", "index ivf", "index hnsw"]
     assert {trial.index for trial in trials} == {"flat", "ivf", "hnsw"}
     taken = [trial for trial in trials if (trial.index, trial.width) == (bank.index, bank.width)]
     assert len(taken) == 1
     assert taken[0].milliseconds == min(trial.milliseconds for trial in trials if trial.good)
     assert trials[0].good
     assert (trials[0].recall, trials[0].error) == (1, pytest.approx(0, abs=1e-6))
-    assert bank.neighbors.shape == (len(vectors), 9)
+    assert {trial.width > 0 for trial in trials if trial.index == "flat"} == {False, has_bfloat16()}
+    np.testing.assert_array_equal(bank.neighbors, MemoryBank(vectors, num_neighbors=9).neighbors)
     for trial in trials:
         assert trial.good == (trial.recall >= RECALL and trial.error <= ERROR)
 
@@ -43,6 +47,27 @@ def test_one_index(vectors, images, index):
     distances = bank.nearest(images)[0]
     best = np.concatenate([np.linalg.norm(row - vectors, axis=1).min(keepdims=True) for row in queries])
     assert np.mean(distances <= best * (1 + 1e-5) + 1e-5) == pytest.approx(trials[-1].recall, abs=2e-3)
+
+
+@pytest.mark.parametrize(("storage", "bfloat16"), [("float16", True), ("float32", False)])
+def test_no_product(vectors, images, storage, bfloat16, monkeypatch):
+    """It is for CPUs that have bfloat16, and for banks that are not stored in less."""
+    monkeypatch.setattr(bank_index, "has_bfloat16", lambda: bfloat16)
+    _, trials = choose(vectors, images[:1], 9, storage=storage)
+    assert [trial.width for trial in trials if trial.index == "flat"] == [0]
+
+
+def test_flat(vectors, images, monkeypatch):
+    """Exact where it is asked for; a bank that grows keeps its product, at least as wide, or becomes exact."""
+    bank, trials = choose(vectors, images, 9, "flat")
+    assert [(trial.index, trial.width) for trial in trials] == [("flat", 0)]
+    assert bank.width == 0
+    monkeypatch.setattr(bank_index, "has_bfloat16", lambda: True)
+    bank, trials = choose(vectors, images, 9, "flat", least=3)
+    assert {trial.index for trial in trials} == {"flat"}
+    assert trials[0].width == 3
+    assert (trials[-1].width, trials[-1].good) == (0, True)
+    assert next(trial for trial in trials if trial.width == bank.width).good
 
 
 def test_small_banks_are_flat(images, vectors):

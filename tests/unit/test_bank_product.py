@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin import bank_product
+from patchcore_plugin import bank_product, memory_bank
 from patchcore_plugin.bank_product import PARTS, Product
 from patchcore_plugin.memory_bank import MemoryBank
 
@@ -65,13 +65,17 @@ def test_terms():
 
 
 @pytest.mark.parametrize("threads", [None, 2])
-def test_from_several_threads(threads, real_embeddings):
+def test_from_several_threads(threads, real_embeddings, monkeypatch):
+    """The first images come at the same time: one product is made, and answers are those of images one by one."""
+    made = []
+    monkeypatch.setattr(memory_bank, "Product", lambda *arguments: made.append(arguments) or Product(*arguments))
     bank = MemoryBank(real_embeddings[:3072], width=2, num_neighbors=5)
     bank.threads = threads
     images = list(real_embeddings[3072:].reshape(3, 1, 32, 32, -1)) * 6
-    alone = [bank.score(image, 5) for image in images]
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda image: bank.score(image, 5), images))
+    assert len(made) == 1
+    alone = [bank.score(image, 5) for image in images]
     for ours, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(ours.image, expected.image)
         np.testing.assert_array_equal(ours.patch, expected.patch)
@@ -80,19 +84,19 @@ def test_from_several_threads(threads, real_embeddings):
     np.testing.assert_array_equal(batch.image, np.concatenate([scores.image for scores in alone[:3]]))
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("width", [1, 3])
-def test_distances_are_those_of_stored_vectors(storage, width, real_embeddings):
+def test_distances_are_exact(width, real_embeddings):
     images = real_embeddings[3072:].reshape(3, 32, 32, -1)
     queries = images.reshape(-1, images.shape[-1])
-    bank = MemoryBank(real_embeddings[:2048], storage=storage, width=width)
+    bank = MemoryBank(real_embeddings[:2048], width=width)
     found, indices = bank.nearest(images)
     np.testing.assert_allclose(np.linalg.norm(queries - bank.vectors[indices], axis=1), found, rtol=1e-5)
     exact = distances(queries, bank.vectors).min(1)
     assert (found >= exact * (1 - 1e-5)).all()
     assert (found <= exact * 1.02 + 1e-3).all()
-    expected = MemoryBank(real_embeddings[:2048], storage=storage).score(images, 9).image
+    expected = MemoryBank(real_embeddings[:2048]).score(images, 9).image
     np.testing.assert_allclose(bank.score(images, 9).image, expected, rtol=1e-4)
+    assert [part.shape for part in bank.nearest(images[:0])] == [(0,), (0,)]
 
 
 def test_saved_loaded_grown(tmp_path, real_embeddings):
@@ -110,10 +114,12 @@ def test_saved_loaded_grown(tmp_path, real_embeddings):
     assert not found.any()
 
 
-@pytest.mark.parametrize("width", [-1, PARTS + 1])
-def test_width(width):
-    with pytest.raises(ValueError, match=f"width must be from 0 to {PARTS} for the index 'flat', got {width}"):
-        MemoryBank(np.eye(3), width=width)
+@pytest.mark.parametrize(
+    ("storage", "width", "most"), [("float32", -1, PARTS), ("float32", PARTS + 1, PARTS), ("int8", 1, 0)]
+)
+def test_width(storage, width, most):
+    with pytest.raises(ValueError, match=f"width must be from 0 to {most} for the index 'flat' in {storage}, got {width}"):
+        MemoryBank(np.eye(3), storage=storage, width=width)
 
 
 def test_many_grids(real_embeddings):

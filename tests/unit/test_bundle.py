@@ -88,6 +88,20 @@ def test_file_of_another_model(bundle_copy, tmp_path):
         PatchcoreRuntime.load(bundle_copy)
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"width": 17}, r"manifest\.json: width must be from 0 to 16 for the index 'flat' in float32, got 17"),
+        ({"kind": "ivf", "width": 128}, r"bank\.faiss is a flat index of float32, the manifest says kind='ivf'"),
+        ({"storage": "int8"}, r"bank\.faiss is a flat index of float32, the manifest says kind='flat' storage='int8'"),
+    ],
+)
+def test_index_of_another_kind(bundle_copy, index, message):
+    change_manifest(bundle_copy, index={"kind": "flat", "storage": "float32", **index})
+    with pytest.raises(BundleError, match=message):
+        PatchcoreRuntime.load(bundle_copy)
+
+
 def test_network_of_another_model(bundle_copy):
     change_manifest(bundle_copy, grid=[16, 16])
     with pytest.raises(BundleError, match=r"features\.xml gives embeddings .*the manifest says \(16, 16, 152\)"):

@@ -312,7 +312,7 @@ def test_wrong_arguments():
         MemoryBank(vectors, "annoy")
     with pytest.raises(ValueError, match="storage must be one of float32, float16, int8; got 'int4'"):
         MemoryBank(vectors, storage="int4")
-    with pytest.raises(ValueError, match="width must be from 1 to 65,536 for the index 'hnsw', got 0"):
+    with pytest.raises(ValueError, match="width must be from 1 to 65,536 for the index 'hnsw' in float32, got 0"):
         MemoryBank(vectors, "hnsw", width=0)
 
 
