@@ -36,11 +36,12 @@ class Product:
 
     Args:
         vectors: Bank vectors (M, D), float32.
+        count: Candidates for each patch; as many as there are parts at most.
         threads: To work on one image with; None leaves an image to one thread, and takes several images at once.
     """
 
-    def __init__(self, vectors: NDArray[np.float32], threads: int | None) -> None:
-        self._vectors = vectors
+    def __init__(self, vectors: NDArray[np.float32], count: int, threads: int | None) -> None:
+        self._vectors, self._count = vectors, count
         self._mean = vectors.mean(0)  # around it vectors are short, and rounding loses little
         self._columns = _multiple(vectors.shape[1] + 2 * _TERMS, _COLUMNS)
         self._options = {
@@ -50,7 +51,7 @@ class Product:
         self._compiled: dict[int, tuple[ov.CompiledModel, LifoQueue[ov.InferRequest]]] = {}
         self._lock = Lock()
 
-    def candidates(self, queries: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    def candidates(self, queries: NDArray[np.float32]) -> NDArray[np.int64]:
         """Indices (N, count) of the vectors that seem nearest to patches (N, D), the nearest first.
 
         Fewer where the bank has fewer parts. What is computed is compiled for each N, when it is first asked for.
@@ -61,8 +62,7 @@ class Product:
         patches[:, dimension : dimension + _TERMS] = _terms(_halves(patches[:, :dimension]))
         patches[:, dimension + _TERMS : dimension + 2 * _TERMS] = 1
         with self._request(len(queries)) as request:
-            found = request.infer([patches], share_inputs=True, share_outputs=True)[0]
-            return found[:, :count].astype(np.int64)
+            return request.infer([patches], share_inputs=True, share_outputs=True)[0].astype(np.int64)
 
     @contextmanager
     def _request(self, rows: int) -> Iterator[ov.InferRequest]:
@@ -81,7 +81,7 @@ class Product:
             idle.put(request)
 
     def _network(self, rows: int) -> ov.Model:
-        """From patches (N, columns) to candidates (N, parts): the best of each part, the nearest first."""
+        """From patches (N, columns) to candidates (N, count): the best of each part, and the best of those."""
         patches = ops.parameter([rows, self._columns], np.float32)
         factors = self._factors()
         values, numbers = [], []
@@ -90,7 +90,8 @@ class Product:
             best = ops.topk(nearness, np.int64(1), 1, "max", "none", "i32")
             values.append(best.output(0))
             numbers.append(ops.add(best.output(1), np.int32(part * len(factor))).output(0))
-        order = ops.topk(ops.concat(values, 1), np.int64(len(factors)), 1, "max", "value", "i32")
+        count = np.int64(min(self._count, len(factors)))
+        order = ops.topk(ops.concat(values, 1), count, 1, "max", "value", "i32")
         found = ops.gather_elements(ops.concat(numbers, 1), order.output(1), 1)
         return ov.Model([found], [patches], "candidates")
 

@@ -119,7 +119,7 @@ class MemoryBank:
         if not least <= width <= most:
             msg = f"width must be from {least} to {most:,} for the index {self.index!r} in {self.storage}, got {width}."
             raise ValueError(msg)
-        self._width = int(width)
+        self._width, self._product = int(width), None
 
     @property
     def threads(self) -> int | None:
@@ -312,8 +312,8 @@ class MemoryBank:
     def _by_product(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Distances (N,) and bank indices (N,) of the nearest of the candidates that a product gives."""
         with self._lock:
-            product = self._product = self._product or Product(self.vectors, self._threads)
-        candidates = product.candidates(queries, self._width)
+            product = self._product = self._product or Product(self.vectors, self._width, self._threads)
+        candidates = product.candidates(queries)
         exact = _exact(queries, self._take(candidates))
         best = exact.argmin(1)[:, None]
         return np.take_along_axis(exact, best, 1)[:, 0], np.take_along_axis(candidates, best, 1)[:, 0]

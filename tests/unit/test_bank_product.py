@@ -32,7 +32,7 @@ def test_candidates(seed, size, columns, kinds, scale, offset, count):
     rng = np.random.default_rng(seed)
     vectors = ((rng.normal(size=(kinds, columns)) + offset)[rng.integers(0, kinds, size)] * 10.0**scale).astype(np.float32)
     queries = np.concatenate([(rng.normal(size=(20, columns)) + offset) * 10.0**scale, vectors[:5]]).astype(np.float32)
-    found = Product(vectors, 1).candidates(queries, count)
+    found = Product(vectors, count, 1).candidates(queries)
     assert found.dtype == np.int64
     assert found.shape[0] == len(queries)
     assert min(count, -(-size // 64)) <= found.shape[1] <= min(count, size)
@@ -51,7 +51,7 @@ def test_real_patches(bfloat16, real_embeddings, monkeypatch):
     if not bfloat16:
         monkeypatch.setattr(bank_product, "has_bfloat16", lambda: False)
     vectors, queries = real_embeddings[:3072:3], real_embeddings[3072:4096]
-    found = Product(vectors, 2).candidates(queries, 3)
+    found = Product(vectors, 3, 2).candidates(queries)
     exact = distances(queries, vectors)
     best = np.take_along_axis(exact, found, 1)
     assert (best.min(1) <= exact.min(1) * (1 + 1e-6)).mean() > (0.995 if bfloat16 else 0.9999)
