@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# OpenVINO makes its tables of NumPy's types when they are first used, and hangs for ever where two threads do so at once.
+ov.Tensor(np.zeros(1, np.uint8), shared_memory=True).element_type.to_dtype()
+
 INPUT, NORMALISED = "images", "normalised"
 """Names, in the IR, of its input and of the backbone's: pre-processing begins and ends with them."""
 
