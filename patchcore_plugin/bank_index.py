@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchcore_plugin.bundle import IndexKind, IndexTrial
+from patchcore_plugin.bundle import IndexTrial
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.network import has_bfloat16
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import Storage
+    from patchcore_plugin.bundle import IndexKind, Storage
 
 RECALL = 0.999
 """Least share of patches whose nearest bank vector an index must find, for :func:`choose` to take it."""

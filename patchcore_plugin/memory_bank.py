@@ -277,8 +277,8 @@ class MemoryBank:
         bank_file.write(Path(path), self._index, self.neighbors)
 
     @classmethod
-    def load(cls, path: str | Path, width: int | None = None) -> MemoryBank:
-        """Read a bank that :meth:`save` wrote. A large one is mapped into memory.
+    def load(cls, path: str | Path) -> MemoryBank:
+        """Read a bank that :meth:`save` wrote; its width is not in the file. A large one is mapped into memory.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -289,8 +289,6 @@ class MemoryBank:
         bank = cls.__new__(cls)
         bank._adopt(index, mapped=mapped)
         bank.neighbors = neighbors
-        if width is not None:
-            bank.width = width
         return bank
 
     def _fitting(self, values: ArrayLike, name: str) -> NDArray[np.float32]:

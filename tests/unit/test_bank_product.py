@@ -103,9 +103,9 @@ def test_saved_loaded_grown(tmp_path, real_embeddings):
     """The file is that of a flat index; the width comes from elsewhere, and what is added is found."""
     image = real_embeddings[4096:5120].reshape(1, 32, 32, -1)
     MemoryBank(real_embeddings[:2048], width=2).save(tmp_path / "bank.faiss")
-    bank = MemoryBank.load(tmp_path / "bank.faiss", 2)
-    assert (bank.index, bank.width) == ("flat", 2)
-    assert MemoryBank.load(tmp_path / "bank.faiss").width == 0
+    bank = MemoryBank.load(tmp_path / "bank.faiss")
+    assert (bank.index, bank.width) == ("flat", 0)
+    bank.width = 2
     before = bank.nearest(image)[0]
     assert before.max() > 1
     bank.add(real_embeddings[4096:5120])

