@@ -25,17 +25,18 @@ from opentelemetry import trace
 from PIL import Image
 
 from patchcore_plugin.bundle import MANIFEST, BundleError, Manifest, read_manifest, verify
+from patchcore_plugin.cpu import cores
 from patchcore_plugin.images import ImageError, ImageTooLargeError, read_image
-from patchcore_plugin.network import cores
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
+from patchcore_plugin.scoring.thresholds import raw_threshold
 
-from .answers import Answer, Explanation, FoundReason, Model, Models, Size, describe_prediction
-from .api import as_base64, as_grey, as_png, make_app
-from .door import LogFormatter, ProblemError
+from .drift import Watch
 from .metrics import Metrics
+from .middleware import LogFormatter, ProblemError
+from .repository import Shelf, UnknownModelError, describe
+from .routes import as_base64, as_grey, as_png, make_app
+from .schemas import Answer, Explanation, FoundReason, Model, Models, Size, describe_prediction
 from .settings import read_settings
-from .shelf import Shelf, UnknownModelError, describe
-from .watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -292,7 +293,7 @@ class PatchcoreService:
                     created=manifest.created.isoformat(),
                     backbone=manifest.backbone,
                     input_size=Size(width=width, height=height),
-                    threshold=manifest.image.threshold,
+                    threshold=raw_threshold(manifest.image),
                     bank_size=manifest.bank_size,
                     index=manifest.index.kind,
                     storage=manifest.index.storage,

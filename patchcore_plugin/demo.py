@@ -84,7 +84,7 @@ def run(folder: Path) -> None:
 def _train(data: Path, results: Path) -> tuple[Path, dict[str, float]]:
     """Train with the packaged configuration; returns the checkpoint and the test metrics."""
     warnings.filterwarnings("ignore")  # the training stack's own remarks would bury the progress
-    from patchcore_plugin.cli import run_anomalib
+    from patchcore_plugin.registry import run_anomalib
 
     with as_file(files("patchcore_plugin.configs") / "elpv.yaml") as config:
         cli = run_anomalib(

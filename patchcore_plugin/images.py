@@ -1,4 +1,4 @@
-"""Images in: decoding to RGB as training saw them. Images out: heatmaps."""
+"""Image files: found, decoded to RGB as training saw them, or refused."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from patchcore_plugin.errors import PatchcoreError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from patchcore_plugin.bundle import Preprocessing
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 """File name endings, in lower case, that a folder of images is searched for."""
@@ -25,11 +25,8 @@ MAX_PIXELS = 90_000_000
 MAX_SIDE = 32_768
 """Longest side of an image, in pixels: a line of millions of pixels would make its resize's matrix huge."""
 
-# Of a normalised map, whose threshold is 0.5: where colour begins, where it is full, and how much of it covers the image.
-_VISIBLE_FROM, _FULL_AT, _OPACITY = 0.45, 0.85, 0.75
 
-
-class ImageError(ValueError):
+class ImageError(PatchcoreError, ValueError):
     """Something given as an image cannot be read as one.
 
     Args:
@@ -97,7 +94,7 @@ def _from_pil(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
 
 def _check_sides(height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
-        msg = f"An image of {width} x {height} pixels is too long: at most {MAX_SIDE:,} on a side are read"
+        msg = f"it has {width} x {height} pixels, and at most {MAX_SIDE:,} on a side are read"
         raise ImageTooLargeError(msg)
 
 
@@ -137,26 +134,3 @@ def find_images(folder: Path) -> list[Path]:
         msg = f"{folder} holds no image. Endings looked for: {', '.join(sorted(SUFFIXES))}."
         raise ImageError(msg)
     return found
-
-
-def overlay(image: NDArray[np.uint8], values: NDArray[np.float32], preprocessing: Preprocessing) -> Image.Image:
-    """Lay an anomaly map over the image it belongs to.
-
-    Args:
-        image: RGB image (H, W, 3), u8, as it was given to the runtime.
-        values: Normalised anomaly map (h, w) in [0, 1], over the part of the image that the model saw.
-        preprocessing: The model's resize and crop, which say which part that is.
-
-    Returns:
-        The image in its own size: plain where normal or cropped away, yellow from the pixel threshold on, red far above it.
-    """
-    height, width = image.shape[:2]
-    scale = height / preprocessing.resize[0], width / preprocessing.resize[1]
-    top, left = (round(offset * factor) for offset, factor in zip(preprocessing.offset, scale, strict=True))
-    seen = [max(1, round(size * factor)) for size, factor in zip(preprocessing.size, scale, strict=True)]
-    above = np.clip((values - _VISIBLE_FROM) / (_FULL_AT - _VISIBLE_FROM), 0, 1)
-    grey = Image.fromarray((above * 255).astype(np.uint8)).resize((seen[1], seen[0]), Image.Resampling.BILINEAR)
-    picture = Image.fromarray(image)
-    opacity = grey.point(lambda value: int(value * _OPACITY))
-    picture.paste(ImageOps.colorize(grey, "yellow", "red"), (left, top), opacity)
-    return picture

@@ -1,9 +1,10 @@
-"""Registration of models from other packages with anomalib, through entry points."""
+"""Registration of models from other packages with anomalib, through entry points, and anomalib's command line with them."""
 
 from __future__ import annotations
 
 import warnings
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 GROUP = "anomalib.models"
 
@@ -43,6 +44,16 @@ def register() -> list[type]:
         else:
             setattr(anomalib.models, model.__name__, model)
     return models
+
+
+def run_anomalib(arguments: list[str]) -> Any:
+    """Run anomalib's command line with every plugin's models registered; returns its ``AnomalibCLI``."""
+    register()
+    from anomalib.cli.cli import AnomalibCLI
+    from anomalib.loggers import configure_logger
+
+    configure_logger()
+    return AnomalibCLI(arguments)
 
 
 def _make_direct_subclass(model: type, base: type) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from patchcore_plugin import __version__
+from patchcore_plugin.errors import PatchcoreError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -25,7 +26,7 @@ _FORMAT = {"format": 1, "patchcore-plugin": __version__, **{name: version(name) 
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\n]*$")]
 
 
-class PlanError(ValueError):
+class PlanError(PatchcoreError, ValueError):
     """The YAML of an evaluation cannot be read, or asks for something that is not there."""
 
 

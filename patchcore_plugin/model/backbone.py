@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from patchcore_plugin.errors import PatchcoreError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,7 +30,7 @@ EMBEDDED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 
-class BackboneWeightsError(RuntimeError):
+class BackboneWeightsError(PatchcoreError, RuntimeError):
     """Pretrained weights of a backbone cannot be had, or do not fit it."""
 
 

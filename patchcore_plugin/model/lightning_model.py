@@ -20,7 +20,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from patchcore_plugin.coreset import (
+from patchcore_plugin.bundle.origins import Origins, of_rows
+from patchcore_plugin.coreset.embedding_store import GIB, EmbeddingStore, check_budget
+from patchcore_plugin.coreset.sampler import (
     GreedyCoreset,
     check_count,
     check_projection,
@@ -28,7 +30,6 @@ from patchcore_plugin.coreset import (
     check_random_state,
     check_ratio,
 )
-from patchcore_plugin.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.model.arguments import (
     check_image_size,
     check_normalization,
@@ -42,7 +43,6 @@ from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import Normalization, build
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 from patchcore_plugin.model.training_images import check_finite, expected_images, hold_out, own_images
-from patchcore_plugin.origins import Origins, of_rows
 
 logger = logging.getLogger(__name__)
 

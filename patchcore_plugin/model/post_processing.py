@@ -10,7 +10,7 @@ from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
-from patchcore_plugin.conformal import images_needed, scales
+from patchcore_plugin.scoring.conformal import images_needed, scales
 
 if TYPE_CHECKING:
     from anomalib.data import Batch
@@ -22,7 +22,7 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
 
     In place of anomalib's default, which needs defective images to find the threshold of the best F1 score. Images with a
     defect may be in the validation set; they are left out. What is promised, and on what condition, says
-    :mod:`patchcore_plugin.conformal`:
+    :mod:`patchcore_plugin.scoring.conformal`:
 
     * at most ``false_positive_rate`` of normal images score above the image threshold;
     * at most ``false_positive_rate`` of normal images have any pixel above the pixel threshold.
@@ -32,8 +32,8 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds a share of
     the training images back (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
 
-    Normalisation follows the thresholds: :func:`patchcore_plugin.conformal.scales`. anomalib's sensitivities stay at 0.5:
-    they would move the thresholds away from what was promised.
+    Normalization follows the thresholds: :func:`patchcore_plugin.scoring.conformal.scales`. anomalib's sensitivities stay at
+    0.5: they would move the thresholds away from what was promised.
 
     Args:
         false_positive_rate: Share of normal images that may be called anomalous, in (0, 1).

@@ -13,9 +13,10 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import nn
 from torch.nn import functional as F
 
+from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.model.backbone import Backbone
-from patchcore_plugin.scoring import anomaly_map, score
+from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _BLOCK_ROWS = 1024
 
 
-class MemoryBankError(ValueError):
+class MemoryBankError(PatchcoreError, ValueError):
     """The memory bank is missing, unfinished, or does not fit the model."""
 
 
@@ -44,7 +45,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         num_neighbors: Neighbours that re-weight the image score (equation 7).
         backbone_weights: Local weight file instead of ``pre_trained``.
         dtype: Precision of the memory bank and, on an accelerator, of the backbone's arithmetic.
-        score_smoothing: Of the patch distances for the image score; see :func:`patchcore_plugin.scoring.score`.
+        score_smoothing: Of the patch distances for the image score; see :func:`patchcore_plugin.scoring.scores.score`.
         position_weight: Distance, in feature units, of patches at opposite edges of the image through their place alone.
 
     Attributes:
@@ -77,6 +78,11 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         self.register_buffer("memory_bank", torch.empty(0, dtype=dtype))
         self.register_buffer("covering_radius", torch.tensor(math.nan))
         self._faiss: tuple[torch.Tensor, int, MemoryBank] | None = None
+
+    @property
+    def rule(self) -> ScoreRule:
+        """How patch distances become an image score."""
+        return ScoreRule(self.num_neighbors, self.score_smoothing)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | InferenceBatch:
         """Embed or score pre-processed images.
@@ -161,13 +167,14 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         autocast = torch.is_autocast_enabled(embedding.device.type)
         # Distances are float32 whatever the trainer's precision: bf16 has three digits.
         with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
-            scores = score(embedding.float(), self._nearest, self._support, self.score_smoothing)
-            maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling)
-        return InferenceBatch(pred_score=scores.image, anomaly_map=maps[:, None])
-
-    def _nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        distances, indices = self._search(queries, 1)
-        return distances[:, 0], indices[:, 0]
+            embedding = embedding.float()
+            queries = embedding.reshape(-1, embedding.shape[-1])
+            distances, indices = (found[:, 0] for found in self._search(queries, 1))
+            patch = distances.reshape(embedding.shape[:-1])
+            rows = farthest_patches(patch)
+            scores = reweight(image_score(patch, self.rule), self._support(queries[rows], indices[rows]))
+            maps = anomaly_map(patch, (size[0], size[1]), upsampling)
+        return InferenceBatch(pred_score=scores, anomaly_map=maps[:, None])
 
     def _support(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Distances (B, b) of patches (B, D) to the neighbours of bank vectors (B,)."""

@@ -20,10 +20,10 @@ from common import clustered, elpv_embeddings, heading
 from rich.console import Console
 from rich.table import Table
 
-from patchcore_plugin.bank_index import choose
 from patchcore_plugin.coreset import GreedyCoreset
+from patchcore_plugin.cpu import cores
 from patchcore_plugin.memory_bank import MemoryBank
-from patchcore_plugin.network import cores
+from patchcore_plugin.memory_bank.choice import choose
 
 IMAGES = 12
 

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.coreset import GreedyCoreset
-from patchcore_plugin.distances import product_type
+from patchcore_plugin.coreset.distances import product_type
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.images import find_images

@@ -24,8 +24,8 @@ from common import LAYERS, elpv_embeddings, heading
 
 from patchcore_plugin import FaissPatchcore
 from patchcore_plugin.coreset import GreedyCoreset
+from patchcore_plugin.coreset.embedding_store import EmbeddingStore
 from patchcore_plugin.elpv import lay_out
-from patchcore_plugin.embedding_store import EmbeddingStore
 
 MIB = 2**20
 COLUMNS = 152

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from patchcore_plugin.bundle import Calibration
-from patchcore_plugin.drift import THRESHOLD, DriftMonitor
+from patchcore_plugin.scoring.drift import THRESHOLD, DriftMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

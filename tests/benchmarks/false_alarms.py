@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from patchcore_plugin.conformal import threshold
+from patchcore_plugin.scoring.conformal import threshold
 
 
 @click.command()

@@ -19,8 +19,8 @@ import click
 import httpx
 from packaging.requirements import Requirement
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "service"))
-from server import BENTOML, SERVE, bentoml_serve
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.server import BENTOML, SERVE, bentoml_serve
 
 ANSWER = """
 import sys

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "service"))
-from server import BENTOML, SERVE, bentoml_serve
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.server import BENTOML, SERVE, bentoml_serve
 
 CLIENTS = 8
 

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.export import export_bundle
-from patchcore_plugin.update import update_bundle
+from patchcore_plugin.operations.update import update_bundle
 
 NEW = 50
 SHIFTS = {

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data.utils import read_image
-from conftest import folder_datamodule, make_engine, make_model
+from helpers.training import folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import ConformalPostProcessor, FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import read_manifest
-from patchcore_plugin.conformal import p_value, threshold
 from patchcore_plugin.export import export_bundle
+from patchcore_plugin.scoring.conformal import p_value, threshold
+from patchcore_plugin.scoring.drift import DriftMonitor
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +78,25 @@ def test_image_that_set_the_threshold(runtime, held_back, raw):
     assert (answer.verdict, answer.p_value) == ("normal", 2 / 21)
 
 
-def test_drift_in_the_runtime(calibrated, test_images):
+def test_drift_of_what_the_runtime_answers(calibrated, test_images):
     """Upside down is another product."""
     runtime = PatchcoreRuntime.load(calibrated)
+    monitor = DriftMonitor(runtime.manifest.calibration)
     good = [path for path in test_images if path.parent.name == "good"]
-    runtime.predict(good)
-    runtime.explain(good[0])
-    assert (runtime.drift.state.images, runtime.drift.drifted) == (len(good), False)
+    for answer in runtime.stream(good):
+        monitor.update(answer.score, answer.mean_distance)
+    assert (monitor.state.images, monitor.drifted) == (len(good), False)
     turned = [np.rot90(np.asarray(read_image(path, as_tensor=False)) * 255).astype(np.uint8).copy() for path in good]
-    runtime.predict(turned)
-    assert runtime.drift.drifted
-    assert "larger" in runtime.drift.state.what
+    for answer in runtime.stream(turned):
+        monitor.update(answer.score, answer.mean_distance)
+    assert monitor.drifted
+    assert "larger" in monitor.state.what
 
 
 def test_anomalibs_thresholding_stays(bundle, runtime, test_images):
-    """A bundle without calibration has neither p-values nor a monitor."""
+    """A bundle without calibration has no p-values."""
     plain = PatchcoreRuntime.load(bundle)
     assert plain.manifest.calibration is None
-    assert plain.drift is None
     (answer,) = plain.predict(test_images[:1])
     assert answer.p_value is None
     assert answer.verdict is not None

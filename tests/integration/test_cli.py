@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from conftest import LAYERS
+from helpers.training import LAYERS
 from PIL import Image
 
 from patchcore_plugin.bundle import read_manifest

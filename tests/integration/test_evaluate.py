@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import LAYERS
+from helpers.training import LAYERS
 from PIL import Image, ImageDraw
 
 from patchcore_plugin.evaluation.metrics import QUALITY

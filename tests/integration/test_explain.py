@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import make_model
+from helpers.training import make_model
 from PIL import Image
 
 from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError, Scale
 from patchcore_plugin.cli import main
-from patchcore_plugin.explain import MOST
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.runtime.explain import MAX_REASONS
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_nearest_patch_is_that_of_brute_force(which, request, trained, test_imag
         expected = runtime.predict([image])[0]
         assert prediction.score == expected.score
         embedding = runtime.embed([np.asarray(Image.open(image).convert("RGB"))])[0].astype(np.float64)
-        regions = expected.regions[:MOST] or [None]
+        regions = expected.regions[:MAX_REASONS] or [None]
         assert [reason.region for reason in reasons] == regions
         for reason in reasons:
             patch = embedding[reason.row, reason.column]
@@ -82,7 +82,7 @@ def test_crops_show_the_patch(shown, runtime, cells):
     vector = int(np.flatnonzero(origins.patches[:, 0] == 0)[0])
     row, column = origins.patches[vector][1:]
     one = MemoryBank(shown.bank.vectors[vector][None])  # which every patch is nearest to
-    from patchcore_plugin.explain import explain
+    from patchcore_plugin.runtime.explain import explain
 
     prediction = shown.predict([pixels])[0]
     alone = type(origins)(origins.patches[vector][None], origins.images, origins.thumbnails)

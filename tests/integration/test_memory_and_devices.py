@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data.utils import read_image
-from conftest import folder_datamodule, make_engine, make_model
+from helpers.training import folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.export import export_bundle
-from patchcore_plugin.origins import Origins
 
 
 def fit(model, cells, tmp_path, **arguments) -> FaissPatchcore:
@@ -159,7 +159,7 @@ def test_wrong_arguments(argument, message):
 
 SCRIPT = """
 import os, sys, torch
-from conftest import folder_datamodule, make_engine, make_model
+from helpers.training import folder_datamodule, make_engine, make_model
 from patchcore_plugin import ConformalPostProcessor
 if __name__ == "__main__":
     cells, folder, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -7,6 +7,7 @@ from anomalib.data.utils import read_image
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.scoring import ScoreRule
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def compared(trained, test_images):
 def test_patch_distances(compared):
     ours, embedding, distances, _, _ = compared
     bank = MemoryBank(ours.memory_bank.numpy())
-    np.testing.assert_allclose(bank.score(embedding.numpy(), 9).patch, distances, rtol=1e-4)
+    np.testing.assert_allclose(bank.score(embedding.numpy(), ScoreRule(9)).patch, distances, rtol=1e-4)
 
 
 def test_image_scores(compared):
@@ -47,7 +48,7 @@ def test_single_neighbour(compared):
     """num_neighbors=1 turns the re-weighting off, in both."""
     ours, embedding, distances, _, _ = compared
     bank = MemoryBank(ours.memory_bank.numpy())
-    np.testing.assert_allclose(bank.score(embedding.numpy(), 1).image, distances.max((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(bank.score(embedding.numpy(), ScoreRule(1)).image, distances.max((1, 2)), rtol=1e-4)
 
 
 def test_embedding(trained, test_images):

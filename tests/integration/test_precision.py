@@ -5,10 +5,10 @@ import pytest
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export import export_bundle
+from patchcore_plugin.export.precision import CORRELATION, ERROR
 from patchcore_plugin.images import read_image
-from patchcore_plugin.network import has_bfloat16
-from patchcore_plugin.network_precision import CORRELATION, ERROR
 
 nncf = pytest.importorskip("nncf", reason="the extra quantize is not installed")
 

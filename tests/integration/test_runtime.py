@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from anomalib.data.utils import read_image
-from conftest import LAYERS, folder_datamodule, make_engine, make_model
+from helpers.training import LAYERS, folder_datamodule, make_engine, make_model
 from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, Resize
 

@@ -11,7 +11,7 @@ from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data.utils import read_image
 from anomalib.models import Patchcore
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
-from conftest import LAYERS, folder_datamodule, make_engine, make_model
+from helpers.training import LAYERS, folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import FaissPatchcore
 from patchcore_plugin.model.torch_model import MemoryBankError

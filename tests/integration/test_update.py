@@ -13,11 +13,11 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageEnhance
 
 from patchcore_plugin import PatchcoreRuntime
-from patchcore_plugin import update as module
 from patchcore_plugin.bundle import MANIFEST, BundleError, read_manifest, version_of
 from patchcore_plugin.cli import main
 from patchcore_plugin.export import export_bundle
-from patchcore_plugin.update import farthest_first, update_bundle
+from patchcore_plugin.operations import update as module
+from patchcore_plugin.operations.update import farthest_first, update_bundle
 
 
 def reference(points: np.ndarray, centres: np.ndarray, radius: float) -> list[int]:

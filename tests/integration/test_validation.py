@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from patchcore_plugin import PatchcoreRuntime, self_test
+from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import FEATURES, MANIFEST, WEIGHTS, describe_files, read_manifest
 from patchcore_plugin.cli import main
+from patchcore_plugin.runtime import self_test
 
 
 def call(*arguments) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from server import SERVE, bentoml_serve
+from helpers.server import SERVE, bentoml_serve
 
 
 def ask(url, content, timeout=60, **options):

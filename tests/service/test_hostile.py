@@ -13,8 +13,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from helpers.server import SERVE, bentoml_serve
 from PIL import Image
-from server import SERVE, bentoml_serve
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 

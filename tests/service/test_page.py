@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.server import SERVE, bentoml_serve
 from PIL import Image, ImageChops, ImageStat
-from server import SERVE, bentoml_serve
 
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 expect = api.expect

@@ -18,9 +18,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers.server import BENTOML, SERVE, SERVICE, bentoml_serve
+from helpers.training import ROOT
 from PIL import Image
-from server import BENTOML, SERVE, SERVICE, bentoml_serve
 
 PYTHON = sys.executable
 

@@ -4,8 +4,8 @@ import io
 
 import httpx
 import pytest
+from helpers.server import SERVE, bentoml_serve
 from PIL import Image
-from server import SERVE, bentoml_serve
 
 from patchcore_plugin import PatchcoreRuntime
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from patchcore_plugin import bank_index
-from patchcore_plugin.bank_index import ERROR, RECALL, choose
+from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.memory_bank import MemoryBank
-from patchcore_plugin.network import has_bfloat16
+from patchcore_plugin.memory_bank import choice as bank_index
+from patchcore_plugin.memory_bank.choice import ERROR, RECALL, choose
+from patchcore_plugin.scoring import ScoreRule
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def vectors(real_embeddings):
 
 def test_choice(vectors, images):
     steps = []
-    bank, trials = choose(vectors, images, num_neighbors=9, progress=steps.append)
+    bank, trials = choose(vectors, images, ScoreRule(), progress=steps.append)
     assert steps == ["neighbours", "index flat", "index ivf", "index hnsw"]
     assert {trial.index for trial in trials} == {"flat", "ivf", "hnsw"}
     taken = [trial for trial in trials if (trial.index, trial.width) == (bank.index, bank.width)]
@@ -39,7 +40,7 @@ def test_choice(vectors, images):
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])
 def test_one_index(vectors, images, index):
     """Its width is the least that answers well enough; what is measured of it is so."""
-    bank, trials = choose(vectors, images, 9, index)
+    bank, trials = choose(vectors, images, ScoreRule(), index)
     assert {trial.index for trial in trials} == {index} == {bank.index}
     assert [trial.good for trial in trials[:-1]] == [False] * (len(trials) - 1)
     assert bank.width == trials[-1].width
@@ -53,17 +54,17 @@ def test_one_index(vectors, images, index):
 def test_no_product(vectors, images, storage, bfloat16, monkeypatch):
     """It is for CPUs that have bfloat16, and for banks that are not stored in less."""
     monkeypatch.setattr(bank_index, "has_bfloat16", lambda: bfloat16)
-    _, trials = choose(vectors, images[:1], 9, storage=storage)
+    _, trials = choose(vectors, images[:1], ScoreRule(), storage=storage)
     assert [trial.width for trial in trials if trial.index == "flat"] == [0]
 
 
 def test_flat(vectors, images, monkeypatch):
     """Exact where it is asked for; a bank that grows keeps its product, at least as wide, or becomes exact."""
-    bank, trials = choose(vectors, images, 9, "flat")
+    bank, trials = choose(vectors, images, ScoreRule(), "flat")
     assert [(trial.index, trial.width) for trial in trials] == [("flat", 0)]
     assert bank.width == 0
     monkeypatch.setattr(bank_index, "has_bfloat16", lambda: True)
-    bank, trials = choose(vectors, images, 9, "flat", least=3)
+    bank, trials = choose(vectors, images, ScoreRule(), "flat", least=3)
     assert {trial.index for trial in trials} == {"flat"}
     assert trials[0].width == 3
     assert (trials[-1].width, trials[-1].good) == (0, True)
@@ -71,7 +72,7 @@ def test_flat(vectors, images, monkeypatch):
 
 
 def test_small_banks_are_flat(images, vectors):
-    bank, trials = choose(vectors[:100], images, 9)
+    bank, trials = choose(vectors[:100], images, ScoreRule())
     assert bank.index == "flat"
     assert len(trials) == 1
 
@@ -79,7 +80,7 @@ def test_small_banks_are_flat(images, vectors):
 @pytest.mark.parametrize(("storage", "least", "most"), [("int8", ERROR, 0.1), ("float16", 1e-6, ERROR)])
 def test_what_a_storage_costs_is_on_record(vectors, images, storage, least, most):
     """A search is judged among the vectors as they are stored; what storing them did is told beside."""
-    bank, trials = choose(vectors, images, 9, storage=storage)
+    bank, trials = choose(vectors, images, ScoreRule(), storage=storage)
     assert bank.storage == storage
     assert any(trial.good for trial in trials)
     for trial in trials:

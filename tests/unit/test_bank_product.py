@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin import bank_product, memory_bank
-from patchcore_plugin.bank_product import PARTS, Product
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.memory_bank import bank as memory_bank
+from patchcore_plugin.memory_bank import bfloat16 as bank_product
+from patchcore_plugin.memory_bank.bfloat16 import PARTS, Product
+from patchcore_plugin.scoring import ScoreRule
 
 
 def distances(queries, vectors):
@@ -73,13 +75,13 @@ def test_from_several_threads(threads, real_embeddings, monkeypatch):
     bank.threads = threads
     images = list(real_embeddings[3072:].reshape(3, 1, 32, 32, -1)) * 6
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda image: bank.score(image, 5), images))
+        together = list(pool.map(lambda image: bank.score(image, ScoreRule(5)), images))
     assert len(made) == 1
-    alone = [bank.score(image, 5) for image in images]
+    alone = [bank.score(image, ScoreRule(5)) for image in images]
     for ours, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(ours.image, expected.image)
         np.testing.assert_array_equal(ours.patch, expected.patch)
-    batch = bank.score(np.concatenate(images[:3]), 5)
+    batch = bank.score(np.concatenate(images[:3]), ScoreRule(5))
     np.testing.assert_array_equal(batch.patch, np.concatenate([scores.patch for scores in alone[:3]]))
     np.testing.assert_array_equal(batch.image, np.concatenate([scores.image for scores in alone[:3]]))
 
@@ -94,8 +96,8 @@ def test_distances_are_exact(width, real_embeddings):
     exact = distances(queries, bank.vectors).min(1)
     assert (found >= exact * (1 - 1e-5)).all()
     assert (found <= exact * 1.02 + 1e-3).all()
-    expected = MemoryBank(real_embeddings[:2048]).score(images, 9).image
-    np.testing.assert_allclose(bank.score(images, 9).image, expected, rtol=1e-4)
+    expected = MemoryBank(real_embeddings[:2048]).score(images, ScoreRule(9)).image
+    np.testing.assert_allclose(bank.score(images, ScoreRule(9)).image, expected, rtol=1e-4)
     assert [part.shape for part in bank.nearest(images[:0])] == [(0,), (0,)]
 
 

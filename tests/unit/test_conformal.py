@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
-from patchcore_plugin.conformal import extended, images_needed, p_value, scales, threshold
-from patchcore_plugin.scoring import normalize
+from patchcore_plugin.scoring.conformal import extended, images_needed, p_value, scales, threshold
+from patchcore_plugin.scoring.thresholds import normalize
 
 # few different values, so that ties are common
 scores = st.lists(st.integers(0, 12).map(float), min_size=1, max_size=40)
@@ -75,11 +75,11 @@ def test_scales(scores, rate):
     reach = image.threshold - scores[0]
     wanted = [0, 0.5, 1] if reach > 1e-3 * image.threshold else [None, 0.5, None]
     values = np.float32([scores[0], image.threshold, image.threshold + reach])
-    found = normalize(values, image.threshold, image.minimum, image.maximum)
+    found = normalize(values, image)
     for one, expected in zip(found, wanted, strict=True):
         assert expected is None or one == pytest.approx(expected, abs=1e-3)
     assert pixel.minimum == means[0]
-    assert normalize(np.float32([1000.0]), pixel.threshold, pixel.minimum, pixel.maximum) == 1
+    assert normalize(np.float32([1000.0]), pixel) == 1
 
 
 def test_extended_keeps_to_the_cap():

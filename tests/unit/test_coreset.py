@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin import distances, traversal
-from patchcore_plugin.coreset import GreedyCoreset, project, seconds_left
+from patchcore_plugin.coreset import distances, traversal
+from patchcore_plugin.coreset.sampler import GreedyCoreset, project, seconds_left
 
 
 @pytest.fixture(params=["float32", "bfloat16", "many rounds"], autouse=True)

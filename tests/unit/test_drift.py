@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from patchcore_plugin.bundle import Calibration
-from patchcore_plugin.drift import DEFECTS, THRESHOLD, DriftMonitor, _share_beyond
+from patchcore_plugin.scoring.drift import DEFECTS, THRESHOLD, DriftMonitor, _share_beyond
 
 
 def calibration_of(scores, means) -> Calibration:

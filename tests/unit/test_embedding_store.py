@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin import embedding_store
-from patchcore_plugin.coreset import GreedyCoreset
-from patchcore_plugin.embedding_store import EmbeddingStore, check_budget, free_memory
+from patchcore_plugin.coreset import GreedyCoreset, embedding_store
+from patchcore_plugin.coreset.embedding_store import EmbeddingStore, check_budget, free_memory
 
 
 def fill(store: EmbeddingStore, points: np.ndarray, step: int = 700) -> EmbeddingStore:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.training import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label as regions_of

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from patchcore_plugin.bundle import Preprocessing
-from patchcore_plugin.images import ImageError, find_images, overlay, read_image
+from patchcore_plugin.images import ImageError, find_images, read_image
+from patchcore_plugin.runtime.heatmap import overlay
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -163,7 +164,7 @@ def test_too_many_or_no_pixels(size):
 @pytest.mark.parametrize("size", [(40_000, 10), (1, 33_000)])
 def test_too_long(size):
     """A line of pixels, small as a file, whose resize would need a huge matrix."""
-    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels is too long: at most 32,768 on a side"):
+    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels, and at most 32,768 on a side"):
         read_image(Image.new("1", size))
     with pytest.raises(ImageError, match="too long"):
         read_image(np.zeros((*size[::-1], 3), np.uint8))

@@ -28,7 +28,7 @@ print([name for name in {TRAINING!r} if name in sys.modules])
 def test_command_line_and_service_do_not_import_the_training_packages():
     code = f"""
 import sys
-import patchcore_plugin.cli, patchcore_plugin.bento.service
+import patchcore_plugin.cli.main, patchcore_plugin.bento.service
 print([name for name in {TRAINING!r} if name in sys.modules])
 """
     assert run(code) == "[]"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.scoring import ScoreRule
 
 
 def reference(queries, vectors, k):
@@ -215,7 +216,7 @@ def test_image_scores_are_exact_where_single_patches_are_overlooked(index, real_
     exact = flat.search(queries)[0]
     assert (narrow.search(queries)[0] > exact * 1.01).any()
     assert (narrow.search(queries)[0] >= exact * (1 - 1e-6)).all()
-    expected, scores = flat.score(images, 9), narrow.score(images, 9)
+    expected, scores = flat.score(images, ScoreRule()), narrow.score(images, ScoreRule())
     np.testing.assert_allclose(scores.image, expected.image, rtol=1e-4)
 
 
@@ -235,7 +236,7 @@ def test_other_indexes_on_disk(index, storage, tmp_path, real_embeddings):
 def test_mapped_into_memory(tmp_path, real_embeddings, monkeypatch):
     bank = MemoryBank(real_embeddings[::10], "hnsw", num_neighbors=3)
     bank.save(tmp_path / "bank.faiss")
-    monkeypatch.setattr("patchcore_plugin.bank_file._MAPPED_FROM", 1)
+    monkeypatch.setattr("patchcore_plugin.memory_bank.file._MAPPED_FROM", 1)
     loaded = MemoryBank.load(tmp_path / "bank.faiss")
     np.testing.assert_array_equal(loaded.search(real_embeddings[:500])[0], bank.search(real_embeddings[:500])[0])
     with pytest.raises(ValueError, match="mapped into memory"):
@@ -279,9 +280,9 @@ def test_neighbors(seed, size, kinds, count):
 def test_scores_do_not_depend_on_neighbours_found_in_advance(num_neighbors, real_embeddings):
     images = real_embeddings[1:1025].reshape(4, 16, 16, -1)
     vectors = real_embeddings[::10]
-    expected = MemoryBank(vectors).score(images, num_neighbors)
+    expected = MemoryBank(vectors).score(images, ScoreRule(num_neighbors))
     for advance in (5, 9, 12):
-        scores = MemoryBank(vectors, num_neighbors=advance).score(images, num_neighbors)
+        scores = MemoryBank(vectors, num_neighbors=advance).score(images, ScoreRule(num_neighbors))
         np.testing.assert_allclose(scores.image, expected.image, rtol=1e-5)
 
 
@@ -328,7 +329,7 @@ def test_views_survive_growth(real_embeddings):
 def test_saved_over_the_file_it_is_mapped_from(tmp_path, real_embeddings, monkeypatch):
     path = tmp_path / "bank.faiss"
     MemoryBank(real_embeddings[:500], num_neighbors=3).save(path)
-    monkeypatch.setattr("patchcore_plugin.bank_file._MAPPED_FROM", 1)
+    monkeypatch.setattr("patchcore_plugin.memory_bank.file._MAPPED_FROM", 1)
     bank = MemoryBank.load(path)
     bank.save(path)
     np.testing.assert_array_equal(MemoryBank.load(path).vectors, real_embeddings[:500])

@@ -5,7 +5,7 @@ import sys
 
 FIRST_USE = """
 import threading, openvino as ov
-import patchcore_plugin.network
+import patchcore_plugin.runtime.network
 
 ready = threading.Barrier(2)
 

@@ -8,7 +8,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 
-from patchcore_plugin.network_cache import cache_file, compile_or_restore
+from patchcore_plugin.runtime.network_cache import cache_file, compile_or_restore
 
 OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
 

@@ -19,7 +19,7 @@ from patchcore_plugin.bundle import (
     describe_files,
     read_manifest,
 )
-from patchcore_plugin.origins import Origins, of_rows, read, thumbnails
+from patchcore_plugin.bundle.origins import Origins, of_rows, read, thumbnails
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 GRID = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -106,7 +106,7 @@ def test_truncated_and_unfitting_thumbnails(bundle_copy):
 def test_files_come_together(bundle_copy):
     (bundle_copy / SOURCES).unlink()
     damage(bundle_copy)
-    with pytest.raises(BundleError, match=r"origins\.npy and sources\.json come together"):
+    with pytest.raises(BundleError, match=r"origins\.npy needs sources\.json"):
         PatchcoreRuntime.load(bundle_copy)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from patchcore_plugin.regions import Region, find_regions
+from patchcore_plugin.scoring.regions import Region, find_regions
 
 
 def expected(values, threshold):

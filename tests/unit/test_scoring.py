@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from patchcore_plugin.bundle import Scale
 from patchcore_plugin.memory_bank import MemoryBank
-from patchcore_plugin.scoring import anomaly_map, normalize, reweight, score
+from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight
+from patchcore_plugin.scoring.thresholds import normalize
 
 
 def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours: int, smoothing: float = 0) -> float:
@@ -46,21 +48,18 @@ def test_score(seed, batch, height, width, columns, size, neighbours, scale, smo
     vectors = (scale * rng.normal(size=(size, columns))).astype(np.float32)
     embedding = (scale * rng.normal(size=(batch, height, width, columns))).astype(np.float32)
     bank = MemoryBank(vectors)
-    scores = bank.score(embedding, neighbours, smoothing)
+    rule = ScoreRule(neighbours, smoothing)
+    scores = bank.score(embedding, rule)
     expected = [reference_image_score(image, vectors, neighbours, smoothing) for image in embedding]
     np.testing.assert_allclose(scores.image, expected, rtol=1e-3, atol=1e-5 * scale)
     assert scores.patch.shape == (batch, height, width)
 
-    def nearest(queries):
-        return tuple(torch.from_numpy(part[:, 0]) for part in bank.search(queries.numpy()))
-
-    def support(queries, indices):
-        around = torch.from_numpy(vectors[bank.search(vectors[indices.numpy()], neighbours)[1]])
-        return (queries[:, None] - around).square().sum(2).sqrt()
-
-    tensors = score(torch.from_numpy(embedding), nearest, support, smoothing)
-    np.testing.assert_allclose(tensors.image.numpy(), scores.image, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(tensors.patch.numpy(), scores.patch)
+    patch = torch.from_numpy(scores.patch)
+    rows = farthest_patches(patch)
+    queries = embedding.reshape(-1, columns)[rows.numpy()]
+    support = torch.from_numpy(bank.support(queries, bank.search(queries)[1][:, 0], neighbours))
+    tensors = reweight(image_score(patch, rule), support)
+    np.testing.assert_allclose(tensors.numpy(), scores.image, rtol=1e-5, atol=1e-7)
 
 
 def test_reweight_does_not_overflow():
@@ -106,11 +105,12 @@ def test_normalize_is_anomalibs(values, threshold, minimum, span):
 
     maximum = float(np.float32(minimum + span))
     arguments = [torch.tensor(number, dtype=torch.float32) for number in (minimum, maximum, threshold)]
+    scale = Scale(threshold=threshold, minimum=minimum, maximum=maximum)
     expected = PostProcessor._normalize(torch.tensor(values, dtype=torch.float32), *arguments).numpy()
-    np.testing.assert_allclose(normalize(np.float32(values), threshold, minimum, maximum), expected, atol=1e-6)
+    np.testing.assert_allclose(normalize(np.float32(values), scale), expected, atol=1e-6)
 
 
 def test_bank_of_one_vector():
     """With no neighbour to weigh by, the score is the distance, not 0."""
-    scores = MemoryBank(np.zeros((1, 2))).score(np.float32([[[[3, 4]]]]), 9)
+    scores = MemoryBank(np.zeros((1, 2))).score(np.float32([[[[3, 4]]]]), ScoreRule(9))
     assert scores.image.tolist() == [5.0]

@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from patchcore_plugin import distances, traversal
-from patchcore_plugin.coreset import GreedyCoreset
-from patchcore_plugin.embedding_store import EmbeddingStore
+from patchcore_plugin.coreset import GreedyCoreset, distances, traversal
+from patchcore_plugin.coreset.embedding_store import EmbeddingStore
 
 
 def work(rank: int, folder: str, name: str, world: int) -> None:

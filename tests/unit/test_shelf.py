@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from patchcore_plugin.bento.shelf import Shelf, UnknownModelError, describe
+from patchcore_plugin.bento.repository import Shelf, UnknownModelError, describe
 
 from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
@@ -26,7 +26,7 @@ def events():
 
 @pytest.fixture
 def shelf(folder, events, monkeypatch):
-    monkeypatch.setattr("patchcore_plugin.bento.shelf._CHECK_EVERY", 0.0)
+    monkeypatch.setattr("patchcore_plugin.bento.repository._CHECK_EVERY", 0.0)
 
     def places():
         return {path.name: path for path in sorted(folder.iterdir()) if (path / "manifest.json").is_file()}

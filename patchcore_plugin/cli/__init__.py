@@ -1,0 +1,5 @@
+"""The console command ``patchcore``."""
+
+from patchcore_plugin.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,11 @@
+"""The base class of every error that a user can cause and mend."""
+
+from __future__ import annotations
+
+
+class PatchcoreError(Exception):
+    """Base class of the errors that a user can cause and mend; the message names the bad value and the way out.
+
+    The command line prints such an error as one sentence. Any other exception is a bug of this package and keeps its
+    traceback.
+    """

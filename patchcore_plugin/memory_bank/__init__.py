@@ -1,0 +1,5 @@
+"""The memory bank: the coreset's patch embeddings, and nearest-neighbor search in them on FAISS."""
+
+from patchcore_plugin.memory_bank.bank import MemoryBank
+
+__all__ = ["MemoryBank"]

@@ -1,0 +1,90 @@
+"""A bundle's self-test: does it answer on this machine as it did where it was written?
+
+The scores of a few pictures go into the manifest when a bundle is written, and are computed again when it is validated.
+The pictures come from whole numbers alone, without a generator of random ones or a file: every machine has the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patchcore_plugin.bundle import MANIFEST, Manifest, SelfTest
+from patchcore_plugin.runtime.runtime import PatchcoreRuntime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+TOLERANCE = {"f32": 2e-3, "bf16": 5e-2, "int8": 5e-2}
+"""Largest relative difference of a self-test's score, by the network's precision.
+
+``"f32"``: other CPUs add in another order, which moves embeddings by about 1e-6; an approximate index may then take another
+way and find a vector a little farther, within the 1e-3 that :data:`patchcore_plugin.memory_bank.choice.ERROR` allows.
+``"bf16"``: a CPU without bfloat16 computes in float32 instead; 1.1 % was seen. ``"int8"``: layers are rounded to 8 bits, and
+a CPU without such products (VNNI) takes others; 2.5 % was seen.
+"""
+
+_SHAPE = 240, 320
+
+
+def pictures() -> list[NDArray[np.uint8]]:
+    """The test pictures (240, 320, 3), u8, RGB: a ramp, rings, widening stripes, coarse and fine noise.
+
+    None of them repeats itself: among patches that are equally far from the bank, rounding would choose the farthest.
+    """
+    row, column = np.indices(_SHAPE, dtype=np.int64)
+    rings = ((row - 90) ** 2 + (column - 130) ** 2) // 97
+    stripes = (column * column // 211 + row // 3) % 256
+    values = [row * 2 // 3 + column // 4, rings % 256, stripes, _noise(row // 12, column // 12), _noise(row, column)]
+    return [np.stack([(first + shift * row // 7) % 256 for shift in range(3)], 2).astype(np.uint8) for first in values]
+
+
+def _noise(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Values in [0, 256) that look drawn at random: integer hash of a position (Teschner et al. 2003, then mixed once)."""
+    mixed = (row * 73856093) ^ (column * 19349663)
+    mixed = (mixed ^ (mixed >> 13)) * 1274126177 % 2**32
+    return (mixed >> 16) % 256
+
+
+def scores(runtime: PatchcoreRuntime) -> list[float]:
+    """Raw image score of each test picture."""
+    return [prediction.score for prediction in runtime.stream(pictures())]
+
+
+def deviations(runtime: PatchcoreRuntime) -> list[float] | None:
+    """Relative difference of each picture's score from the manifest's; None where it has none.
+
+    Raises:
+        ValueError: If the manifest has another number of scores than there are pictures.
+    """
+    if runtime.manifest.self_test is None:
+        return None
+    expected = np.array(runtime.manifest.self_test.scores)
+    found = np.array(scores(runtime))
+    if len(found) != len(expected):
+        msg = f"The manifest has {len(expected)} self-test scores, and there are {len(found)} pictures."
+        raise ValueError(msg)
+    return (np.abs(found - expected) / np.maximum(expected, 1e-12)).tolist()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a bundle whose other files are in ``folder``, with the self-test's scores.
+
+    For them the bundle is loaded as serving would, which refuses files that do not fit together.
+
+    Raises:
+        BundleError: If it cannot be loaded.
+    """
+    manifest = manifest.model_copy(update={"self_test": None})
+    _write(folder, manifest)
+    runtime = PatchcoreRuntime.load(folder, cache=False)
+    manifest = manifest.model_copy(update={"self_test": SelfTest(scores=scores(runtime))})
+    _write(folder, manifest)
+    return manifest
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,48 @@
+"""Small trainings through anomalib's own Engine, on real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LAYERS = ["blocks.2", "blocks.4"]
+ROOT = Path(__file__).parents[2]
+
+
+def folder_datamodule(root: Path, **arguments):
+    from anomalib.data import Folder
+
+    defaults = {
+        "name": "cells",
+        "root": root,
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/defective",
+        "train_batch_size": 8,
+        "eval_batch_size": 8,
+        "num_workers": 0,
+        "val_split_mode": "same_as_test",
+    }
+    return Folder(**{**defaults, **arguments})
+
+
+def make_model(**arguments):
+    from patchcore_plugin import FaissPatchcore
+
+    defaults = {"backbone": "efficientnet_lite0", "layers": LAYERS, "coreset_sampling_ratio": 0.02, "visualizer": False}
+    return FaissPatchcore(**{**defaults, **arguments})
+
+
+def make_engine(root: Path, **arguments):
+    from anomalib.engine import Engine
+
+    return Engine(default_root_dir=root, accelerator="cpu", logger=False, enable_progress_bar=False, **arguments)
+
+
+@dataclass
+class Trained:
+    """A model trained on ``cells`` through anomalib's Engine."""
+
+    model: object
+    checkpoint: Path
+    metrics: dict[str, float]
