@@ -6,6 +6,8 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+from patchcore_plugin.errors import UsageError
+
 
 def check_number(
     name: str,
@@ -29,7 +31,7 @@ def check_number(
         hint: Sentence that tells what the argument means, and a good value.
 
     Raises:
-        ValueError: If the value is no such number; the message names the argument, the value and the range.
+        UsageError: If the value is no such number; the message names the argument, the value and the range.
     """
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
     above = number and (value >= low if closed in ("both", "left") else value > low)
@@ -37,7 +39,7 @@ def check_number(
     if not (above and below):
         kind = "a whole number" if whole else "a finite number"
         msg = f"{name} must be {kind}{_range(low, high, closed)}, got {value!r}.{hint and ' ' + hint}"
-        raise ValueError(msg)
+        raise UsageError(msg)
 
 
 def _range(low: float, high: float, closed: str) -> str:

@@ -9,3 +9,7 @@ class PatchcoreError(Exception):
     The command line prints such an error as one sentence. Any other exception is a bug of this package and keeps its
     traceback.
     """
+
+
+class UsageError(PatchcoreError, ValueError):
+    """An argument, or the data that an argument names, does not fit; the message names it and what would fit."""
