@@ -1,4 +1,4 @@
-"""Image files: found, decoded to RGB as training saw them, or refused."""
+"""Image files: find them, decode them to RGB as training does, refuse what is no image."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from patchcore_plugin.errors import PatchcoreError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-"""File name endings, in lower case, that a folder of images is searched for."""
+    Source = str | Path | BinaryIO | Image.Image | NDArray[np.uint8]
 
-# The same as SUFFIXES, for Pillow. It would also open PostScript, and hand that to Ghostscript.
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+"""File name endings of images, in lower case."""
+
+# Pillow's names of the same formats. Without them Pillow would open PostScript too, and pass it to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 
 MAX_PIXELS = 90_000_000
-"""Largest image file that is decoded, in pixels: a few hundred KB of PNG can claim to be many gigabytes."""
+"""Most pixels of an image file that are decoded: a PNG of a few hundred KB can claim to be many gigabytes."""
 
 MAX_SIDE = 32_768
-"""Longest side of an image, in pixels: a line of millions of pixels would make its resize's matrix huge."""
+"""Longest side of an image, in pixels: the matrix that resizes a line of millions of pixels would be huge."""
 
 
 class ImageError(PatchcoreError, ValueError):
-    """Something given as an image cannot be read as one.
+    """An image cannot be read.
 
     Args:
-        message: What, and why.
-        reason: Why alone, for those who know what.
+        message: Sentence that names the image and the reason.
+        reason: The reason alone, for a caller that names the image itself.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -43,83 +45,92 @@ class ImageTooLargeError(ImageError):
     """An image has too many pixels."""
 
 
-def read_image(
-    source: str | Path | BinaryIO | Image.Image | NDArray[np.uint8], max_pixels: int = MAX_PIXELS
-) -> NDArray[np.uint8]:
+def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image to RGB.
 
-    Palette, grey, alpha, CMYK and 16-bit images are converted by Pillow, just as anomalib does when it trains; an EXIF
-    rotation is not applied, as it is not there either.
+    Pillow converts palette, gray, alpha, CMYK and 16-bit images, as anomalib does in training. The EXIF rotation is ignored,
+    as there.
 
     Args:
         source: Path of an image file, an open binary file, a PIL image, or an array (H, W), (H, W, 1) or (H, W, 3), u8,
             RGB.
-        max_pixels: Of a file or PIL image; more are not decoded.
+        max_pixels: Most pixels of a file or PIL image that are decoded.
 
     Returns:
         RGB image (H, W, 3), u8, contiguous.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ImageTooLargeError: If it has too many pixels, or more on a side than :data:`MAX_SIDE`.
-        ImageError: If it cannot be decoded, or an array has another shape or type.
+        FileNotFoundError: If the file does not exist.
+        ImageTooLargeError: If the image has more than ``max_pixels`` pixels, or a side longer than :data:`MAX_SIDE`.
+        ImageError: If the file cannot be decoded, or the array has another shape or type.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    label = str(source) if isinstance(source, str | Path) else "the image data"
     try:
+        if isinstance(source, np.ndarray):
+            return _from_array(source)
         if isinstance(source, Image.Image):
             return _from_pil(source, max_pixels)
         with Image.open(source, formats=_FORMATS) as image:
             return _from_pil(image, max_pixels)
     except FileNotFoundError:
         raise
-    except Exception as error:  # decoders raise nearly anything on hostile bytes
+    except Exception as error:  # decoders raise nearly any exception on hostile bytes
         reason = str(error).rstrip(".") or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # it says where the file lies
-            reason = f"it is not one of {', '.join(_FORMATS)}, or damaged"
+        if isinstance(error, UnidentifiedImageError):  # its message shows the path, or an object's address
+            reason = f"it is damaged, or not one of {', '.join(_FORMATS)}"
         large = isinstance(error, ImageTooLargeError | Image.DecompressionBombError)
-        msg = f"{label} cannot be read as an image: {reason}"
+        msg = f"{_name(source)} cannot be read as an image: {reason}"
         raise (ImageTooLargeError if large else ImageError)(msg, reason) from error
 
 
+def _name(source: Source) -> str:
+    if isinstance(source, np.ndarray):
+        return "The array"
+    return str(source) if isinstance(source, str | Path) else "The image data"
+
+
 def _from_pil(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
-    pixels = image.width * image.height
-    if not 0 < pixels <= max_pixels:
-        msg = f"it has {image.width} x {image.height} pixels, and from 1 to {max_pixels:,} are read"
+    if not 0 < image.width * image.height <= max_pixels:
+        msg = f"it has {image.width} x {image.height} pixels; an image may have 1 to {max_pixels:,}"
         raise ImageTooLargeError(msg)
     _check_sides(image.height, image.width)
     return np.asarray(image.convert("RGB"))
 
 
-def _check_sides(height: int, width: int) -> None:
-    if max(height, width) > MAX_SIDE:
-        msg = f"it has {width} x {height} pixels, and at most {MAX_SIDE:,} on a side are read"
-        raise ImageTooLargeError(msg)
-
-
 def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
-        msg = f"An image array must be uint8 with values 0 to 255, got {array.dtype}. Scale and cast it first."
+        msg = f"it must be uint8 with values 0 to 255, got {array.dtype}; scale and cast it first"
         raise ImageError(msg)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim == 2:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        msg = f"An image array must have shape (H, W), (H, W, 1) or (H, W, 3), got {array.shape}."
+        msg = f"its shape must be (H, W), (H, W, 1) or (H, W, 3), got {array.shape}"
         raise ImageError(msg)
     _check_sides(*array.shape[:2])
     return np.ascontiguousarray(array)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files below ``folder``, sorted, hidden ones left out.
+def _check_sides(height: int, width: int) -> None:
+    if max(height, width) > MAX_SIDE:
+        msg = f"it has {width} x {height} pixels; a side may have at most {MAX_SIDE:,}"
+        raise ImageTooLargeError(msg)
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Find the image files below a folder, hidden ones left out.
+
+    Args:
+        folder: Folder to search, its subfolders included.
+
+    Returns:
+        Paths of the files with one of :data:`SUFFIXES`, sorted.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ImageError: If it holds no image.
+        FileNotFoundError: If the folder does not exist.
+        ImageError: If the folder holds no image.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         msg = f"There is no folder {folder}."
         raise FileNotFoundError(msg)
@@ -131,6 +142,6 @@ def find_images(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:
-        msg = f"{folder} holds no image. Endings looked for: {', '.join(sorted(SUFFIXES))}."
+        msg = f"{folder} holds no image (a file that ends in {', '.join(sorted(SUFFIXES))})."
         raise ImageError(msg)
     return found
