@@ -1,0 +1,68 @@
+"""Files that earlier versions wrote are read, and score images as those versions did.
+
+tests/helpers/make_old_files.py wrote them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data.utils import read_image
+from helpers.training import ROOT
+
+from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin.export import export_bundle
+
+OLD = ROOT / "tests/data/old"
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+IMAGES = sorted((OLD / "images").iterdir())
+CHECKPOINTS = ["model.ckpt", "position_weight.ckpt"]
+
+
+def load(name: str) -> FaissPatchcore:
+    return FaissPatchcore.load_from_checkpoint(OLD / name, map_location="cpu").eval()
+
+
+def assert_model_scores(model: FaissPatchcore, name: str) -> None:
+    batch = torch.stack([read_image(path, as_tensor=True) for path in IMAGES])
+    with torch.no_grad():
+        found = {"raw": model.model(model.pre_processor(batch)), "normalized": model(batch)}
+    for kind, answer in found.items():
+        assert answer.pred_score.flatten().tolist() == pytest.approx(EXPECTED[name][kind], rel=1e-5)
+
+
+def assert_bundle_scores(bundle: Path, name: str) -> None:
+    predictions = PatchcoreRuntime(bundle, cache=False).predict(IMAGES)
+    for kind, attribute in {"raw": "score", "normalized": "normalized_score"}.items():
+        scores = [getattr(prediction, attribute) for prediction in predictions]
+        assert scores == pytest.approx(EXPECTED[name][kind], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoint(name):
+    assert_model_scores(load(name), name)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoint_is_exported(name, tmp_path):
+    export_bundle(load(name), tmp_path / "bundle", "cells", index="flat")
+    assert_bundle_scores(tmp_path / "bundle", name)
+
+
+def test_torch_export():
+    model = torch.load(OLD / "model.pt", weights_only=False)["model"].eval()
+    assert_model_scores(model, "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "format_version", "kind", "width"),
+    [("bundle-format-2", 2, "flat", 0), ("bundle-bfloat16", 3, "flat", 2), ("bundle-hnsw", 3, "hnsw", None)],
+)
+def test_bundle(name, format_version, kind, width, tmp_path):
+    bundle = Path(shutil.copytree(OLD / name, tmp_path / name))
+    manifest = PatchcoreRuntime(bundle, cache=False).manifest
+    assert (manifest.format_version, manifest.index.kind) == (format_version, kind)
+    assert width is None or manifest.index.width == width
+    assert_bundle_scores(bundle, name)
