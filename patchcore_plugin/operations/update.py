@@ -30,6 +30,7 @@ from patchcore_plugin.bundle import origins as provenance
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
+from patchcore_plugin.memory_bank.growth import farthest_first
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
 from patchcore_plugin.runtime.self_test import write_manifest
 from patchcore_plugin.scoring import Scores, anomaly_map
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], object]
 
 _MEASURED = 64  # held-out images to measure the index with, at most
-_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -163,43 +163,6 @@ def recalibrated(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Ca
         manifest.calibration, held_out.image.tolist(), maps.max((1, 2)).tolist(), maps.mean((1, 2)).tolist()
     )
     return *scales(calibration), calibration
-
-
-def farthest_first(
-    points: NDArray[np.float32],
-    distances: NDArray[np.float32],
-    radius: float,
-    progress: Progress = lambda step, done, total: None,
-) -> NDArray[np.int64]:
-    """Pick points, the farthest first, until each lies within a radius of a centre.
-
-    Args:
-        points: The points (N, D).
-        distances: Of each to the nearest of the centres that there are already (N,).
-        radius: In the same units.
-        progress: Called with a step, and how much of it is done.
-
-    Returns:
-        Numbers of the picks (K,), in order; of points equally far, the lowest first.
-    """
-    left, picks, total = np.arange(len(points)), [], len(points)
-    distances = distances.copy()
-    while len(left):
-        farthest = int(distances.argmax())
-        if distances[farthest] <= radius:
-            break
-        picks.append(left[farthest])
-        centre = points[farthest].copy()
-        for start in range(0, len(points), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
-            difference = points[rows] - centre
-            np.minimum(distances[rows], np.sqrt(np.einsum("nd,nd->n", difference, difference)), out=distances[rows])
-        uncovered = distances > radius
-        if 2 * uncovered.sum() < len(left):
-            points, distances, left = points[uncovered], distances[uncovered], left[uncovered]
-            progress("Cover", total - len(left), total)
-    progress("Cover", total, total)
-    return np.array(picks, np.int64)
 
 
 def _uncovered(

@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageEnhance
 
 from patchcore_plugin import PatchcoreRuntime
@@ -17,32 +14,7 @@ from patchcore_plugin.bundle import MANIFEST, BundleError, read_manifest, versio
 from patchcore_plugin.cli import main
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.operations import update as module
-from patchcore_plugin.operations.update import farthest_first, update_bundle
-
-
-def reference(points: np.ndarray, centres: np.ndarray, radius: float) -> list[int]:
-    """One at a time, in float64, every distance taken anew."""
-    points, centres, picks = points.astype(np.float64), list(centres.astype(np.float64)), []
-    while len(points):
-        nearest = [min(np.sqrt(((point - centre) ** 2).sum()) for centre in centres) for point in points]
-        if max(nearest) <= radius:
-            break
-        picks.append(int(np.argmax(nearest)))
-        centres.append(points[picks[-1]])
-    return picks
-
-
-WHOLE = st.integers(-6, 6).map(float)  # whose distances are the same in float32, ties included
-
-
-@given(
-    points=arrays.arrays(np.float32, st.tuples(st.integers(0, 25), st.just(3)), elements=WHOLE),
-    centres=arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.just(3)), elements=WHOLE),
-    radius=st.sampled_from([0.0, 1.0, 2.5, 4.0, 30.0]),
-)
-def test_farthest_first_is_the_reference(points, centres, radius):
-    distances = np.sqrt(((points[:, None] - centres) ** 2).sum(2)).min(1)
-    assert farthest_first(points, distances, radius).tolist() == reference(points, centres, radius)
+from patchcore_plugin.operations.update import update_bundle
 
 
 @pytest.fixture(scope="module")
