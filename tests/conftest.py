@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.training import ROOT, Trained, folder_datamodule, make_engine, make_model
+from helpers.training import EMBEDDINGS, ROOT, Trained, folder_datamodule, make_engine, make_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SWITCHES = (
@@ -84,16 +84,22 @@ def test_images(cells) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def real_embeddings(trained, cells) -> np.ndarray:
-    """Patch embeddings (6144, 152) of six real cells."""
-    import torch
-    from anomalib.data.utils import read_image
+def real_embeddings() -> np.ndarray:
+    """Patch embeddings (3072, 152), float32, of three real cells, each a grid of 32 x 32 patches."""
+    return np.load(EMBEDDINGS).astype(np.float32)
 
-    paths = sorted((cells / "train/good").iterdir())[::4]
-    images = torch.stack([read_image(path, as_tensor=True) for path in paths])
-    with torch.no_grad():
-        embedding = trained.model.model.embed(trained.model.pre_processor.transform(images))
-    return embedding.reshape(-1, embedding.shape[-1]).numpy()
+
+@pytest.fixture(scope="session")
+def bank_vectors(real_embeddings) -> np.ndarray:
+    """The patches (2048, 152) of the first two cells, in no order, as a coreset has none."""
+    return np.random.default_rng(0).permutation(real_embeddings[:2048])
+
+
+@pytest.fixture(scope="session")
+def patch_grids(real_embeddings) -> np.ndarray:
+    """The four quarters (4, 16, 16, 152) of the third cell, none of whose patches is in ``bank_vectors``."""
+    cell = real_embeddings[2048:].reshape(2, 16, 2, 16, -1)
+    return np.ascontiguousarray(cell.swapaxes(1, 2)).reshape(4, 16, 16, -1)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 LAYERS = ["blocks.2", "blocks.4"]
 ROOT = Path(__file__).parents[2]
+EMBEDDINGS = ROOT / "tests" / "data" / "embeddings.npy"  # written by helpers/make_embeddings.py
 
 
 def folder_datamodule(root: Path, **arguments):

@@ -48,11 +48,11 @@ def test_candidates(seed, size, columns, kinds, scale, offset, count):
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_real_patches(bfloat16, real_embeddings, monkeypatch):
+def test_real_patches(bfloat16, bank_vectors, patch_grids, monkeypatch):
     """The nearest is nearly always among the first three; on a CPU without bfloat16 the product is one of float32."""
     if not bfloat16:
         monkeypatch.setattr(bank_product, "has_bfloat16", lambda: False)
-    vectors, queries = real_embeddings[:3072:3], real_embeddings[3072:4096]
+    vectors, queries = bank_vectors[::2], patch_grids.reshape(1024, -1)
     found = Product(vectors, 3, 2).candidates(queries)
     exact = distances(queries, vectors)
     best = np.take_along_axis(exact, found, 1)
@@ -67,13 +67,13 @@ def test_terms():
 
 
 @pytest.mark.parametrize("threads", [None, 2])
-def test_from_several_threads(threads, real_embeddings, monkeypatch):
+def test_from_several_threads(threads, bank_vectors, patch_grids, monkeypatch):
     """The first images come at the same time: one product is made, and answers are those of images one by one."""
     made = []
     monkeypatch.setattr(memory_bank, "Product", lambda *arguments: made.append(arguments) or Product(*arguments))
-    bank = MemoryBank(real_embeddings[:3072], width=2, num_neighbors=5)
+    bank = MemoryBank(bank_vectors, width=2, num_neighbors=5)
     bank.threads = threads
-    images = list(real_embeddings[3072:].reshape(3, 1, 32, 32, -1)) * 6
+    images = [grid[None] for grid in patch_grids] * 5
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda image: bank.score(image, ScoreRule(5)), images))
     assert len(made) == 1
@@ -81,36 +81,37 @@ def test_from_several_threads(threads, real_embeddings, monkeypatch):
     for ours, expected in zip(together, alone, strict=True):
         np.testing.assert_array_equal(ours.image, expected.image)
         np.testing.assert_array_equal(ours.patch, expected.patch)
-    batch = bank.score(np.concatenate(images[:3]), ScoreRule(5))
-    np.testing.assert_array_equal(batch.patch, np.concatenate([scores.patch for scores in alone[:3]]))
-    np.testing.assert_array_equal(batch.image, np.concatenate([scores.image for scores in alone[:3]]))
+    batch = bank.score(np.concatenate(images[:4]), ScoreRule(5))
+    np.testing.assert_array_equal(batch.patch, np.concatenate([scores.patch for scores in alone[:4]]))
+    np.testing.assert_array_equal(batch.image, np.concatenate([scores.image for scores in alone[:4]]))
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_distances_are_exact(width, real_embeddings):
-    images = real_embeddings[3072:].reshape(3, 32, 32, -1)
+def test_distances_are_exact(width, bank_vectors, patch_grids):
+    images = patch_grids
     queries = images.reshape(-1, images.shape[-1])
-    bank = MemoryBank(real_embeddings[:2048], width=width)
+    bank = MemoryBank(bank_vectors, width=width)
     found, indices = bank.nearest(images)
     np.testing.assert_allclose(np.linalg.norm(queries - bank.vectors[indices], axis=1), found, rtol=1e-5)
     exact = distances(queries, bank.vectors).min(1)
     assert (found >= exact * (1 - 1e-5)).all()
     assert (found <= exact * 1.02 + 1e-3).all()
-    expected = MemoryBank(real_embeddings[:2048]).score(images, ScoreRule(9)).image
+    expected = MemoryBank(bank_vectors).score(images, ScoreRule(9)).image
     np.testing.assert_allclose(bank.score(images, ScoreRule(9)).image, expected, rtol=1e-4)
     assert [part.shape for part in bank.nearest(images[:0])] == [(0,), (0,)]
 
 
-def test_saved_loaded_grown(tmp_path, real_embeddings):
+def test_saved_loaded_grown(tmp_path, bank_vectors, real_embeddings):
     """The file is that of a flat index; the width comes from elsewhere, and what is added is found."""
-    image = real_embeddings[4096:5120].reshape(1, 32, 32, -1)
-    MemoryBank(real_embeddings[:2048], width=2).save(tmp_path / "bank.faiss")
+    new = real_embeddings[2048:]
+    image = new.reshape(1, 32, 32, -1)
+    MemoryBank(bank_vectors, width=2).save(tmp_path / "bank.faiss")
     bank = MemoryBank.load(tmp_path / "bank.faiss")
     assert (bank.index, bank.width) == ("flat", 0)
     bank.width = 2
     before = bank.nearest(image)[0]
     assert before.max() > 1
-    bank.add(real_embeddings[4096:5120])
+    bank.add(new)
     found, indices = bank.nearest(image)
     np.testing.assert_array_equal(indices, np.arange(2048, 3072))
     assert not found.any()
@@ -124,10 +125,10 @@ def test_width(storage, width, most):
         MemoryBank(np.eye(3), storage=storage, width=width)
 
 
-def test_many_grids(real_embeddings):
+def test_many_grids(bank_vectors, real_embeddings):
     """Images of several grids, the smallest of one patch, each with its own compiled product."""
-    bank = MemoryBank(real_embeddings[:2048], width=2)
+    bank = MemoryBank(bank_vectors, width=2)
     for side in (1, 3, 32):
-        image = real_embeddings[3072 : 3072 + side * side].reshape(1, side, side, -1)
+        image = real_embeddings[2048 : 2048 + side * side].reshape(1, side, side, -1)
         exact = distances(image.reshape(-1, 152), bank.vectors).min(1)
         np.testing.assert_allclose(bank.nearest(image)[0], exact, rtol=0.02)

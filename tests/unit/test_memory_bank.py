@@ -185,9 +185,9 @@ def test_other_indexes(index, storage, seed, size, columns, kinds, k, width):
 
 @pytest.mark.parametrize("threads", [None, 2])
 @pytest.mark.parametrize(("index", "storage"), [("flat", "float32"), *KINDS])
-def test_nearest_of_images(index, storage, threads, real_embeddings):
+def test_nearest_of_images(index, storage, threads, bank_vectors, patch_grids):
     """Patches learn from those around them, of their own image only; no distance is another than its vector's."""
-    vectors, images = real_embeddings[:3072:3], real_embeddings[3072:].reshape(3, 32, 32, -1)
+    vectors, images = bank_vectors[::2], patch_grids
     queries = images.reshape(-1, images.shape[-1])
     bank = MemoryBank(vectors, index, storage, width=None if index == "flat" else 1)
     bank.threads = threads
