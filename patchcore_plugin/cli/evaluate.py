@@ -62,7 +62,7 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     from patchcore_plugin.evaluation.plan import list_jobs, read_plan
     from patchcore_plugin.evaluation.report import write_report
     from patchcore_plugin.evaluation.runner import read_result, select
-    from patchcore_plugin.evaluation.summary import summarise, write_csv
+    from patchcore_plugin.evaluation.summary import summarize, write_csv
 
     plan = read_plan(config)
     jobs, skipped = list_jobs(plan, config.parent)
@@ -73,7 +73,7 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     _run(selected, output)
     results = [read_result(job, output) for job in jobs]
     with Console(stderr=True).status("Comparing, and writing the report"):
-        rows = summarise(results)
+        rows = summarize(results)
         write_csv(results, rows, output)
         write_report(results, rows, skipped, output / "report.html")
     _print_table(rows)

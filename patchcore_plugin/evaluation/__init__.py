@@ -1,1 +1,1 @@
-"""``patchcore evaluate``: data sets x models x seeds, each a job in a process of its own, and a report. Training world."""
+"""``patchcore evaluate``: train and test models on data sets with several seeds, and write a report. Needs torch."""

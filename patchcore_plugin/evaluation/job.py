@@ -1,8 +1,8 @@
-"""One job of an evaluation, in a process of its own: ``python -m patchcore_plugin.evaluation.job JOB.json RESULT DATA``.
+"""One job of an evaluation, as a program: ``python -m patchcore_plugin.evaluation.job JOB.json RESULT DATA``.
 
-Fits the model through anomalib's ``Engine``, scores the test images, and leaves a folder ``RESULT``, whole or not at all:
-metrics.json, predictions.csv and pictures. Ends by itself when its standard input closes, as it does when the evaluation
-is killed.
+Trains the model through anomalib's ``Engine``, scores the test images, and writes the folder ``RESULT`` with metrics.json,
+predictions.csv and pictures. The folder appears once it is complete. The program ends when its standard input closes,
+which happens when the evaluation ends or is killed.
 """
 
 from __future__ import annotations
@@ -29,35 +29,63 @@ from anomalib.models.components import MemoryBankMixin, TimmFeatureExtractor
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from patchcore_plugin.elpv import lay_out
+from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.evaluation.metrics import image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.pictures import draw_pictures
 from patchcore_plugin.evaluation.plan import Job, component_class, component_parser
-from patchcore_plugin.evaluation.runner import NUMBERS, PREDICTIONS
+from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE
 from patchcore_plugin.model.backbone import EMBEDDED, Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-_WARM_UP, _TIMED = 5, 30  # images by which the latency is measured
+_WARM_UP_IMAGES, _TIMED_IMAGES = 5, 30
+
+
+class JobError(PatchcoreError):
+    """A job cannot be done as the evaluation defines it, or gives no usable scores."""
 
 
 def run(job: Job, data: Path, folder: Path) -> None:
-    """Do a job, and write its result into ``folder``.
+    """Run a job, and write its result into ``folder``.
 
     Args:
-        job: What to do.
-        data: Folder for images that are laid out for the job.
+        job: The job.
+        data: Folder for images that the job copies out of a package.
         folder: Empty folder for the result.
 
     Raises:
-        ValueError: If there is no test image, or a score is NaN or infinite.
+        JobError: If there is no test image, a score is NaN or infinite, or the model cannot take the backbone's weights.
     """
     seed_everything(job.seed, workers=True, verbose=False)
     datamodule, model = _datamodule(job, data), _model(job)
+    collected, costs = _fit_and_score(job, model, datamodule, folder / "engine")
+    qualities = image_metrics(collected.labels, collected.scores)
+    if collected.masks:
+        qualities |= pixel_metrics(np.concatenate(collected.masks), np.concatenate(collected.maps))
+    content = {
+        "job": job.model_dump(),
+        "metrics": {**qualities, **costs, "latency_milliseconds": _latency(model, datamodule.test_data)},
+        "threshold": _threshold(model),
+        "pictures": draw_pictures(model, datamodule.test_data, collected.labels, collected.scores, collected.kinds, folder),
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform()},
+    }
+    with (folder / PREDICTIONS_FILE).open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "kind", "label", "score"])
+        table.writerows(zip(collected.images, collected.kinds, collected.labels, map(repr, collected.scores), strict=True))
+    (folder / METRICS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    shutil.rmtree(folder / "engine", ignore_errors=True)
+
+
+def _fit_and_score(
+    job: Job, model: AnomalibModule, datamodule: AnomalibDataModule, folder: Path
+) -> tuple[_Collector, dict[str, float | None]]:
+    """Train a model, and score the test images; returns the scores, and the costs of the training by metric."""
     clock, collected = _Clock(model), _Collector()
     engine = Engine(
-        default_root_dir=folder / "engine",
+        default_root_dir=folder,
         logger=False,
         callbacks=[clock, collected],
         **{"devices": 1, "enable_progress_bar": False, "enable_model_summary": False, **job.trainer},
@@ -67,36 +95,19 @@ def run(job: Job, data: Path, folder: Path) -> None:
         engine.fit(model, datamodule=datamodule)
         fit_seconds = time.perf_counter() - started - clock.validation
     if model.post_processor is not None:
-        model.post_processor.enable_normalization = False  # it would clip scores beyond the validation set's range
+        model.post_processor.enable_normalization = False  # normalization clips scores outside the validation set's range
     engine.predict(model, datamodule=datamodule, return_predictions=False)
     collected.check()
     model.to(engine.trainer.strategy.root_device).eval()
     bank = getattr(model.model, "memory_bank", None)
     state = sum(value.nbytes for value in model.state_dict().values() if isinstance(value, torch.Tensor))
-    metrics = {
-        **image_metrics(collected.labels, collected.scores),
-        **(pixel_metrics(np.concatenate(collected.masks), np.concatenate(collected.maps)) if collected.masks else {}),
+    return collected, {
         "fit_seconds": fit_seconds,
         "bank_seconds": clock.bank,
         "peak_mebibytes": memory.peak / 2**20,
-        "latency_milliseconds": _latency(model, datamodule.test_data),
         "bank_vectors": len(bank) if isinstance(bank, torch.Tensor) and bank.ndim == 2 else None,
         "state_mebibytes": state / 2**20,
     }
-    shown = draw_pictures(model, datamodule.test_data, collected.labels, collected.scores, collected.kinds, folder)
-    with (folder / PREDICTIONS).open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "kind", "label", "score"])
-        table.writerows(zip(collected.images, collected.kinds, collected.labels, map(repr, collected.scores), strict=True))
-    content = {
-        "job": job.model_dump(),
-        "metrics": metrics,
-        "threshold": _threshold(model),
-        "pictures": shown,
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform()},
-    }
-    (folder / NUMBERS).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    shutil.rmtree(folder / "engine", ignore_errors=True)
 
 
 def _datamodule(job: Job, data: Path) -> AnomalibDataModule:
@@ -109,23 +120,23 @@ def _datamodule(job: Job, data: Path) -> AnomalibDataModule:
 
 
 def _model(job: Job) -> AnomalibModule:
-    """The model; one that is not ours gets an embedded backbone's weights where it asks for that backbone.
+    """Build the model of a job; another package's model gets our packaged weights if it names a packaged backbone.
 
     Raises:
-        ValueError: If it has no timm feature extractor to fill.
+        JobError: If the model has no timm feature extractor for the weights.
     """
     path, arguments = job.network["class_path"], job.network["init_args"]
     name = arguments.get("backbone")
     if name not in EMBEDDED or issubclass(component_class(job.network), FaissPatchcore):
         return _build("model", job.network)
     net = Backbone(name, arguments.get("layers", ())).net
-    # anomalib would ask a model hub for the weights; here they are ours, under timm's name of the architecture.
+    # anomalib would download weights from a model hub. It builds timm's architecture instead, and our weights are copied.
     filled = {**arguments, "backbone": net.pretrained_cfg["architecture"], "pre_trained": False}
     model = _build("model", {"class_path": path, "init_args": filled})
     extractors = [module for module in model.modules() if isinstance(module, TimmFeatureExtractor)]
     if not extractors:
-        msg = f"{path} has no timm feature extractor that the weights of {name} could be given to."
-        raise ValueError(msg)
+        msg = f"{path} has no timm feature extractor, so the weights of {name} cannot be loaded into it."
+        raise JobError(msg)
     for extractor in extractors:
         extractor.feature_extractor.load_state_dict(net.state_dict())
     return model
@@ -137,27 +148,27 @@ def _build(kind: str, component: dict[str, Any]) -> Any:
 
 
 def _threshold(model: AnomalibModule) -> float | None:
-    """Raw image score from which the model's post-processor calls an image anomalous; None where it has no threshold."""
+    """Threshold of raw image scores in the model's post-processor; None if it has no threshold."""
     threshold = getattr(model.post_processor, "image_threshold", None)
     return None if threshold is None or not np.isfinite(float(threshold)) else float(threshold)
 
 
 def _latency(model: AnomalibModule, dataset: Any) -> float:
-    """Median milliseconds of one image through the model as it was trained, on its device."""
+    """Median milliseconds of one image through the torch model, on the model's device."""
     times = []
-    for turn in range(_WARM_UP + _TIMED):
-        image = dataset[turn * len(dataset) // (_WARM_UP + _TIMED)].image[None].to(model.device)
+    for turn in range(_WARM_UP_IMAGES + _TIMED_IMAGES):
+        image = dataset[turn * len(dataset) // (_WARM_UP_IMAGES + _TIMED_IMAGES)].image[None].to(model.device)
         started = time.perf_counter()
         with torch.inference_mode():
-            float(model(image).pred_score)  # waits for an accelerator
+            float(model(image).pred_score)  # float() waits until an accelerator has finished
         times.append(1000 * (time.perf_counter() - started))
-    return float(np.median(times[_WARM_UP:]))
+    return float(np.median(times[_WARM_UP_IMAGES:]))
 
 
 class PeakMemory:
-    """Highest resident memory of this process, in bytes, sampled a hundred times a second.
+    """Context in which the highest resident memory of this process is measured: ``peak``, in bytes.
 
-    The system's own maximum is no help: on Linux a new process inherits that of its parent.
+    A thread samples the memory every 10 ms, because on Linux the system's own maximum includes that of the parent process.
     """
 
     def __enter__(self) -> PeakMemory:
@@ -179,7 +190,7 @@ class PeakMemory:
 
 
 class _Clock(Callback):
-    """Seconds of a fit that go into the bank, and into scoring the validation images."""
+    """Callback that measures two parts of a training: seconds for the bank, and seconds for validation."""
 
     def __init__(self, model: AnomalibModule) -> None:
         self.bank: float | None = None
@@ -196,14 +207,14 @@ class _Clock(Callback):
             model.fit = timed
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
-        self._began = time.perf_counter()  # the bank is there: it is built when validation starts, before its epoch
+        self._began = time.perf_counter()  # anomalib builds the bank before the validation epoch, so it is not counted here
 
     def on_validation_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         self.validation += time.perf_counter() - self._began
 
 
 class _Collector(Callback):
-    """Scores, labels and names of the test images in their order; masks and maps where there are masks."""
+    """Callback that collects paths, labels and scores of the test images in order; masks and maps if there are masks."""
 
     def __init__(self) -> None:
         self.images: list[str] = []
@@ -225,30 +236,35 @@ class _Collector(Callback):
 
     @property
     def kinds(self) -> list[str]:
-        """Kind of defect of each image: its folder's name."""
+        """Kind of each image: the name of its folder."""
         return [Path(image).parent.name for image in self.images]
 
     def check(self) -> None:
+        """Refuse an empty test set and scores that are not finite.
+
+        Raises:
+            JobError: If there is no test image, or a score is NaN or infinite.
+        """
         if not self.images:
             msg = "The data set has no test image."
-            raise ValueError(msg)
+            raise JobError(msg)
         bad = [image for image, score in zip(self.images, self.scores, strict=True) if not np.isfinite(score)]
         if bad:
-            msg = f"{len(bad)} scores are NaN or infinite, among them that of {bad[0]}."
-            raise ValueError(msg)
+            msg = f"{len(bad)} scores are NaN or infinite; the first is the score of {bad[0]}."
+            raise JobError(msg)
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, which the evaluation never writes to: then it is gone."""
-    while os.read(sys.stdin.fileno(), 1):  # not by the buffered stream, whose lock would be held when Python ends
+    """End this process when its standard input closes: the evaluation writes nothing to it, so the evaluation has ended."""
+    while os.read(sys.stdin.fileno(), 1):  # unbuffered: Python cannot exit while a thread holds the lock of sys.stdin
         pass
     os._exit(1)
 
 
 def main() -> None:
-    """Do the job of a file; the result's folder appears when it is complete."""
+    """Run the job that a file defines; the result's folder appears once it is complete."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.filterwarnings("ignore")  # the training stack's own remarks would bury an error
+    warnings.filterwarnings("ignore")  # warnings of the training packages would hide an error in the log
     file, result, data = map(Path, sys.argv[1:])
     partial = result.with_name(f".{result.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -256,9 +272,13 @@ def main() -> None:
     try:
         run(Job.model_validate_json(file.read_text(encoding="utf-8")), data, partial)
     except Exception as error:
-        result.with_name(f"{result.name}.error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        result.with_name(f"{result.name}.error").write_text(_reason(error), encoding="utf-8")
         raise
     partial.rename(result)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, PatchcoreError) else f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of a job's most telling test images: image, heatmap and ground truth side by side."""
+"""Pictures of the most informative test images of a job: image, heatmap and ground truth side by side."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ if TYPE_CHECKING:
 
     from anomalib.models import AnomalibModule
 
-_EACH = 6  # worst misses, worst false alarms, and kinds of defects
-_HEIGHT = 160  # pixels
+_GALLERY_SIZE = 6  # images
+_PICTURE_HEIGHT = 160  # pixels
 
 
 def draw_pictures(
     model: AnomalibModule, dataset: Any, labels: list[int], scores: list[float], kinds: list[str], folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Draw the worst misses, the worst false alarms, and of each kind of defect the image with the median score.
+    """Draw the worst misses, the worst false alarms, and for each kind of defect the image with the median score.
 
-    Heatmaps of a job share one scale: blue is the lowest value of all that are shown, red the highest.
+    All heatmaps of a job share one color scale: blue is the lowest value in these pictures, red the highest.
 
     Args:
-        model: A fitted model in evaluation mode.
+        model: A trained model in evaluation mode.
         dataset: anomalib's data set of the test images, in the order of the other arguments.
-        labels: 1 for anomalous images.
+        labels: 1 for anomalous images, 0 for normal ones.
         scores: Raw image scores.
-        kinds: Kinds of defects.
-        folder: Where to write JPEG files.
+        kinds: Kind of each image; for a defective image, its kind of defect.
+        folder: Folder for the JPEG files.
 
     Returns:
-        By gallery, a list of ``file``, ``index`` in the data set, and ``masked``: whether there is a ground truth in it.
+        Entries by the name of their gallery. An entry has ``file``, ``index`` in the data set, and ``masked``, which says
+        whether the picture includes the ground truth.
     """
     chosen = _choose(labels, scores, kinds)
     indices = sorted({index for gallery in chosen.values() for index in gallery})
@@ -48,33 +49,33 @@ def draw_pictures(
     for index, (image, heat, mask) in views.items():
         panels = [image]
         if heat is not None:
-            colours = colormaps["turbo"]((heat - low) / max(high - low, 1e-12))[..., :3]
-            panels.append(0.4 * image + 0.6 * colours)
+            colors = colormaps["turbo"]((heat - low) / max(high - low, 1e-12))[..., :3]
+            panels.append(0.4 * image + 0.6 * colors)
         if mask is not None:
             panels.append(np.repeat(mask[..., None], 3, axis=2).astype(float))
         strip = Image.fromarray((np.concatenate(panels, axis=1) * 255).round().astype(np.uint8))
         file = f"{index}.jpg"
-        strip.resize((strip.width * _HEIGHT // strip.height, _HEIGHT)).save(folder / file, quality=80)
+        strip.resize((strip.width * _PICTURE_HEIGHT // strip.height, _PICTURE_HEIGHT)).save(folder / file, quality=80)
         entries[index] = {"file": file, "index": index, "masked": mask is not None}
     return {name: [entries[index] for index in gallery] for name, gallery in chosen.items()}
 
 
 def _choose(labels: list[int], scores: list[float], kinds: list[str]) -> dict[str, list[int]]:
-    """Indices of the images of every gallery."""
+    """Choose the indices of the images in each gallery."""
     by_score = sorted(range(len(scores)), key=lambda index: (scores[index], index))
     defects = defaultdict(list)
     for index in by_score:
         if labels[index]:
             defects[kinds[index]].append(index)
     return {
-        "misses": [index for index in by_score if labels[index]][:_EACH],
-        "false_alarms": [index for index in reversed(by_score) if not labels[index]][:_EACH],
-        "defects": [found[len(found) // 2] for _, found in sorted(defects.items())][:_EACH],
+        "misses": [index for index in by_score if labels[index]][:_GALLERY_SIZE],
+        "false_alarms": [index for index in reversed(by_score) if not labels[index]][:_GALLERY_SIZE],
+        "defects": [found[len(found) // 2] for _, found in sorted(defects.items())][:_GALLERY_SIZE],
     }
 
 
 def _view(model: AnomalibModule, item: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Image (H, W, 3) in [0, 1] as the model saw it, anomaly map (H, W) and mask (H, W)."""
+    """Image ``(H, W, 3)`` in [0, 1] at the size of the network's input, anomaly map ``(H, W)`` and mask ``(H, W)``."""
     image, mask = item.image[None], item.gt_mask
     transform = model.pre_processor.transform if model.pre_processor is not None else None
     if transform is not None:

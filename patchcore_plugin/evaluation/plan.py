@@ -1,4 +1,4 @@
-"""What an evaluation runs: a YAML file, checked, as a list of jobs."""
+"""Reads the YAML file of an evaluation, checks it, and lists its jobs."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import hashlib
 import inspect
 import json
 import re
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+from anomalib.data import AnomalibDataModule
+from anomalib.models import AnomalibModule
+from jsonargparse import ArgumentParser
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from patchcore_plugin import __version__
 from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.registry import register
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-# Part of every job's key: results of another meaning, or of another version of what computes them, are not reused.
-_FORMAT = {"format": 1, "patchcore-plugin": __version__, **{name: version(name) for name in ("anomalib", "torch")}}
+# Part of every job's key: a result that another version computed, or whose files mean something else, is not reused.
+_KEY_VERSIONS = {"format": 1, "patchcore-plugin": __version__, **{name: version(name) for name in ("anomalib", "torch")}}
 
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\n]*$")]
 
 
 class PlanError(PatchcoreError, ValueError):
-    """The YAML of an evaluation cannot be read, or asks for something that is not there."""
+    """The YAML file of an evaluation cannot be read, or names something that does not exist."""
 
 
 class _Section(BaseModel):
@@ -35,15 +38,16 @@ class _Section(BaseModel):
 
 
 class DataSet(_Section):
-    """Where images come from: exactly one of ``class_path``, ``folder`` and ``elpv``.
+    """A source of images: exactly one of ``class_path``, ``folder`` and ``elpv``.
 
     Attributes:
-        class_path: Any anomalib datamodule.
-        init_args: Its arguments, as in anomalib's configs; with ``folder`` and ``elpv``, those of ``anomalib.data.Folder``.
-        folder: Folder in MVTec AD's layout: train/good, test/good, test/DEFECT, and ground_truth/DEFECT where there are
+        class_path: Class of any anomalib datamodule.
+        init_args: Arguments of that class, as in anomalib's configs; with ``folder`` and ``elpv``, arguments of
+            ``anomalib.data.Folder``.
+        folder: Folder in MVTec AD's layout: train/good, test/good, test/DEFECT, and ground_truth/DEFECT if there are
             masks.
-        elpv: Solar cells of the package elpv-dataset; the seed draws the split.
-        optional: Skip this data set, and say so, where its folder is missing.
+        elpv: Crystal type of the solar cells in the package elpv-dataset; the seed draws the split.
+        optional: Whether to skip this data set, and report that, if its folder is missing.
     """
 
     class_path: str | None = None
@@ -61,22 +65,22 @@ class DataSet(_Section):
 
     @property
     def missing(self) -> str | None:
-        """Why this data set cannot be used; None where its folder is there, or unknown to us."""
-        place = self.folder if self.folder is not None else self.init_args.get("root")
-        if place is None or Path(place).is_dir():
+        """Reason why this data set cannot be used; None if its folder exists, or only the datamodule knows the folder."""
+        root = self.folder if self.folder is not None else self.init_args.get("root")
+        if root is None or Path(root).is_dir():
             return None
-        return f"there is no folder {place}"
+        return f"there is no folder {root}"
 
 
 class Model(_Section):
     """A model: ``class_path`` and ``init_args`` as in anomalib's configs, or the model section of a ``config`` file.
 
     Attributes:
-        class_path: Any anomalib model, or one of an installed plugin.
-        init_args: Its arguments; they win over those of ``config``. ``backbone: efficientnet_lite0`` (or 1, 2)
-            gives the embedded weights to any model with a timm feature extractor, not ours alone.
-        config: anomalib config whose model section to take; a path relative to the evaluation's file.
-        trainer: Arguments of the trainer (``max_epochs``), for models that learn by gradient.
+        class_path: Class of any anomalib model, or of a model from an installed plugin.
+        init_args: Arguments of that class; they replace those of ``config``. ``backbone: efficientnet_lite0`` (or 1, 2)
+            loads the packaged weights into every model that has a timm feature extractor.
+        config: anomalib config with a model section; the path is relative to the evaluation's file.
+        trainer: Arguments of the trainer (``max_epochs``), for models trained by gradient descent.
     """
 
     class_path: str | None = None
@@ -93,17 +97,17 @@ class Model(_Section):
 
 
 class Evaluation(_Section):
-    """The whole file.
+    """The whole YAML file.
 
     Attributes:
-        datasets: Data sets by the names that the report calls them.
-        models: Models by name.
-        seeds: A job per data set, model and seed. A seed sets torch's and numpy's random numbers, hence the order of
-            the training images, and anomalib's ``seed`` of a datamodule (its random splits) and ``random_state`` of a
-            model where these have such an argument and the file does not set it.
-        backbones: Arguments by name (``backbone``, ``layers``) that every model is run with, unless it has a
-            ``backbone`` of its own.
-        baseline: Model that the others are compared with.
+        datasets: Data sets by their names in the report.
+        models: Models by their names in the report.
+        seeds: Seeds; each data set, model and seed is one job. A seed sets the random numbers of torch and numpy, and so
+            the order of the training images. It is also the ``seed`` of a datamodule (random splits) and the
+            ``random_state`` of a model, if these have such an argument and the file does not set it.
+        backbones: Arguments ``backbone`` and ``layers`` by a name of your choice. Every model runs with each of them,
+            except models that set their own ``backbone``.
+        baseline: Name of the model that the other models are compared with.
         output: Folder for results and report.
     """
 
@@ -117,24 +121,24 @@ class Evaluation(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Evaluation:
         if self.baseline is not None and self.baseline not in self.models:
-            msg = f"baseline {self.baseline!r} is none of the models: {', '.join(self.models)}"
+            msg = f"baseline {self.baseline!r} is not one of the models: {', '.join(self.models)}"
             raise ValueError(msg)
         if len(set(self.seeds)) != len(self.seeds):
-            msg = f"seeds names one twice: {self.seeds}"
+            msg = f"a seed is listed twice: {self.seeds}"
             raise ValueError(msg)
         return self
 
 
 class Job(_Section):
-    """One fit and one pass over the test images.
+    """One training and one pass over the test images.
 
     Attributes:
         dataset: Name of the data set.
-        model: Name of the model, with the backbone's where there are several.
+        model: Name of the model; it includes the name of the backbone if the evaluation has several.
         baseline: Name of the model that this one is compared with.
-        seed: Seed of the job.
+        seed: Seed of all random numbers.
         data: ``class_path`` and ``init_args`` of the datamodule; without ``root`` for ELPV.
-        elpv: Kind of ELPV's cells to lay out first.
+        elpv: Crystal type of the ELPV cells to copy into a folder first.
         network: ``class_path`` and ``init_args`` of the model.
         trainer: Arguments of the trainer.
     """
@@ -150,23 +154,23 @@ class Job(_Section):
 
     @property
     def label(self) -> str:
-        """Name for people, and what ``--only`` is matched with: data set/model/seed."""
+        """Name in messages, and the text that ``--only`` patterns match: ``DATA SET/MODEL/SEED``."""
         return f"{self.dataset}/{self.model}/{self.seed}"
 
     @property
     def key(self) -> str:
-        """Name of the result's folder: it changes with anything that the result depends on, but the images' content."""
-        content = {**self.model_dump(exclude={"dataset", "model", "baseline"}), **_FORMAT}
+        """Name of the result's folder; it changes with everything that the result depends on, except the images' content."""
+        content = {**self.model_dump(exclude={"dataset", "model", "baseline"}), **_KEY_VERSIONS}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         readable = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:60]
         return f"{readable}-{digest}"
 
 
 def read_plan(file: Path) -> Evaluation:
-    """Read and check the YAML of an evaluation; ``${oc.env:NAME,default}`` in it is replaced.
+    """Read and check the YAML file of an evaluation; ``${oc.env:NAME,default}`` stands for an environment variable.
 
     Raises:
-        PlanError: If the file cannot be read, or a key or value in it is wrong; the message names each.
+        PlanError: If the file cannot be read, or a key or value is wrong; the message lists every wrong one.
     """
     content = _read_yaml(file)
     try:
@@ -177,84 +181,106 @@ def read_plan(file: Path) -> Evaluation:
             + ("" if isinstance(problem["input"], dict) else f", got {problem['input']!r}")
             for problem in error.errors()
         ]
-        raise PlanError("\n".join([f"{file} is no evaluation:", *problems])) from error
+        raise PlanError("\n".join([f"{file} is not a valid evaluation:", *problems])) from error
 
 
 def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]]:
-    """Make the jobs of a plan, each checked as anomalib would when it starts.
+    """List the jobs of a plan, and check each as anomalib would when it starts.
 
     Args:
         plan: The evaluation.
-        folder: Where the plan's file lies; ``config`` is relative to it.
+        folder: Folder of the plan's file; paths in ``config`` are relative to it.
 
     Returns:
-        The jobs, all models of a data set and seed one after the other; and why an optional data set is skipped, by name.
+        The jobs, ordered by data set, seed and model; and the reason why each optional data set is skipped, by name.
 
     Raises:
-        PlanError: If a data set is missing and not optional, or none is left, a class unknown, or an argument wrong.
+        PlanError: If a required data set is missing, no data set is left, a class is unknown, or an argument is wrong.
     """
-    skipped = {}
-    datasets = {}
+    datasets, skipped = _available(plan)
+    variants = _variants(plan, folder)
+    jobs = [
+        Job(
+            dataset=name,
+            model=variant.title,
+            baseline=_baseline(variant, variants, plan.baseline),
+            seed=seed,
+            data=_with_default(data, "seed", seed),
+            elpv=plan.datasets[name].elpv,
+            network=_with_default(variant.network, "random_state", seed),
+            trainer=variant.trainer,
+        )
+        for name, data in datasets.items()
+        for seed in plan.seeds
+        for variant in variants
+    ]
+    return jobs, skipped
+
+
+def _available(plan: Evaluation) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Class and arguments of every data set that is there, and the reason for every skipped one, both by name."""
+    datasets, skipped = {}, {}
     for name, dataset in plan.datasets.items():
         if dataset.missing and dataset.optional:
             skipped[name] = dataset.missing
             continue
-        if dataset.missing and dataset.folder is not None:  # a datamodule's root may be where it downloads to
-            msg = f"datasets.{name}: {dataset.missing}. Say where it is, or set optional: true to go on without it."
+        if dataset.missing and dataset.folder is not None:  # a datamodule may download to a root that does not exist yet
+            msg = f"datasets.{name}: {dataset.missing}. Correct the path, or set optional: true to go on without it."
             raise PlanError(msg)
         datasets[name] = _datamodule(name, dataset)
     if not datasets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         msg = f"Every data set is optional, and missing: {reasons}."
         raise PlanError(msg)
-    jobs = []
-    variants = _variants(plan, folder)
-    for name, data in datasets.items():
-        for seed in plan.seeds:
-            for model, (baseline, network, trainer) in variants.items():
-                jobs.append(
-                    Job(
-                        dataset=name,
-                        model=model,
-                        baseline=baseline,
-                        seed=seed,
-                        data=_with_default(data, "seed", seed),
-                        elpv=plan.datasets[name].elpv,
-                        network=_with_default(network, "random_state", seed),
-                        trainer=trainer,
-                    )
-                )
-    return jobs, skipped
+    return datasets, skipped
 
 
-def _variants(plan: Evaluation, folder: Path) -> dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]]:
-    """Baseline, class with arguments, and trainer's arguments, of every model with every backbone."""
-    found = {}
+@dataclass(frozen=True)
+class _Variant:
+    """A model of the plan with one backbone.
+
+    Attributes:
+        model: Name of the model.
+        backbone: Name of the backbone; None if the plan has at most one, or the model sets its own.
+        network: Class and arguments, backbone included.
+        trainer: Arguments of the trainer.
+    """
+
+    model: str
+    backbone: str | None
+    network: dict[str, Any]
+    trainer: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Name in the report."""
+        return self.model if self.backbone is None else f"{self.model}, {self.backbone}"
+
+
+def _variants(plan: Evaluation, folder: Path) -> list[_Variant]:
+    """Every model with every backbone."""
+    variants = []
     for name, model in plan.models.items():
         component = _model(name, model, folder)
-        for suffix, arguments in _backbones(plan, component).items():
-            complete = {**component, "init_args": {**arguments, **component["init_args"]}}
-            _check("model", complete, f"models.{name}")
-            # A visualizer would write a figure for every image.
-            found[name, suffix] = _with_default(complete, "visualizer", False), model.trainer
-    variants = {}
-    for (name, suffix), (component, trainer) in found.items():
-        bases = [backbone for model, backbone in found if model == plan.baseline]
-        baseline = plan.baseline + (suffix if suffix in bases else bases[0]) if plan.baseline else None
-        variants[name + suffix] = baseline, component, trainer
+        has_backbone = "backbone" in component["init_args"]
+        backbones = {None: {}} if has_backbone or not plan.backbones else plan.backbones
+        for backbone, arguments in backbones.items():
+            network = {**component, "init_args": {**arguments, **component["init_args"]}}
+            network = _checked("model", network, f"models.{name}")
+            network = _with_default(network, "visualizer", False)  # a visualizer would write a figure for every image
+            variants.append(_Variant(name, backbone if len(plan.backbones) > 1 else None, network, model.trainer))
     return variants
 
 
-def _backbones(plan: Evaluation, component: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each backbone adds to a model's name, and to its arguments."""
-    if not plan.backbones or "backbone" in component["init_args"]:
-        return {"": {}}
-    if len(plan.backbones) == 1:
-        return {"": next(iter(plan.backbones.values()))}
-    return {f", {name}": arguments for name, arguments in plan.backbones.items()}
+def _baseline(variant: _Variant, variants: list[_Variant], name: str | None) -> str | None:
+    """Title of the baseline with the variant's backbone, or else with the baseline's first backbone."""
+    candidates = [other for other in variants if other.model == name]
+    same = [other for other in candidates if other.backbone == variant.backbone]
+    return (same or candidates)[0].title if candidates else None
 
 
 def _model(name: str, model: Model, folder: Path) -> dict[str, Any]:
+    """Class and arguments of a model, from the plan or from the config that the plan names."""
     if model.config is None:
         return {"class_path": model.class_path, "init_args": model.init_args}
     section = _read_yaml(folder / model.config).get("model")
@@ -265,30 +291,29 @@ def _model(name: str, model: Model, folder: Path) -> dict[str, Any]:
 
 
 def _datamodule(name: str, dataset: DataSet) -> dict[str, Any]:
-    """Class and arguments of a datamodule; for ELPV without its root, which the job knows."""
+    """Class and arguments of a datamodule; without ``root`` for ELPV, whose folder the job chooses."""
     if dataset.class_path is not None:
         component = {"class_path": dataset.class_path, "init_args": dataset.init_args}
-        _check("data", component, f"datasets.{name}")
-        return component
-    # Thresholds are chosen on the test images, as the model's own configs do; no metric but the threshold depends on it.
+        return _checked("data", component, f"datasets.{name}")
+    # Thresholds are set on the test images, as in configs/; no metric of the tables depends on a threshold.
     arguments = {"name": "evaluated", "val_split_mode": "same_as_test", "num_workers": 0}
     arguments |= {"train_batch_size": 16, "eval_batch_size": 16}
     layout = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/defective"}
     if dataset.folder is not None:
         layout = {"root": str(dataset.folder), **_mvtec_layout(f"datasets.{name}", dataset.folder)}
     component = {"class_path": "anomalib.data.Folder", "init_args": {**arguments, **layout, **dataset.init_args}}
-    _check("data", component, f"datasets.{name}")
-    return component
+    return _checked("data", component, f"datasets.{name}")
 
 
 def _mvtec_layout(where: str, root: Path) -> dict[str, Any]:
+    """Arguments of ``anomalib.data.Folder`` for a folder in MVTec AD's layout; ``where`` begins the messages."""
     for needed in ("train/good", "test/good"):
         if not (root / needed).is_dir():
             msg = f"{where}.folder: there is no folder {root / needed}. For another layout give class_path and init_args."
             raise PlanError(msg)
     defects = sorted(path.name for path in (root / "test").iterdir() if path.is_dir() and path.name != "good")
     if not defects:
-        msg = f"{where}.folder: {root / 'test'} has no folder of defective images beside good."
+        msg = f"{where}.folder: {root / 'test'} has no folder of defective images next to good."
         raise PlanError(msg)
     layout: dict[str, Any] = {
         "normal_dir": "train/good",
@@ -305,57 +330,49 @@ def _mvtec_layout(where: str, root: Path) -> dict[str, Any]:
 
 
 def _with_default(component: dict[str, Any], argument: str, value: Any) -> dict[str, Any]:
-    """The component with an argument of ours, where its class has such a one and the file does not set it."""
+    """The component with one more argument, if its class has that argument and the file does not set it."""
     if argument not in inspect.signature(component_class(component)).parameters or argument in component["init_args"]:
         return component
     return {**component, "init_args": {**component["init_args"], argument: value}}
 
 
 def component_class(component: dict[str, Any]) -> type:
-    """The class that a checked component names."""
+    """Import the class of a checked component."""
     module, name = component["class_path"].rsplit(".", 1)
     return getattr(import_module(module), name)
 
 
 @cache
 def component_parser(kind: Literal["data", "model"]) -> ArgumentParser:
-    """Parser of a datamodule's or model's ``class_path`` and ``init_args``, as anomalib's own command line reads them."""
-    from anomalib.data import AnomalibDataModule
-    from anomalib.models import AnomalibModule
-    from jsonargparse import ArgumentParser
-
-    from patchcore_plugin.registry import register
-
+    """Make the parser for ``class_path`` and ``init_args`` of a datamodule or model, as anomalib's command line has it."""
     register()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{kind}", type=AnomalibDataModule if kind == "data" else AnomalibModule, required=True)
     return parser
 
 
-def _check(kind: Literal["data", "model"], component: dict[str, Any], where: str) -> None:
-    """Check a component without building it, and complete a short class name.
+def _checked(kind: Literal["data", "model"], component: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check a component without building it; returns it with the full path of its class.
 
     Raises:
-        PlanError: If there is no such class, or it takes no such argument or value.
+        PlanError: If the class does not exist, or does not accept an argument or value.
     """
     try:
         parsed = component_parser(kind).parse_object({kind: component})
-    except Exception as error:  # what importing a user's class may raise
+    except Exception as error:  # importing a user's class may raise anything
         raise PlanError(f"{where}: {error}") from error
-    component["class_path"] = parsed[kind].class_path
+    return {**component, "class_path": parsed[kind].class_path}
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except FileNotFoundError as error:
         msg = f"There is no file {file}."
         raise PlanError(msg) from error
-    except Exception as error:  # of YAML, of omegaconf, of decoding
+    except Exception as error:  # from the YAML parser, from omegaconf, or from decoding
         raise PlanError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
-        msg = f"{file} is no evaluation: it must be a mapping with datasets and models."
+        msg = f"{file} is not a valid evaluation: it must be a mapping with datasets and models."
         raise PlanError(msg)
     return content

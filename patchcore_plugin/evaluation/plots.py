@@ -1,4 +1,4 @@
-"""Figures of the report, as SVG."""
+"""Plots of the report, as SVG."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from sklearn.metrics import roc_curve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from patchcore_plugin.evaluation.runner import Result
 
-_COLOURS = colormaps["tab10"].colors
-# No date and no random names in the file: the same results give the same report. Names are shown as they are, not as TeX.
+_COLORS = colormaps["tab10"].colors
+# The same results give the same file: no date, no random names. Names of models appear as written, not as TeX.
 _STYLE = {
     "svg.hashsalt": "patchcore",
     "text.parse_math": False,
@@ -28,9 +29,7 @@ _STYLE = {
 
 
 def roc_curves(models: dict[str, Sequence[Result]]) -> str:
-    """ROC curve of every model and seed on one data set, as a data URL."""
-    from sklearn.metrics import roc_curve
-
+    """Draw the ROC curves of every model and seed on one data set; returns a data URL."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(6, 4.2), layout="constrained")
         axis = figure.subplots()
@@ -40,8 +39,8 @@ def roc_curves(models: dict[str, Sequence[Result]]) -> str:
                     continue
                 labels, scores = _labels_and_scores(result)
                 false, true, _ = roc_curve(labels, scores)
-                colour = _COLOURS[number % len(_COLOURS)]
-                axis.plot(false, true, color=colour, alpha=0.8, linewidth=1.2, label=None if turn else name)
+                color = _COLORS[number % len(_COLORS)]
+                axis.plot(false, true, color=color, alpha=0.8, linewidth=1.2, label=None if turn else name)
         axis.set(xlabel="normal images called anomalous", ylabel="defective images found", xlim=(0, 1), ylim=(0, 1.01))
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(PercentFormatter(1))
@@ -52,14 +51,14 @@ def roc_curves(models: dict[str, Sequence[Result]]) -> str:
 
 
 def score_histograms(models: dict[str, Result]) -> str:
-    """Scores of normal and defective images under each model on one data set, with its threshold, as a data URL."""
+    """Draw histograms of normal and defective scores, one per model on one data set; returns a data URL."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(6, 1.7 * len(models)), layout="constrained")
         for axis, (name, result) in zip(figure.subplots(len(models), squeeze=False)[:, 0], models.items(), strict=True):
             labels, scores = _labels_and_scores(result)
             edges = np.histogram_bin_edges(scores, 40)
-            for label, colour, meaning in ((0, "tab:blue", "normal"), (1, "tab:red", "defective")):
-                axis.hist(scores[labels == label], edges, color=colour, alpha=0.55, label=meaning)
+            for label, color, meaning in ((0, "tab:blue", "normal"), (1, "tab:red", "defective")):
+                axis.hist(scores[labels == label], edges, color=color, alpha=0.55, label=meaning)
             threshold = result.content["threshold"]
             if threshold is not None:
                 axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing beside it."""
+"""The report of an evaluation: one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
+from sklearn.metrics import roc_auc_score
 
 from patchcore_plugin import __version__
-from patchcore_plugin.evaluation.metrics import METRICS, QUALITY
+from patchcore_plugin.evaluation.metrics import METRICS
 from patchcore_plugin.evaluation.plots import roc_curves, score_histograms
 from patchcore_plugin.evaluation.summary import MEAN, Row, write_whole
 
@@ -30,25 +31,15 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], skipped: dict[s
     """Write the report.
 
     Args:
-        results: All jobs of the plan, also those that failed or were not run.
-        rows: Their summary.
-        skipped: Why a data set was left out, by its name.
-        file: HTML file to write, whole or not at all.
+        results: Results of all jobs in the plan, including those that failed or have not been run.
+        rows: Summary of the results.
+        skipped: Reason why a data set was skipped, by its name.
+        file: HTML file to write; it never exists half-written.
     """
     done = [result for result in results if result.content]
     environment = Environment(loader=PackageLoader("patchcore_plugin.evaluation", "."), autoescape=True, trim_blocks=True)
     baselines = ", ".join(dict.fromkeys(result.job.baseline for result in done if result.job.baseline))
-    parts = [
-        {
-            "metrics": [METRICS[name] for name in names],
-            "lines": [_cells(row, rows, names) for row in rows],
-            "compared": compared,
-        }
-        for names, compared in (
-            ([name for name in METRICS if name in QUALITY and any(name in row.means for row in rows)], bool(baselines)),
-            ([name for name in METRICS if name not in QUALITY and any(name in row.means for row in rows)], False),
-        )
-    ]
+    parts = [_part(rows, is_cost=False, compared=bool(baselines)), _part(rows, is_cost=True, compared=False)]
     machines = sorted({"{system}, {cores} cores, torch with {threads} threads".format(**r.content["machine"]) for r in done})
     page = environment.get_template("report.html.j2").render(
         parts=parts,
@@ -65,8 +56,24 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], skipped: dict[s
     write_whole(file, page)
 
 
+def _part(rows: Sequence[Row], *, is_cost: bool, compared: bool) -> dict[str, Any]:
+    """One table of the results, with the qualities or with the costs.
+
+    Args:
+        rows: Summary of the results.
+        is_cost: Whether to show the costs.
+        compared: Whether to show the difference from the baseline.
+    """
+    names = [name for name, metric in METRICS.items() if metric.is_cost == is_cost and any(name in r.means for r in rows)]
+    return {
+        "metrics": [METRICS[name] for name in names],
+        "lines": [_cells(row, rows, names) for row in rows],
+        "compared": compared,
+    }
+
+
 def _cells(row: Row, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
-    """A row of the table: texts, and whether each is the best of its data set."""
+    """One line of a table: for each metric the mean, the deviation, and whether the mean is the best of its data set."""
     cells = []
     for name in names:
         if name not in row.means:
@@ -84,7 +91,7 @@ def _cells(row: Row, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any
 
 
 def _section(dataset: str, done: Sequence[Result]) -> dict[str, Any]:
-    """What the report shows of a data set."""
+    """The section of the report about one data set."""
     models: dict[str, list[Result]] = {}
     for result in done:
         if result.job.dataset == dataset:
@@ -102,7 +109,7 @@ def _section(dataset: str, done: Sequence[Result]) -> dict[str, Any]:
 
 
 def _defects(models: dict[str, list[Result]]) -> list[dict[str, Any]]:
-    """Of every kind of image: how many, and by model the AUROC against all normal ones and the share called anomalous."""
+    """For each kind of image: its count, and for each model the AUROC and the share called anomalous."""
     kinds = {}
     for image in sorted(next(iter(models.values()))[0].predictions, key=lambda image: (image["label"], image["kind"])):
         key = image["label"], image["kind"]
@@ -115,8 +122,7 @@ def _defects(models: dict[str, list[Result]]) -> list[dict[str, Any]]:
 
 
 def _of_kind(result: Result, label: int, kind: str) -> tuple[float | None, float | None]:
-    from sklearn.metrics import roc_auc_score
-
+    """AUROC of one kind of defect against all normal images, and share of the kind that is called anomalous."""
     scores = [image["score"] for image in result.predictions if (image["label"], image["kind"]) == (label, kind)]
     normal = [image["score"] for image in result.predictions if not image["label"]]
     threshold = result.content["threshold"]
@@ -131,7 +137,7 @@ def _mean_of_kind(cells: Sequence[tuple[float | None, float | None]]) -> tuple[s
 
 
 def _pictures(result: Result) -> dict[str, list[dict[str, Any]]]:
-    """Galleries with each picture as a data URL, and what it shows."""
+    """Galleries of a result: for each picture a data URL, a name, a score, and whether it includes the ground truth."""
     galleries = {}
     for gallery, entries in result.content["pictures"].items():
         galleries[gallery] = []

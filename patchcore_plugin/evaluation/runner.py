@@ -1,4 +1,4 @@
-"""Runs the jobs of an evaluation one after the other, each in a process of its own, and goes on where it was stopped."""
+"""Runs the jobs of an evaluation one after another, each in its own process; finished jobs are not repeated."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.evaluation.plan import Job
 
-_DEFINITION, _LOG, _ERROR = "json", "log", "error"  # endings of files beside the result's folder
-NUMBERS, PREDICTIONS = "metrics.json", "predictions.csv"
-"""Files of a result."""
+_DEFINITION, _LOG, _ERROR = "json", "log", "error"  # suffixes of the files next to a result's folder
+METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.csv"
+"""Files in a result's folder."""
 
 
 @dataclass
 class Result:
-    """What is known of a job.
+    """State and result of a job.
 
     Attributes:
         job: The job.
-        folder: Where its result lies, or would.
-        content: What the job wrote; None until it is done.
-        error: Why it failed.
-        predictions: Of every test image ``image``, ``kind``, ``label`` and ``score``, in their order.
+        folder: Folder of the result; it exists once the job is done.
+        content: Content of metrics.json; None until the job is done.
+        error: Reason why the job failed; None if it did not.
+        predictions: ``image``, ``kind``, ``label`` and ``score`` of every test image, in order.
     """
 
     job: Job
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics that this job has."""
+        """Metrics that the job has a value for."""
         return {name: value for name, value in (self.content or {}).get("metrics", {}).items() if value is not None}
 
     @property
@@ -53,7 +53,11 @@ class Result:
 
 
 def select(jobs: Sequence[Job], patterns: Sequence[str]) -> list[Job]:
-    """Jobs whose label, data set/model/seed, matches one of the patterns (``*`` and ``?``); all where there is none.
+    """Select the jobs whose label matches one of the patterns; without patterns, all jobs.
+
+    Args:
+        jobs: All jobs of the plan.
+        patterns: Patterns of labels ``DATA SET/MODEL/SEED``; ``*`` and ``?`` stand for any text and any character.
 
     Raises:
         PlanError: If a pattern matches no job.
@@ -61,7 +65,7 @@ def select(jobs: Sequence[Job], patterns: Sequence[str]) -> list[Job]:
     for pattern in patterns:
         if not any(fnmatchcase(job.label, pattern) for job in jobs):
             listed = "\n".join(f"  {job.label}" for job in jobs)
-            msg = f"--only {pattern!r} matches no job, where * stands for anything. The jobs:\n{listed}"
+            msg = f"--only {pattern!r} matches no job (* stands for any text). The jobs:\n{listed}"
             raise PlanError(msg)
     return [job for job in jobs if not patterns or any(fnmatchcase(job.label, pattern) for pattern in patterns)]
 
@@ -69,14 +73,14 @@ def select(jobs: Sequence[Job], patterns: Sequence[str]) -> list[Job]:
 def run_jobs(jobs: Iterable[Job], output: Path, done: Callable[[Result], None], start: Callable[[Job], None]) -> None:
     """Run the jobs that have no result yet.
 
-    A job is done when its folder is there: it is written beside, and renamed. One that failed leaves its log, and is
-    tried again the next time.
+    A job is done when its folder exists: the job writes a folder under another name, and renames it at the end. A job
+    that fails leaves its log, and is tried again the next time.
 
     Args:
-        jobs: What to run.
+        jobs: Jobs to run.
         output: Folder of the evaluation.
-        done: Told of every job that is done, or was before.
-        start: Told of every job that begins.
+        done: Called with the result of every job that has ended, now or earlier.
+        start: Called with every job that begins.
     """
     for job in jobs:
         result = read_result(job, output)
@@ -84,21 +88,21 @@ def run_jobs(jobs: Iterable[Job], output: Path, done: Callable[[Result], None], 
             start(job)
             _run(job, output)
             result = read_result(job, output)
-        if result.content:  # also where an evaluation was killed while its job was ending
-            for ending in (_DEFINITION, _LOG):
-                _beside(result.folder, ending).unlink(missing_ok=True)
+        if result.content:  # these files also stay behind if an evaluation is killed while its job ends
+            for suffix in (_DEFINITION, _LOG):
+                _beside(result.folder, suffix).unlink(missing_ok=True)
         done(result)
 
 
 def _run(job: Job, output: Path) -> None:
     folder = output / "jobs" / job.key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    definition, log, error = (_beside(folder, ending) for ending in (_DEFINITION, _LOG, _ERROR))
+    definition, log, error = (_beside(folder, suffix) for suffix in (_DEFINITION, _LOG, _ERROR))
     error.unlink(missing_ok=True)
     definition.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     command = [sys.executable, "-m", "patchcore_plugin.evaluation.job", definition, folder, output / "data"]
     with log.open("wb") as file:
-        # Its standard input closes when this process ends, however that happens, and then so does the job.
+        # The job ends when its standard input closes, which happens whenever this process ends, even if it is killed.
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
         try:
             process.wait()
@@ -106,24 +110,25 @@ def _run(job: Job, output: Path) -> None:
             process.kill()
             process.wait()
     if process.returncode and not error.exists():
-        error.write_text(f"its process ended with exit code {process.returncode}; {log} may say why", encoding="utf-8")
+        error.write_text(f"the process of the job ended with exit code {process.returncode}; see {log}", encoding="utf-8")
 
 
 def read_result(job: Job, output: Path) -> Result:
-    """Find out what is known of a job."""
+    """Read the state and the result of a job."""
     folder = output / "jobs" / job.key
     result = Result(job, folder)
     if not folder.is_dir():
         error = _beside(folder, _ERROR)
         result.error = error.read_text(encoding="utf-8") if error.is_file() else None
         return result
-    result.content = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-    with (folder / PREDICTIONS).open(newline="", encoding="utf-8") as file:
+    result.content = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    with (folder / PREDICTIONS_FILE).open(newline="", encoding="utf-8") as file:
         result.predictions = [
             {**row, "label": int(row["label"]), "score": float(row["score"])} for row in csv.DictReader(file)
         ]
     return result
 
 
-def _beside(folder: Path, ending: str) -> Path:
-    return folder.with_name(f"{folder.name}.{ending}")
+def _beside(folder: Path, suffix: str) -> Path:
+    """Path of a file next to a result's folder."""
+    return folder.with_name(f"{folder.name}.{suffix}")

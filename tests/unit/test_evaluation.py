@@ -12,8 +12,8 @@ from scipy.ndimage import label as regions_of
 
 from patchcore_plugin.evaluation.metrics import AUPRO_LIMIT, image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.plan import Job, PlanError, list_jobs, read_plan
-from patchcore_plugin.evaluation.runner import NUMBERS, PREDICTIONS, Result, read_result, select
-from patchcore_plugin.evaluation.summary import MEAN, summarise, write_csv
+from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE, Result, read_result, select
+from patchcore_plugin.evaluation.summary import MEAN, summarize, write_csv
 
 PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}}
 
@@ -102,8 +102,8 @@ def make_plan(folder, **changes):
         ({"model": {}}, "model: Extra inputs are not permitted"),
         ({"models": {}}, "models: Dictionary should have at least 1 item"),
         ({"seeds": [0, "one"]}, r"seeds.1: .*valid integer.*got 'one'"),
-        ({"seeds": [1, 1]}, "seeds names one twice"),
-        ({"baseline": "Padim"}, "baseline 'Padim' is none of the models: padim"),
+        ({"seeds": [1, 1]}, "a seed is listed twice"),
+        ({"baseline": "Padim"}, "baseline 'Padim' is not one of the models: padim"),
         ({"datasets": {"a/b": {"elpv": "mono"}}}, "datasets.a/b"),
         ({"datasets": {"x": {"elpv": "multi"}}}, "datasets.x.elpv: Input should be 'mono' or 'poly', got 'multi'"),
         (
@@ -226,7 +226,7 @@ def test_differences(tmp_path):
             noise = rng.normal(size=(2, 300)) * 0.1
             results.append(result(dataset, "a", seed, labels, common + labels + noise[0]))
             results.append(result(dataset, "b", seed, labels, common + 2 * labels + noise[1]))
-    rows = summarise(results)
+    rows = summarize(results)
     assert [(row.dataset, row.model) for row in rows] == [
         ("one", "a"), ("one", "b"), ("two", "a"), ("two", "b"), (MEAN, "a"), (MEAN, "b"),
     ]  # fmt: skip
@@ -253,7 +253,7 @@ def test_differences(tmp_path):
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 1], [0, 1]])
 def test_differences_of_few_images(labels):
     """No interval, and no crash, where a class has one image or none."""
-    rows = summarise([result("x", model, 0, np.array(labels), np.arange(len(labels)) * 1.0) for model in "ab"])
+    rows = summarize([result("x", model, 0, np.array(labels), np.arange(len(labels)) * 1.0) for model in "ab"])
     assert rows[1].interval is None
     assert ("image_auroc" in rows[1].means) == (len(set(labels)) == 2)
 
@@ -268,8 +268,8 @@ def test_result_folders(tmp_path):
     folder.with_name(f"{job.key}.error").write_text("ValueError: no")
     assert (read_result(job, tmp_path).status, read_result(job, tmp_path).error) == ("failed", "ValueError: no")
     folder.mkdir()
-    (folder / NUMBERS).write_text(json.dumps({"metrics": {"aupro": None, "f1_max": 0.5}}))
-    (folder / PREDICTIONS).write_text("image,kind,label,score\na/b.png,a,1,0.25\n")
+    (folder / METRICS_FILE).write_text(json.dumps({"metrics": {"aupro": None, "f1_max": 0.5}}))
+    (folder / PREDICTIONS_FILE).write_text("image,kind,label,score\na/b.png,a,1,0.25\n")
     found = read_result(job, tmp_path)
     assert (found.status, found.error, found.metrics) == ("done", None, {"f1_max": 0.5})
     assert found.predictions == [{"image": "a/b.png", "kind": "a", "label": 1, "score": 0.25}]
