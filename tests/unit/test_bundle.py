@@ -33,7 +33,7 @@ def change_manifest(folder, **changes):
     (folder / MANIFEST).write_text(json.dumps({**content, **changes}))
 
 
-def test_manifest_of_an_export(bundle, trained):
+def test_manifest_of_an_export(bundle, fitted):
     manifest = read_manifest(bundle)
     assert manifest.name == "cells"
     assert manifest.backbone == "efficientnet_lite0"
@@ -42,10 +42,10 @@ def test_manifest_of_an_export(bundle, trained):
     assert manifest.preprocessing.crop is None
     assert manifest.grid == (32, 32)
     assert manifest.embedding_dimension == 152
-    assert manifest.bank_size == len(trained.model.model.memory_bank)
-    assert manifest.image.threshold == float(trained.model.post_processor.image_threshold)
-    assert manifest.image.minimum == float(trained.model.post_processor.image_min)
-    assert manifest.pixel.maximum == float(trained.model.post_processor.pixel_max)
+    assert manifest.bank_size == len(fitted.model.memory_bank)
+    assert manifest.image.threshold == float(fitted.post_processor.image_threshold)
+    assert manifest.image.minimum == float(fitted.post_processor.image_min)
+    assert manifest.pixel.maximum == float(fitted.post_processor.pixel_max)
     assert {"anomalib", "torch", "openvino", "faiss-cpu", "patchcore-plugin"} <= set(manifest.versions)
     assert set(manifest.files) == set(FILES)
     assert {file.name for file in bundle.iterdir()} == {MANIFEST, *FILES}

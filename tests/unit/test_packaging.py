@@ -40,7 +40,7 @@ def test_entry_points():
     (model,) = entry_points(group="anomalib.models", name="faiss_patchcore")
     assert model.value == "patchcore_plugin:FaissPatchcore"
     (command,) = entry_points(group="console_scripts", name="patchcore")
-    assert command.value == "patchcore_plugin.cli.main:main"
+    assert command.value == "patchcore_plugin.cli:main"
 
 
 def test_configs_and_service_travel_with_the_package():
