@@ -323,7 +323,10 @@ def test_built_bento_serves(store, runtime, bundle_copy, test_images, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     (bento,) = (path.parent for path in Path(store["BENTOML_HOME"], "bentos").rglob("bento.yaml"))
     names = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*.py")}
-    assert {"bento/service.py", "patchcore_plugin/runtime.py", "patchcore_plugin/memory_bank.py"} <= names
+    assert {"bento/service.py", "patchcore_plugin/runtime/runtime.py", "patchcore_plugin/memory_bank/bank.py"} <= names
+    without_torch = {"bundle", "cli", "memory_bank", "operations", "runtime", "scoring"}
+    folders = {"bento", "patchcore_plugin", *(f"patchcore_plugin/{name}" for name in without_torch)}
+    assert {Path(name).parent.as_posix() for name in names} == folders
     again = [*build, "--version", "again"]
     subprocess.run(again, cwd=source, env=environment, capture_output=True, timeout=300, check=True)
     differ = differing(filecmp.dircmp(bento, bento.with_name("again")))

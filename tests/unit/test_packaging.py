@@ -1,7 +1,9 @@
 """pyproject.toml, the bento's description and the packaged files agree."""
 
 import re
+import subprocess
 import sys
+import zipfile
 from importlib.metadata import entry_points, requires
 from importlib.resources import files
 from itertools import chain
@@ -13,6 +15,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+PACKAGE = "patchcore_plugin"
 
 
 def project():
@@ -43,21 +47,21 @@ def test_entry_points():
     assert command.value == "patchcore_plugin.cli:main"
 
 
-def test_configs_and_service_travel_with_the_package():
-    configs = {file.name for file in files("patchcore_plugin.configs").iterdir()}
-    assert {
-        "best.yaml",
-        "elpv.yaml",
-        "evaluate.yaml",
-        "folder.yaml",
-        "mvtec_ad.yaml",
-        "normal_only.yaml",
-        "visa.yaml",
-    } <= configs
-    assert (files("patchcore_plugin.bento") / "service.py").is_file()
-    assert (files("patchcore_plugin.bento") / "ui" / "index.html").is_file()
-    assert (files("patchcore_plugin") / "py.typed").is_file()
-    assert (files("patchcore_plugin.evaluation") / "report.html.j2").is_file()
+def test_wheel_has_every_file_of_the_package(tmp_path):
+    """Those of bento/ and configs/ inside the package."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    paths = {file for name in ("bento", "configs", PACKAGE) for file in (ROOT / name).rglob("*") if file.is_file()}
+    expected = {file.relative_to(ROOT).as_posix() for file in paths if file.suffix != ".pyc"}
+    assert names == {file if file.startswith(PACKAGE) else f"{PACKAGE}/{file}" for file in expected}
+    assert {f"{PACKAGE}/py.typed", f"{PACKAGE}/bento/ui/index.html", f"{PACKAGE}/evaluation/report.html.j2"} <= names
+
+
+def test_configs_and_service_are_found_inside_the_package():
+    assert (files(f"{PACKAGE}.configs") / "folder.yaml").is_file()
+    assert (files(f"{PACKAGE}.bento") / "ui" / "index.html").is_file()
 
 
 def test_installed_metadata_matches_pyproject():
