@@ -10,11 +10,14 @@ from patchcore_plugin.bundle import Box, Manifest
 from patchcore_plugin.scoring.conformal import p_value
 from patchcore_plugin.scoring.regions import Region, find_regions
 from patchcore_plugin.scoring.scores import anomaly_map, map_mean
-from patchcore_plugin.scoring.thresholds import display_values, normalize, raw_threshold, without_rounding
+from patchcore_plugin.scoring.thresholds import display_values, normalize, raw_threshold, verdict, without_rounding
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from patchcore_plugin.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Prediction:
         patch_distances: Distance (h, w) of each patch to its nearest bank vector, float32, in feature units.
         size: Height and width of the image, in pixels.
         manifest: That of the bundle which answered.
-        milliseconds: Time of the stages ``"network"``, pre-processing included, and ``"search"``.
+        milliseconds: Time of the stages ``"network"``, pre-processing included, and ``"search"``; empty if not measured.
     """
 
     score: float
@@ -39,7 +42,31 @@ class Prediction:
     patch_distances: NDArray[np.float32] = field(repr=False)
     size: tuple[int, int]
     manifest: Manifest = field(repr=False)
-    milliseconds: dict[str, float] = field(repr=False)
+    milliseconds: dict[str, float] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def of(cls, scores: Scores, image: int, size: tuple[int, int], manifest: Manifest, **milliseconds: float) -> Self:
+        """Read the raw scores of one image by a bundle's manifest.
+
+        Args:
+            scores: Raw scores of one or more images.
+            image: Number of the image among them, from 0.
+            size: Height and width of the image, in pixels.
+            manifest: The bundle's manifest.
+            **milliseconds: Time of each stage.
+        """
+        raw, scale = scores.image[image : image + 1], manifest.image
+        normalized = normalize(raw, scale)
+        return cls(
+            score=float(raw[0]),
+            normalized_score=None if normalized is None else float(normalized[0]),
+            threshold=raw_threshold(scale),
+            verdict=verdict(float(raw[0]), scale),
+            patch_distances=scores.patch[image],
+            size=size,
+            manifest=manifest,
+            milliseconds=milliseconds,
+        )
 
     @cached_property
     def p_value(self) -> float | None:

@@ -21,7 +21,6 @@ from patchcore_plugin.runtime.heatmap import overlay
 from patchcore_plugin.runtime.network import Network, Request
 from patchcore_plugin.runtime.prediction import Prediction
 from patchcore_plugin.scoring import ScoreRule
-from patchcore_plugin.scoring.thresholds import normalize, raw_threshold, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -191,19 +190,8 @@ class PatchcoreRuntime:
         embedded = time.perf_counter()
         scores = self.bank.score(embedding, self.rule)
         searched = time.perf_counter()
-        scale, score = self.manifest.image, float(scores.image[0])
-        normalized = normalize(scores.image, scale)
-        prediction = Prediction(
-            score=score,
-            normalized_score=None if normalized is None else float(normalized[0]),
-            threshold=raw_threshold(scale),
-            verdict=verdict(score, scale),
-            patch_distances=scores.patch[0],
-            size=pixels.shape[:2],
-            manifest=self.manifest,
-            milliseconds={"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)},
-        )
-        return prediction, embedding
+        times = {"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)}
+        return Prediction.of(scores, 0, pixels.shape[:2], self.manifest, **times), embedding
 
 
 def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
