@@ -7,7 +7,7 @@ import threading
 from math import log10
 from typing import TYPE_CHECKING
 
-from patchcore_plugin.scoring.drift import THRESHOLD, DriftMonitor
+from patchcore_plugin.scoring.drift import ALARM_LEVEL, DriftMonitor
 
 from .schemas import Drift, Drifts, ModelDrift
 
@@ -46,7 +46,7 @@ class Watch:
         if monitor.update(prediction.score, prediction.mean_distance):
             logger.warning("Production has drifted from what the model %s was calibrated on: %s", model, monitor.state.what)
         self._metrics.drifted.labels(model=model).set(monitor.drifted)
-        self._metrics.drift.labels(model=model).set(log10(max(monitor.evidence, 1)) / log10(THRESHOLD))
+        self._metrics.drift.labels(model=model).set(log10(max(monitor.evidence, 1)) / log10(ALARM_LEVEL))
 
     def describe(self) -> Drifts:
         """What the monitors have found."""

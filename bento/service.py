@@ -402,7 +402,7 @@ def _found_reason(reason: dict[str, Any]) -> FoundReason:
 
 def _taken_apart(prediction: Prediction, manifest: str, version: str) -> dict[str, Any]:
     """A prediction without its size, as it goes from process to process."""
-    fields = ("score", "normalized_score", "threshold", "verdict", "patch_distances", "milliseconds")
+    fields = ("score", "patch_distances", "milliseconds")
     return {**{name: getattr(prediction, name) for name in fields}, "manifest": manifest, "version": version}
 
 

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["ConformalPostProcessor", "FaissPatchcore", "PatchcoreRuntime", "register"]
 __version__ = "0.1.0"
 
-# The wheel carries bento/ and configs/ inside the package. In a checkout they stand beside it, and are found there, also
-# where the working directory shadows an installed package.
+# A wheel has bento/ and configs/ inside the package. A checkout has them beside it, and they must be found there even where
+# the working directory shadows an installed package.
 _CHECKOUT = Path(__file__).parents[1]
 if (_CHECKOUT / "bento" / "service.py").is_file():
     __path__.append(str(_CHECKOUT))
 
-# Loaded at first use: the runtime must start without the training packages, and importing this package costs nothing.
-_HOMES = {
+# Module of each public name, imported at the name's first use: the runtime starts without the training packages.
+_LAZY_NAMES = {
     "ConformalPostProcessor": "patchcore_plugin.model.post_processing",
     "FaissPatchcore": "patchcore_plugin.model.lightning_model",
     "PatchcoreRuntime": "patchcore_plugin.runtime",
@@ -31,10 +31,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_NAMES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_LAZY_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:

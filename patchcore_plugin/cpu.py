@@ -1,4 +1,4 @@
-"""What this machine's CPU offers, and how OpenVINO is told to use it."""
+"""The CPU of this machine: its cores, its arithmetic, and OpenVINO's options for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def cores() -> int:
-    """Number of cores that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -24,6 +24,11 @@ def has_bfloat16() -> bool:
 
 
 def compile_options(mode: Literal["latency", "throughput"], threads: int) -> dict[str, object]:
-    """OpenVINO's properties for one image with all threads, or for as many images as threads."""
+    """Give OpenVINO's properties for a mode of work.
+
+    Args:
+        mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images at once as threads.
+        threads: Number of threads.
+    """
     streams = 1 if mode == "latency" else threads
     return {"PERFORMANCE_HINT": mode.upper(), "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}

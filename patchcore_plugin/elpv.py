@@ -1,4 +1,4 @@
-"""The demo's images: ELPV's solar cells, laid out as anomalib's Folder wants them."""
+"""The demo's images: the solar cells of ELPV, in the folders that anomalib's ``Folder`` reads."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Literal
 
 TRAIN_SHARE = 0.7
+"""Share of the normal cells that are for training."""
+
 SEED = 0
+"""Seed of the split, by default."""
 
 
 def lay_out(root: Path, kind: Literal["mono", "poly"] = "mono", seed: int = SEED) -> dict[str, int]:
     """Copy the cells of one kind into ``root``: train/good, test/good and test/defective.
 
-    Cells that experts called surely sound (defect probability 0) are normal, 70 % of them, drawn with the seed, for
-    training; surely defective ones (probability 1) are test images. Doubtful ones are left out. Safe to run again.
+    Experts gave each cell a defect probability. Cells of probability 0 are normal: 70 % of them, drawn at random, are for
+    training, the others for testing. Cells of probability 1 are defective test images. All other cells are left out. The
+    function may run again on the same folder.
 
     Args:
         root: Folder to fill; made if absent.
         kind: Monocrystalline or polycrystalline cells.
-        seed: Seed of the split.
+        seed: Seed of the draw.
 
     Returns:
-        Number of images per subfolder.
+        Number of images in each subfolder.
 
     Raises:
         ImportError: If the package elpv-dataset is not installed.

@@ -1,12 +1,15 @@
-"""The bundle: the folder that training hands to serving, and the border between the two."""
+"""The bundle: the folder that training writes and serving reads, and the border between the two."""
 
 from patchcore_plugin.bundle.folder import (
     atomic_folder,
+    copy_files,
     describe_files,
     describe_versions,
+    read_array,
     read_manifest,
     verify,
     version_of,
+    write_manifest,
 )
 from patchcore_plugin.bundle.manifest import (
     BANK,
@@ -65,9 +68,12 @@ __all__ = [
     "Storage",
     "Update",
     "atomic_folder",
+    "copy_files",
     "describe_files",
     "describe_versions",
+    "read_array",
     "read_manifest",
     "verify",
     "version_of",
+    "write_manifest",
 ]

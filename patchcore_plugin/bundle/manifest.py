@@ -1,23 +1,12 @@
-"""The bundle: the folder that training hands to serving.
+"""The records of a bundle: its manifest, and the table of its other files.
 
-    manifest.json   what the model is, how to read its scores, and the sha256 of every other file
-    features.xml    OpenVINO IR: RGB images (B, H, W, 3) u8, of any size, to embeddings (B, h, w, D) f32
-    features.bin    its weights
-    bank.faiss      the memory bank and its index
-    bank.npy        neighbours of each bank vector, for the image score
-
-and, where it is known which training image each bank vector comes from (:mod:`patchcore_plugin.bundle.origins`):
-
-    origins.npy     image, row and column of each bank vector
-    sources.json    the images' names
-    thumbnails.npy  the images themselves, made small; on request
-
-A bundle is whole or absent: it is written beside its place and moved there, and nothing of it is used before every file
-matches its checksum. Nothing in it is ever executed or unpickled.
+A bundle is the folder that training writes and serving reads. ``manifest.json`` says what the model is, how its scores are
+read, and the sha256 of every other file (:data:`FILES`). :mod:`patchcore_plugin.bundle.folder` reads and writes the folder.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -39,24 +28,24 @@ class FileRule(NamedTuple):
     """What a bundle expects of one of its files.
 
     Attributes:
-        required: Whether every bundle has the file.
-        with_: Files without which this one makes no sense.
         content: What the file holds, in a few words.
+        required: Whether every bundle has the file.
+        needs: Other files without which this one has no meaning.
     """
 
-    required: bool
-    with_: tuple[str, ...]
     content: str
+    required: bool = True
+    needs: tuple[str, ...] = ()
 
 
 FILES = {
-    FEATURES: FileRule(True, (), "network: pre-processing and embedding"),
-    WEIGHTS: FileRule(True, (), "weights of the network"),
-    BANK: FileRule(True, (), "memory bank and its index"),
-    NEIGHBORS: FileRule(True, (), "neighbors of each bank vector"),
-    ORIGINS: FileRule(False, (SOURCES,), "image, row and column of each bank vector"),
-    SOURCES: FileRule(False, (ORIGINS,), "names of the training images"),
-    THUMBNAILS: FileRule(False, (SOURCES,), "small training images"),
+    FEATURES: FileRule("network, pre-processing included (OpenVINO)"),
+    WEIGHTS: FileRule("weights of the network"),
+    BANK: FileRule("memory bank and its index (FAISS)"),
+    NEIGHBORS: FileRule("nearest neighbors of each bank vector"),
+    ORIGINS: FileRule("training image, row and column of each bank vector", required=False, needs=(SOURCES,)),
+    SOURCES: FileRule("names of the training images", required=False, needs=(ORIGINS,)),
+    THUMBNAILS: FileRule("small copies of the training images", required=False, needs=(SOURCES,)),
 }
 """Every file that a bundle may hold beside its manifest. Reading, writing, ``info`` and ``update`` go by this table."""
 
@@ -71,45 +60,46 @@ MAX_CALIBRATION = 10_000
 """Most calibration images that a bundle keeps."""
 
 
-def _is_known(name: str) -> str:
+def _check_name(name: str) -> str:
     if name not in FILES:
-        msg = f"a bundle holds no file {name!r}"
+        msg = f"{name!r} is not a file of a bundle"
         raise ValueError(msg)
     return name
 
 
-FileName = Annotated[str, AfterValidator(_is_known)]
+FileName = Annotated[str, AfterValidator(_check_name)]
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 
 
 class BundleError(PatchcoreError, ValueError):
-    """A bundle cannot be read or written; the message names the file and the reason."""
+    """A bundle cannot be read or written. The message names the file and the reason."""
 
 
-def _ascending(values: list[float]) -> list[float]:
+def _check_order(values: list[float]) -> list[float]:
     if any(after < before for before, after in pairwise(values)):
         msg = "must be in ascending order"
         raise ValueError(msg)
     return values
 
 
-Ascending = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_CALIBRATION), AfterValidator(_ascending)]
-"""One number of each calibration image, sorted by itself."""
+Ascending = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_CALIBRATION), AfterValidator(_check_order)]
+"""One number for each calibration image, in ascending order."""
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Box(NamedTuple):
+@dataclass(frozen=True)
+class Box:
     """A rectangle, in pixels.
 
     Attributes:
         left: First column.
         top: First row.
-        width: Columns.
-        height: Rows.
+        width: Number of columns.
+        height: Number of rows.
     """
 
     left: float
@@ -117,21 +107,36 @@ class Box(NamedTuple):
     width: float
     height: float
 
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom edge, as Pillow takes a box."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
+
+    def cell(self, row: int, column: int, grid: tuple[int, int]) -> Box:
+        """One cell of the box, divided into a grid.
+
+        Args:
+            row: Row of the cell, from 0.
+            column: Column of the cell, from 0.
+            grid: Rows and columns of the grid.
+        """
+        height, width = self.height / grid[0], self.width / grid[1]
+        return Box(self.left + column * width, self.top + row * height, width, height)
+
     def rounded(self) -> Box:
-        """The box with its edges rounded to whole pixels, at least one pixel large."""
-        left, top = round(self.left), round(self.top)
-        right, bottom = round(self.left + self.width), round(self.top + self.height)
+        """The box with its edges rounded to whole pixels (int), and at least one pixel large."""
+        left, top, right, bottom = map(round, self.corners)
         return Box(left, top, max(1, right - left), max(1, bottom - top))
 
 
 class Preprocessing(_Record):
-    """Steps from an image to the backbone's input, all of them inside the IR.
+    """Steps from an image to the network's input, all of them inside the network file.
 
     Attributes:
         resize: Height and width after the antialiased bilinear resize, in pixels.
-        crop: Height and width of the centre crop, in pixels; None crops nothing.
-        mean: Per channel (RGB), in [0, 1], subtracted.
-        std: Per channel (RGB), in [0, 1], divided by.
+        crop: Height and width of the center crop, in pixels; None without a crop.
+        mean: Mean of each channel (RGB), in [0, 1], which is subtracted.
+        std: Standard deviation of each channel (RGB), in [0, 1], which is divided by.
     """
 
     resize: Size
@@ -140,7 +145,7 @@ class Preprocessing(_Record):
     std: Triple
 
     @model_validator(mode="after")
-    def _crop_fits(self) -> Self:
+    def _check_crop(self) -> Self:
         if self.crop and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
             msg = f"crop {self.crop} is larger than resize {self.resize}"
             raise ValueError(msg)
@@ -148,7 +153,7 @@ class Preprocessing(_Record):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the backbone's input, in pixels."""
+        """Height and width of the network's input, in pixels."""
         return self.crop or self.resize
 
     @property
@@ -157,38 +162,57 @@ class Preprocessing(_Record):
         # torchvision rounds half to even
         return round((self.resize[0] - self.size[0]) / 2), round((self.resize[1] - self.size[1]) / 2)
 
-    def seen(self, size: tuple[int, int]) -> Box:
-        """The part of an image that the network sees, in pixels of the image; not rounded.
+    @property
+    def crop_box(self) -> Box:
+        """The crop in the resized image."""
+        return Box(self.offset[1], self.offset[0], self.size[1], self.size[0])
+
+    @property
+    def margins(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows above and below the crop, and columns left and right of it, in the resized image."""
+        (top, left), (height, width) = self.offset, self.size
+        return (top, self.resize[0] - height - top), (left, self.resize[1] - width - left)
+
+    def pixel_size(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Height and width of one pixel of the network's input, in pixels of the image.
 
         Args:
             size: Height and width of the image, in pixels.
         """
-        down, across = size[0] / self.resize[0], size[1] / self.resize[1]
-        (top, left), (height, width) = self.offset, self.size
-        return Box(left * across, top * down, width * across, height * down)
+        return size[0] / self.resize[0], size[1] / self.resize[1]
+
+    def seen(self, size: tuple[int, int]) -> Box:
+        """The part of an image that the network sees, in pixels of the image, not rounded.
+
+        Args:
+            size: Height and width of the image, in pixels.
+        """
+        (down, across), crop = self.pixel_size(size), self.crop_box
+        return Box(crop.left * across, crop.top * down, crop.width * across, crop.height * down)
 
     def to_image(self, box: Box, size: tuple[int, int]) -> Box:
-        """A box of the network's input, in whole pixels of the image that it was made from; at least one pixel large.
+        """Convert a box of the network's input to whole pixels (int) of the image.
 
         Args:
-            box: In pixels of the network's input, after resize and crop.
+            box: Box in pixels of the network's input, after resize and crop.
             size: Height and width of the image, in pixels.
+
+        Returns:
+            The box in the image, at least one pixel large.
         """
-        down, across = size[0] / self.resize[0], size[1] / self.resize[1]
-        return Box(
-            (box.left + self.offset[1]) * across, (box.top + self.offset[0]) * down, box.width * across, box.height * down
-        ).rounded()
+        (down, across), (top, left) = self.pixel_size(size), self.offset
+        return Box((box.left + left) * across, (box.top + top) * down, box.width * across, box.height * down).rounded()
 
 
 class Scale(_Record):
-    """How to read raw scores, from the model's post-processor.
+    """How raw scores are read; :mod:`patchcore_plugin.scoring.thresholds` has the arithmetic.
 
     Attributes:
-        threshold: Raw threshold; None if validation set none.
-        minimum: Lower end of the range that normalisation scales to a length of 1, the threshold at 0.5; of anomalib's
-            post-processor the smallest raw score in validation. None without normalisation.
-        maximum: Its upper end; of anomalib's the largest raw score in validation. None without normalisation.
-        sensitivity: In [0, 1]; 0.5 takes the threshold as it is, more calls more images anomalous.
+        threshold: Raw score above which something is anomalous, at a sensitivity of 0.5; None if validation set none.
+        minimum: Lower end of the range whose length normalization scales to 1, around the threshold at 0.5. anomalib's
+            post-processor takes the smallest raw score of validation. None without normalization.
+        maximum: Upper end of the range; anomalib's takes the largest raw score of validation. None without normalization.
+        sensitivity: Shift of the threshold, in [0, 1]: 0.5 leaves it, more makes it lower.
     """
 
     threshold: FiniteFloat | None = None
@@ -198,12 +222,12 @@ class Scale(_Record):
 
 
 class Calibration(_Record):
-    """Scores of normal images that were held back from training, by which p-values and drift are told.
+    """Raw scores of normal images that were kept out of the memory bank, for p-values and drift.
 
-    Each list is sorted by itself, and has one number of every image, in feature units, as training computed it.
+    Each list holds one number for each image, sorted by itself, in feature units, as training computed them.
 
     Attributes:
-        false_positive_rate: Share of normal images for which the thresholds were set.
+        false_positive_rate: Share of normal images that the thresholds may call anomalous.
         scores: Image scores.
         peaks: Largest value of each image's anomaly map.
         means: Mean of each image's anomaly map.
@@ -215,7 +239,7 @@ class Calibration(_Record):
     means: Ascending
 
     @model_validator(mode="after")
-    def _of_the_same_images(self) -> Self:
+    def _check_lengths(self) -> Self:
         if not len(self.scores) == len(self.peaks) == len(self.means):
             msg = (
                 f"{len(self.scores)} scores, {len(self.peaks)} peaks and {len(self.means)} means are not of the same images"
@@ -266,14 +290,14 @@ class Index(_Record):
 
 
 class PrecisionTrial(_Record):
-    """What the network did in one precision on normal images, on the machine that wrote the bundle.
+    """Measurement of the network in one precision, on normal images, on the machine that wrote the bundle.
 
     Attributes:
-        precision: ``"f32"``, ``"bf16"`` or ``"int8"``.
-        milliseconds: Median time for one image's embeddings, pre-processing included.
+        precision: Arithmetic of the network: ``"f32"``, ``"bf16"`` or ``"int8"``.
+        milliseconds: Median time for the embeddings of one image, pre-processing included.
         correlation: Spearman's rank correlation of the image scores with those of f32.
         error: Mean relative error of the image scores against f32.
-        good: Whether that was near enough to f32.
+        good: Whether the scores were near enough to f32.
     """
 
     precision: Precision
@@ -284,14 +308,19 @@ class PrecisionTrial(_Record):
 
 
 class File(_Record):
-    """Checksum and size of one file."""
+    """Checksum and size of one file.
+
+    Attributes:
+        sha256: Checksum, in lower-case hexadecimal digits.
+        bytes: Size.
+    """
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     bytes: PositiveInt
 
 
 class SelfTest(_Record):
-    """What the bundle answered where it was written; see :mod:`patchcore_plugin.runtime.self_test`.
+    """Scores of the test pictures on the machine that wrote the bundle; see :mod:`patchcore_plugin.runtime.self_test`.
 
     Attributes:
         scores: Raw image score of each test picture.
@@ -301,13 +330,13 @@ class SelfTest(_Record):
 
 
 class Update(_Record):
-    """One step from a bundle to its successor, by ``patchcore update``.
+    """One update by ``patchcore update``.
 
     Attributes:
-        parent: Version of the bundle that was extended.
-        date: When.
-        images: New normal images that went into the bank.
-        vectors: Vectors that they added to it.
+        parent: Version of the bundle that was updated.
+        date: Time of the update.
+        images: Number of new normal images whose patches went into the bank.
+        vectors: Number of vectors that the bank gained.
     """
 
     parent: Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
@@ -317,7 +346,34 @@ class Update(_Record):
 
 
 class Manifest(_Record):
-    """Content of manifest.json."""
+    """Content of manifest.json.
+
+    Attributes:
+        format_version: Version of the bundle format; what version 3 added has a default, so version 2 can be read.
+        name: Name of the model.
+        created: Time at which the bundle was written.
+        backbone: Name of the network that computes the features.
+        layers: Names of the backbone's layers whose features make an embedding.
+        preprocessing: Steps from an image to the network's input.
+        grid: Rows h and columns w of the patch grid.
+        embedding_dimension: Number D of values of an embedding.
+        bank_size: Number M of bank vectors.
+        coreset_sampling_ratio: Share of the training patches that training kept as bank vectors.
+        covering_radius: Largest distance from a training patch to the nearest bank vector, in feature units; None if
+            unknown.
+        num_neighbors: Neighbors that re-weight the image score; see :class:`patchcore_plugin.scoring.ScoreRule`.
+        score_smoothing: Standard deviation, in patches, of the Gaussian that smooths patch distances for the image score.
+        index: The memory bank's index.
+        precision: Arithmetic of the network. The precision of the bank's vectors is the index's ``storage``.
+        precision_trials: Measurements before the precision was chosen; empty where none was made.
+        image: How image scores are read.
+        pixel: How values of the anomaly map are read.
+        calibration: Scores of normal images that were kept out of the bank; None without them.
+        self_test: Scores of the test pictures; None in bundles of an older version.
+        lineage: Updates since training, the oldest first.
+        versions: Version of Python and of each package that wrote the bundle.
+        files: Checksum and size of each other file.
+    """
 
     format_version: Literal[2, 3] = FORMAT_VERSION
     name: Annotated[str, Field(min_length=1, max_length=200)]
@@ -329,30 +385,30 @@ class Manifest(_Record):
     embedding_dimension: PositiveInt
     bank_size: PositiveInt
     coreset_sampling_ratio: Annotated[float, Field(gt=0, le=1)]
-    covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None  # of the training patches around the bank
+    covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None
     num_neighbors: PositiveInt
-    score_smoothing: Annotated[FiniteFloat, Field(ge=0)] = 0  # of patch distances for the image score, in patches
+    score_smoothing: Annotated[FiniteFloat, Field(ge=0)] = 0
     index: Index = Index()
-    precision: Precision = "f32"  # of the network
+    precision: Precision = "f32"
     precision_trials: list[PrecisionTrial] = []
     image: Scale
     pixel: Scale
     calibration: Calibration | None = None
     self_test: SelfTest | None = None
-    lineage: list[Update] = []  # the first step first
+    lineage: list[Update] = []
     versions: dict[str, str]
     files: dict[FileName, File]
 
     @model_validator(mode="after")
-    def _files_are_complete(self) -> Self:
+    def _check_files(self) -> Self:
         required = [name for name, rule in FILES.items() if rule.required]
         if not self.files.keys() >= set(required):
-            msg = f"files lists {sorted(self.files)}, expected {', '.join(required)}"
+            msg = f"files lists {sorted(self.files)}; a bundle needs {', '.join(required)}"
             raise ValueError(msg)
         for name in self.files:
-            missing = [other for other in FILES[name].with_ if other not in self.files]
+            missing = [other for other in FILES[name].needs if other not in self.files]
             if missing:
-                msg = f"files lists {sorted(self.files)}: {name} needs {', '.join(missing)}"
+                msg = f"files lists {sorted(self.files)}; {name} needs {', '.join(missing)}"
                 raise ValueError(msg)
         return self
 

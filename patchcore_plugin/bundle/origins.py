@@ -1,4 +1,4 @@
-"""Where the vectors of a memory bank come from: the image, and the row and column of its patch."""
+"""Origins: the training image, and the row and column of the patch, that each vector of a memory bank comes from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from patchcore_plugin.bundle.folder import read_array, read_json
 from patchcore_plugin.bundle.manifest import ORIGINS, SOURCES, THUMBNAILS, BundleError
 from patchcore_plugin.images import read_image
 
@@ -20,51 +21,52 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.bundle.manifest import Manifest, Preprocessing
 
-THUMBNAIL = 256
-"""Longest side of a thumbnail, in pixels, at most."""
+THUMBNAIL_SIDE = 256
+"""Longest side of a thumbnail, in pixels."""
 
-_NAME_LIMIT = 1000  # characters
+_NAME_LENGTH_LIMIT = 1000  # characters
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where each vector of a memory bank comes from.
+    """Origin of each vector of a memory bank.
 
     Attributes:
         patches: Number of the image, row and column in the patch grid of each bank vector (M, 3), int32.
-        images: The images: paths where the model was trained, names (folder/file) in a bundle. Only those that a bank vector
-            comes from.
-        thumbnails: The part of each image that the network saw, made small (K, h, w, 3), u8, RGB; None without.
+        images: Images that a bank vector comes from: paths where the model was trained, names (folder/file) in a bundle.
+        thumbnails: The part of each image that the network saw, made small (K, h, w, 3), u8, RGB; None without thumbnails.
     """
 
     patches: NDArray[np.int32]
     images: list[str]
     thumbnails: NDArray[np.uint8] | None = None
 
-    def extended(self, more: Origins) -> Origins:
-        """These and those of vectors that were added to the bank."""
-        shifted = more.patches + np.int32([len(self.images), 0, 0])
-        both = self.thumbnails is not None and more.thumbnails is not None
+    def join(self, added: Origins) -> Origins:
+        """Join the origins with those of vectors that were added to the bank. Thumbnails need to be on both sides."""
+        shifted = added.patches + np.int32([len(self.images), 0, 0])
+        both = self.thumbnails is not None and added.thumbnails is not None
         return Origins(
             np.concatenate([self.patches, shifted]),
-            [*self.images, *more.images],
-            np.concatenate([self.thumbnails, more.thumbnails]) if both else None,
+            [*self.images, *added.images],
+            np.concatenate([self.thumbnails, added.thumbnails]) if both else None,
         )
 
-    def write(self, folder: Path) -> None:
-        """Write the bundle's files, with no more of the images' paths than folder and file."""
+    def write(self, folder: str | Path) -> None:
+        """Write the files of a bundle. Of each image's path they keep the last folder and the file name only."""
+        folder = Path(folder)
         np.save(folder / ORIGINS, np.ascontiguousarray(self.patches, np.int32))
-        (folder / SOURCES).write_text(json.dumps([name_of(image) for image in self.images], indent=0), encoding="utf-8")
+        names = ["/".join(Path(image).parts[-2:]) for image in self.images]
+        (folder / SOURCES).write_text(json.dumps(names, indent=0), encoding="utf-8")
         if self.thumbnails is not None:
             np.save(folder / THUMBNAILS, self.thumbnails)
 
 
-def of_rows(numbers: NDArray[np.int64], images: Sequence[tuple[str, int, int]]) -> Origins:
-    """Origins of patches that are numbered image by image, row by row.
+def locate_patches(numbers: NDArray[np.int64], images: Sequence[tuple[str, int, int]]) -> Origins:
+    """Find the origins of patches, which are numbered image by image and row by row.
 
     Args:
-        numbers: Of the bank's patches (M,).
-        images: Of all images that were embedded, in order, the path, and the rows and columns of the patch grid.
+        numbers: Numbers of the bank's patches (M,).
+        images: Path, rows and columns of the patch grid of every image that was embedded, in order.
     """
     grids = np.array([(rows, columns) for _, rows, columns in images], np.int64)
     ends = np.cumsum(grids.prod(1))
@@ -76,88 +78,84 @@ def of_rows(numbers: NDArray[np.int64], images: Sequence[tuple[str, int, int]]) 
     return Origins(patches, [images[number][0] for number in used])
 
 
-def name_of(path: str) -> str:
-    """What a bundle says of an image's path: its folder's name and its own."""
-    return "/".join(Path(path).parts[-2:])
+def read_origins(path: str | Path, manifest: Manifest) -> Origins | None:
+    """Read the origins of a bundle's vectors; None where the bundle has none.
 
-
-def thumbnails(paths: Sequence[str | Path], recipe: Preprocessing) -> NDArray[np.uint8]:
-    """The part of each image that the network sees, at its size or, where that is larger, at most 256 pixels a side.
-
-    Returns:
-        Pictures (K, h, w, 3), u8, RGB.
-
-    Raises:
-        BundleError: If an image is not at its path any more.
-        ImageError: If one cannot be read.
-    """
-    (top, left), (height, width) = recipe.offset, recipe.size
-    shape = thumbnail_shape(recipe)
-    found = np.empty((len(paths), *shape, 3), np.uint8)
-    for picture, path in zip(found, paths, strict=True):
-        try:
-            pixels = read_image(path)
-        except FileNotFoundError as error:
-            msg = f"The image {path} is not there any more, and thumbnails are made of it. Put it back, or leave them out."
-            raise BundleError(msg) from error
-        seen = Image.fromarray(pixels).resize(recipe.resize[::-1], Image.Resampling.BILINEAR)
-        seen = seen.crop((left, top, left + width, top + height))
-        picture[:] = np.asarray(seen.resize(shape[::-1], Image.Resampling.BILINEAR))
-    return found
-
-
-def thumbnail_shape(recipe: Preprocessing) -> tuple[int, int]:
-    """Height and width of a thumbnail, in pixels."""
-    height, width = recipe.size
-    factor = min(1, THUMBNAIL / max(height, width))
-    return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def read(folder: Path, manifest: Manifest) -> Origins | None:
-    """Read the origins of a bundle's vectors; None where it has none.
+    Args:
+        path: Folder of the bundle.
+        manifest: Manifest of the bundle.
 
     Raises:
         BundleError: If a file is damaged or does not fit the manifest.
     """
     if ORIGINS not in manifest.files:
         return None
-    images = _read_names(folder / SOURCES)
-    patches = _read_array(folder / ORIGINS)
-    if patches.dtype != np.int32 or patches.shape != (manifest.bank_size, 3):
-        msg = (
-            f"{folder / ORIGINS} holds {patches.dtype} values of shape {patches.shape}, not image, row and column of "
-            f"{manifest.bank_size} vectors."
-        )
-        raise BundleError(msg)
-    limits = (len(images), *manifest.grid)
-    if patches.min() < 0 or (patches >= limits).any():
-        msg = f"{folder / ORIGINS} names an image, row or column out of range; there are {limits} of them."
-        raise BundleError(msg)
+    images = _read_names(Path(path) / SOURCES)
+    patches = _read_patches(Path(path) / ORIGINS, manifest, len(images))
     if THUMBNAILS not in manifest.files:
         return Origins(patches, images)
-    pictures, shape = _read_array(folder / THUMBNAILS), (len(images), *thumbnail_shape(manifest.preprocessing), 3)
+    file = Path(path) / THUMBNAILS
+    pictures, shape = read_array(file), (len(images), *_thumbnail_shape(manifest.preprocessing), 3)
     if pictures.dtype != np.uint8 or pictures.shape != shape:
-        msg = f"{folder / THUMBNAILS} holds {pictures.dtype} values of shape {pictures.shape}, expected uint8 of {shape}."
+        msg = f"{file} holds {pictures.dtype} values of shape {pictures.shape}, expected uint8 of {shape}."
         raise BundleError(msg)
     return Origins(patches, images, pictures)
 
 
 def _read_names(file: Path) -> list[str]:
-    try:
-        names = json.loads(file.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        msg = f"{file} is damaged: {error}"
-        raise BundleError(msg) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) and 0 < len(name) <= _NAME_LIMIT for name in names):
-        msg = f"{file} does not hold a list of names of images."
+    names = read_json(file)
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and 0 < len(name) <= _NAME_LENGTH_LIMIT for name in names
+    ):
+        msg = f"{file} does not hold a list of image names."
         raise BundleError(msg)
     return names
 
 
-def _read_array(file: Path) -> NDArray:
-    try:
-        with file.open("rb") as stream:  # np.load would also open an archive
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError) as error:
-        msg = f"{file} is damaged: {error}"
-        raise BundleError(msg) from error
+def _read_patches(file: Path, manifest: Manifest, images: int) -> NDArray[np.int32]:
+    patches = read_array(file)
+    if patches.dtype != np.int32 or patches.shape != (manifest.bank_size, 3):
+        msg = (
+            f"{file} holds {patches.dtype} values of shape {patches.shape}, expected int32 of {(manifest.bank_size, 3)}: "
+            "image, row and column of each bank vector."
+        )
+        raise BundleError(msg)
+    limits = (images, *manifest.grid)
+    if patches.min() < 0 or (patches >= limits).any():
+        msg = f"{file} names an image, row or column out of range; there are {limits} of them."
+        raise BundleError(msg)
+    return patches
+
+
+def make_thumbnails(paths: Sequence[str | Path], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Make a small copy of the part of each image that the network sees.
+
+    Args:
+        paths: Image files.
+        preprocessing: The model's resize and crop.
+
+    Returns:
+        Thumbnails (K, h, w, 3), u8, RGB: as large as the network's input, and at most 256 pixels a side.
+
+    Raises:
+        BundleError: If an image file is missing.
+        ImageError: If an image cannot be read.
+    """
+    shape, crop = _thumbnail_shape(preprocessing), preprocessing.crop_box.corners
+    thumbnails = np.empty((len(paths), *shape, 3), np.uint8)
+    for thumbnail, path in zip(thumbnails, paths, strict=True):
+        try:
+            image = Image.fromarray(read_image(path))
+        except FileNotFoundError as error:
+            msg = f"There is no thumbnail without the image: {path} is missing. Put it back, or leave thumbnails out."
+            raise BundleError(msg) from error
+        resized = image.resize(preprocessing.resize[::-1], Image.Resampling.BILINEAR).crop(crop)
+        thumbnail[:] = np.asarray(resized.resize(shape[::-1], Image.Resampling.BILINEAR))
+    return thumbnails
+
+
+def _thumbnail_shape(preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width of a thumbnail, in pixels."""
+    height, width = preprocessing.size
+    factor = min(1, THUMBNAIL_SIDE / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))

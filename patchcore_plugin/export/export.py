@@ -30,8 +30,9 @@ from patchcore_plugin.bundle import (
     atomic_folder,
     describe_files,
     describe_versions,
+    write_manifest,
 )
-from patchcore_plugin.bundle.origins import thumbnails as make_thumbnails
+from patchcore_plugin.bundle.origins import make_thumbnails
 from patchcore_plugin.cpu import cores
 from patchcore_plugin.export.precision import choose_precision
 from patchcore_plugin.images import read_image
@@ -39,8 +40,8 @@ from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.torch_model import MemoryBankError
-from patchcore_plugin.runtime.network import INPUT, NORMALISED, Network
-from patchcore_plugin.runtime.self_test import write_manifest
+from patchcore_plugin.runtime import self_test
+from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.bundle.origins import Origins
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
-    from patchcore_plugin.runtime.network import Request
+    from patchcore_plugin.runtime.network import Embedder
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +123,10 @@ def export_bundle(
     with atomic_folder(path, overwrite=overwrite) as draft:
         progress("network")
         grid, dimension = _write_ir(network, recipe, draft / FEATURES)
-        request = Network(draft / FEATURES).request()
-        _compare(request, network, recipe, model)
-        embeddings = np.concatenate([request.embed(image) for image in held_out]) if held_out else None
-        del request  # on Windows, a file in use is not replaced
+        embedder = Network(draft / FEATURES).embedder()
+        _compare(embedder, network, recipe, model)
+        embeddings = np.concatenate([embedder.embed(image) for image in held_out]) if held_out else None
+        del embedder  # on Windows, a file in use is not replaced
         if embeddings is not None:
             only = None if index == "auto" else index
             bank, trials = choose(vectors, embeddings, torch_model.rule, only, storage, progress, cores())
@@ -161,8 +162,9 @@ def export_bundle(
             versions=describe_versions("patchcore-plugin", "anomalib", "torch", "timm", "openvino", "faiss-cpu", "numpy"),
             files=describe_files(draft),
         )
-        progress("self-test")
         write_manifest(draft, manifest)
+        progress("self-test")
+        self_test.record(draft)
     return path
 
 
@@ -189,8 +191,7 @@ def _held_out(model: FaissPatchcore, recipe: Preprocessing, images: Sequence[str
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (recipe.mean, recipe.std))
     pixels = ((model.held_out.float() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     # They were cropped already: with a border as wide as the crop takes, the network sees them as they are.
-    (top, left), (height, width) = recipe.offset, recipe.size
-    border = ((top, recipe.resize[0] - height - top), (left, recipe.resize[1] - width - left), (0, 0))
+    border = (*recipe.margins, (0, 0))
     return [np.ascontiguousarray(np.pad(image, border, mode="edge")) for image in pixels]
 
 
@@ -307,7 +308,7 @@ def with_preprocessing(network: ov.Model, recipe: Preprocessing) -> ov.Model:
     resized = ops.transpose(ops.reshape(across, np.int64([0, 0, 3, -1]), True), np.int64([0, 2, 3, 1]))
     mean = np.float32(recipe.mean).reshape(1, 3, 1, 1)
     std = np.float32(recipe.std).reshape(1, 3, 1, 1)
-    normalised = ops.multiply(ops.subtract(resized, 255 * mean), 1 / (255 * std), name=NORMALISED)
+    normalised = ops.multiply(ops.subtract(resized, 255 * mean), 1 / (255 * std), name=NORMALIZED)
     network.inputs[0].replace(normalised.output(0))
     return ov.Model(network.outputs, [images], "features")
 
@@ -346,14 +347,14 @@ def _resized(values: ov.Node, size: int, first: int, count: int) -> ov.Node:
     return ops.slice(together, np.int64([0]), np.int64([count]), np.int64([1]), np.int64([1]))
 
 
-def _compare(request: Request, network: _Embedding, recipe: Preprocessing, model: FaissPatchcore) -> None:
+def _compare(embedder: Embedder, network: _Embedding, recipe: Preprocessing, model: FaissPatchcore) -> None:
     """Refuse an IR whose embeddings are not the model's."""
     shape = (2, recipe.resize[0] + 37, recipe.resize[1] + 11, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with torch.no_grad():
         transformed = model.pre_processor.transform(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
         expected = network(transformed.cpu()).numpy()
-    found = np.concatenate([request.embed(image) for image in images])
+    found = np.concatenate([embedder.embed(image) for image in images])
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error <= _TOLERANCE:
         msg = f"The exported network differs from the model by {error:.2g} of its largest feature; nothing was written."

@@ -12,7 +12,7 @@ import openvino as ov
 
 from patchcore_plugin.bundle import BundleError, PrecisionTrial
 from patchcore_plugin.cpu import has_bfloat16
-from patchcore_plugin.runtime.network import INPUT, NORMALISED, Network
+from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,12 +110,12 @@ def _measure(
     network: Network, bank: MemoryBank, images: Sequence[NDArray[np.uint8]], rule: ScoreRule
 ) -> tuple[float, NDArray[np.float32]]:
     """Median milliseconds of an image's embeddings, and all images' scores."""
-    times, scores, request = [], [], network.request()
+    times, scores, embedder = [], [], network.embedder()
     for image in images:
-        embedding = request.embed(image)  # the first of its size takes longer
+        embedding = embedder.embed(image)  # the first of its size takes longer
         for _ in range(_REPETITIONS):
             started = time.perf_counter()
-            request.embed(image)
+            embedder.embed(image)
             times.append(time.perf_counter() - started)
         scores.append(bank.score(embedding, rule).image)
     return 1000 * float(np.median(times)), np.concatenate(scores)
@@ -148,7 +148,7 @@ def _quantized(path: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
         ignored_scope=nncf.IgnoredScope(
             # In int8, OpenVINO pads the pooling of neighbourhoods with something else than zero: borders would be far off.
             types=["AvgPool"],
-            subgraphs=[nncf.Subgraph(inputs=[INPUT], outputs=[NORMALISED])],
+            subgraphs=[nncf.Subgraph(inputs=[INPUT], outputs=[NORMALIZED])],
             validate=False,
         ),
     )

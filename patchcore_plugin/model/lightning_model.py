@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from patchcore_plugin.bundle.origins import Origins, of_rows
+from patchcore_plugin.bundle.origins import Origins, locate_patches
 from patchcore_plugin.coreset.embedding_store import GIB, EmbeddingStore, check_budget
 from patchcore_plugin.coreset.sampler import (
     GreedyCoreset,
@@ -337,7 +337,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             shares = [[] for _ in range(torch.distributed.get_world_size(group))]
             torch.distributed.all_gather_object(shares, self._sources, group=group)
         images, self._sources = [image for share in shares for image in share], []
-        return of_rows(numbers.numpy(), images) if all(path for path, *_ in images) else None
+        return locate_patches(numbers.numpy(), images) if all(path for path, *_ in images) else None
 
     def on_validation_start(self) -> None:
         """Build the memory bank before the first validation.

@@ -10,7 +10,7 @@ from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
-from patchcore_plugin.scoring.conformal import images_needed, scales
+from patchcore_plugin.scoring.conformal import images_needed, set_thresholds
 
 if TYPE_CHECKING:
     from anomalib.data import Batch
@@ -32,8 +32,8 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds a share of
     the training images back (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
 
-    Normalization follows the thresholds: :func:`patchcore_plugin.scoring.conformal.scales`. anomalib's sensitivities stay at
-    0.5: they would move the thresholds away from what was promised.
+    Normalization follows the thresholds: :func:`patchcore_plugin.scoring.conformal.set_thresholds`. anomalib's sensitivities
+    stay at 0.5: they would move the thresholds away from what was promised.
 
     Args:
         false_positive_rate: Share of normal images that may be called anomalous, in (0, 1).
@@ -119,7 +119,7 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         if len(rows) > MAX_CALIBRATION:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_CALIBRATION]]
         self.calibration = rows.to(self.calibration)
-        image, pixel = scales(self.record())
+        image, pixel = set_thresholds(self.record())
         buffers = (
             (self._image_threshold, self.image_min, self.image_max),
             (self._pixel_threshold, self.pixel_min, self.pixel_max),

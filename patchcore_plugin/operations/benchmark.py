@@ -12,7 +12,7 @@ from patchcore_plugin.bundle import FEATURES
 from patchcore_plugin.cpu import compile_options
 from patchcore_plugin.images import read_image
 from patchcore_plugin.runtime import PatchcoreRuntime
-from patchcore_plugin.runtime.network import preprocessing
+from patchcore_plugin.runtime.network import read_preprocessing
 from patchcore_plugin.scoring import anomaly_map
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def stages(runtime: PatchcoreRuntime, images: Iterable[Path]) -> dict[str, list[
     """
     core = ov.Core()
     options = {**compile_options("latency", runtime.threads), "INFERENCE_PRECISION_HINT": "f32"}
-    steps = core.compile_model(preprocessing(core, runtime.path / FEATURES), "CPU", options)
+    steps = core.compile_model(read_preprocessing(core, runtime.path / FEATURES), "CPU", options)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for number, image in enumerate(images):
         marks = [time.perf_counter()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,9 +11,7 @@ import numpy as np
 
 from patchcore_plugin.bundle import (
     BANK,
-    FEATURES,
     FORMAT_VERSION,
-    WEIGHTS,
     BundleError,
     Calibration,
     Index,
@@ -22,19 +19,20 @@ from patchcore_plugin.bundle import (
     Scale,
     Update,
     atomic_folder,
+    copy_files,
     describe_files,
     describe_versions,
     version_of,
+    write_manifest,
 )
-from patchcore_plugin.bundle import origins as provenance
+from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnails
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.memory_bank.growth import farthest_first
-from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
-from patchcore_plugin.runtime.self_test import write_manifest
+from patchcore_plugin.runtime import PatchcoreRuntime, Prediction, self_test
 from patchcore_plugin.scoring import Scores, anomaly_map
-from patchcore_plugin.scoring.conformal import extended, scales
+from patchcore_plugin.scoring.conformal import extend_calibration, set_thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,11 +118,10 @@ def update_bundle(
         picks = farthest_first(*patches, radius, progress)
         vectors, numbers = patches[0][picks], numbers[picks]
         bank, index = _grown(old, vectors, held_out, progress)
-        for file in (FEATURES, WEIGHTS):
-            shutil.copyfile(path / file, draft / file)
         bank.save(draft / BANK)
         if old.origins is not None:
             _origins(old, numbers, added).write(draft)
+        copy_files(path, old.manifest, draft)
         step = Update(parent=version_of(path), date=datetime.now(timezone.utc), images=len(added), vectors=len(vectors))
         image, pixel, calibration = recalibrated(old.manifest, _scores(old, bank, held_out, progress))
         manifest = old.manifest.model_copy(
@@ -142,6 +139,7 @@ def update_bundle(
             }
         )
         write_manifest(draft, manifest)
+        self_test.record(draft)
     before, after = old.predict(held_out), PatchcoreRuntime.load(output).predict(held_out)
     return Report(step, len(bank), radius, [str(image) for image in held_out], before, after)
 
@@ -159,10 +157,10 @@ def recalibrated(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Ca
     if manifest.calibration is None:
         return manifest.image, manifest.pixel, None
     maps = anomaly_map(held_out.patch, manifest.preprocessing.size)
-    calibration = extended(
+    calibration = extend_calibration(
         manifest.calibration, held_out.image.tolist(), maps.max((1, 2)).tolist(), maps.mean((1, 2)).tolist()
     )
-    return *scales(calibration), calibration
+    return *set_thresholds(calibration), calibration
 
 
 def _uncovered(
@@ -205,15 +203,14 @@ def _grown(
     return bank, Index(kind=bank.index, storage=bank.storage, width=bank.width, trials=trials)
 
 
-def _origins(runtime: PatchcoreRuntime, numbers: NDArray[np.int64], images: Sequence[Path]) -> provenance.Origins:
+def _origins(runtime: PatchcoreRuntime, numbers: NDArray[np.int64], images: Sequence[Path]) -> Origins:
     old, grid = runtime.origins, runtime.manifest.grid
     if not len(numbers):
         return old
-    new = provenance.of_rows(numbers, [(str(image), *grid) for image in images])
+    new = locate_patches(numbers, [(str(image), *grid) for image in images])
     if old.thumbnails is not None:
-        pictures = provenance.thumbnails(new.images, runtime.manifest.preprocessing)
-        new = provenance.Origins(new.patches, new.images, pictures)
-    return old.extended(new)
+        new = Origins(new.patches, new.images, make_thumbnails(new.images, runtime.manifest.preprocessing))
+    return old.join(new)
 
 
 def _scores(runtime: PatchcoreRuntime, bank: MemoryBank, images: Sequence[Path], progress: Progress) -> Scores:

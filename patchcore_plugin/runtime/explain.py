@@ -1,4 +1,4 @@
-"""Why a verdict: the normal patches that the anomalous ones of an image were compared with."""
+"""The reasons of a verdict: for each anomalous patch of an image, the nearest normal patch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from patchcore_plugin.bundle import Preprocessing
     from patchcore_plugin.bundle.origins import Origins
     from patchcore_plugin.memory_bank import MemoryBank
-    from patchcore_plugin.runtime.prediction import Prediction
+    from patchcore_plugin.runtime.prediction import Outcome, Prediction
     from patchcore_plugin.scoring.regions import Region
 
 MAX_REASONS = 16
-"""Regions that are explained, those of highest peak."""
+"""Largest number of reasons; the regions of highest peak have one."""
 
-SEARCH_WIDTH_FACTOR = 8  # a few patches are searched for, more widely than for a score
-_CROP = 4  # a crop shows this part of the picture's shorter side
-_SIDE = 224  # pixels of a crop
-_MARGIN, _LINE = 8, 2
+_SEARCH_WIDTH_FACTOR = 8  # a few patches are searched for, so the search may be wider than for a score
+_CROP_SHARE = 4  # the shorter side of a picture, in sides of a crop
+_CROP_SIDE = 224  # pixels
+_MARGIN, _LINE_WIDTH = 8, 2  # pixels
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class NormalPatch:
     """The bank vector nearest to a patch.
 
     Attributes:
-        vector: Its number in the bank.
-        distance: From the patch, in feature units.
-        image: Name of the training image it comes from (folder/file); None where the bundle does not say.
-        row: Its row in the image's patch grid; None where the bundle does not say.
-        column: Its column.
-        box: Its place, in pixels of the image as the network saw it, after resize and crop.
-        crop: What is around it (224, 224, 3), u8, RGB, with its box drawn; None without thumbnails.
+        vector: Number of the vector in the bank.
+        distance: Distance from the patch, in feature units.
+        image: Name (folder/file) of the training image that the vector comes from; None where the bundle does not say.
+        row: Row in the patch grid of that image; None where the bundle does not say.
+        column: Column in the patch grid of that image; None where the bundle does not say.
+        box: Place in that image, in whole pixels of the network's input, after resize and crop; None where the bundle does
+            not say.
+        crop: Surroundings in that image (224, 224, 3), u8, RGB, with the box drawn; None without thumbnails.
     """
 
     vector: int
@@ -55,16 +56,15 @@ class NormalPatch:
 
 @dataclass(frozen=True)
 class Reason:
-    """A patch that is far from all normal ones, and the nearest of those.
+    """An anomalous patch of an image, and the nearest normal patch.
 
     Attributes:
-        region: The anomalous region that has its highest point in this patch; None where there is no region: then it is the
-            image's most anomalous patch.
-        row: The patch's row in the patch grid.
-        column: Its column.
-        box: Its place, in pixels of the image.
-        nearest: The normal patch.
-        crop: What is around it (224, 224, 3), u8, RGB, with its box drawn, as large a part of the image as the other's.
+        region: Region whose highest point lies in the patch; None for the farthest patch of an image without regions.
+        row: Row in the patch grid.
+        column: Column in the patch grid.
+        box: Place of the patch, in whole pixels of the image.
+        nearest: The nearest normal patch.
+        crop: Surroundings (224, 224, 3), u8, RGB, with the box drawn; as large a part of the image as the normal patch's.
     """
 
     region: Region | None
@@ -75,92 +75,86 @@ class Reason:
     crop: NDArray[np.uint8] = field(repr=False)
 
 
-def explain(
-    prediction: Prediction,
-    pixels: NDArray[np.uint8],
-    embedding: NDArray[np.float32],
-    bank: MemoryBank,
-    origins: Origins | None,
-) -> list[Reason]:
-    """Name the nearest normal patch of each of a prediction's regions, or of its most anomalous patch.
+def explain(outcome: Outcome, bank: MemoryBank, origins: Origins | None) -> list[Reason]:
+    """Find the nearest normal patch of each of an image's regions, or, without a region, of its farthest patch.
 
     Args:
-        prediction: Answer for the image.
-        pixels: The image (H, W, 3), u8, RGB.
-        embedding: Its patch embeddings (h, w, D).
-        bank: The memory bank.
-        origins: Where the bank's vectors come from, if that is known.
+        outcome: Pixels, embedding and prediction of the image.
+        bank: Memory bank that the prediction was made with.
+        origins: Where the bank's vectors come from; None if unknown.
+
+    Returns:
+        A reason for each region, the highest peak first, at most :data:`MAX_REASONS`.
     """
-    recipe = prediction.manifest.preprocessing
+    pixels, embedding, prediction = outcome.pixels, outcome.embedding, outcome.prediction
+    preprocessing, grid = prediction.manifest.preprocessing, embedding.shape[:2]
+    seen = preprocessing.seen(prediction.size)
     regions, places = _peaks(prediction)
     rows, columns = np.array(places).T
-    distances, vectors = bank.search(embedding[rows, columns], 1, max(1, SEARCH_WIDTH_FACTOR * bank.width))
-    grid = embedding.shape[:2]
-    seen = recipe.seen(pixels.shape[:2])
+    distances, vectors = bank.search(embedding[rows, columns], 1, max(1, _SEARCH_WIDTH_FACTOR * bank.width))
     reasons = []
-    for region, row, column, distance, vector in zip(
-        regions, rows.tolist(), columns.tolist(), distances[:, 0].tolist(), vectors[:, 0].tolist(), strict=True
+    for region, (row, column), distance, vector in zip(
+        regions, places, distances[:, 0].tolist(), vectors[:, 0].tolist(), strict=True
     ):
-        box = _box(row, column, grid, seen)
-        nearest = _normal(vector, distance, origins, grid, recipe)
+        box = seen.cell(row, column, grid).rounded()
+        nearest = _normal_patch(vector, distance, origins, grid, preprocessing)
         reasons.append(Reason(region, row, column, box, nearest, _crop(pixels, box, seen)))
     return reasons
 
 
 def _peaks(prediction: Prediction) -> tuple[Sequence[Region | None], list[tuple[int, int]]]:
-    """The regions, and the patch (row, column) under the highest point of each."""
+    """The regions, in pixels of the image, and row and column of the patch under the highest point of each."""
     patches, values = prediction.patch_distances, prediction.anomaly_map
     if not prediction.regions:
         row, column = np.unravel_index(patches.argmax(), patches.shape)
         return [None], [(int(row), int(column))]
     places = []
-    for region in prediction.map_regions[:MAX_REASONS]:  # in pixels of the map
+    for region in prediction.map_regions[:MAX_REASONS]:
         part = values[region.top : region.top + region.height, region.left : region.left + region.width]
         y, x = np.argwhere(part == np.float32(region.peak))[0] + (region.top, region.left)
         places.append((int(y) * patches.shape[0] // values.shape[0], int(x) * patches.shape[1] // values.shape[1]))
     return prediction.regions[:MAX_REASONS], places
 
 
-def _normal(
-    vector: int, distance: float, origins: Origins | None, grid: tuple[int, int], recipe: Preprocessing
+def _normal_patch(
+    vector: int, distance: float, origins: Origins | None, grid: tuple[int, int], preprocessing: Preprocessing
 ) -> NormalPatch:
     if origins is None:
         return NormalPatch(vector, distance)
     number, row, column = map(int, origins.patches[vector])
-    box = _box(row, column, grid, Box(0, 0, recipe.size[1], recipe.size[0]))
+    box = _whole(preprocessing.size).cell(row, column, grid).rounded()
     crop = None
     if origins.thumbnails is not None:
-        picture = origins.thumbnails[number]
-        whole = Box(0, 0, picture.shape[1], picture.shape[0])
-        crop = _crop(picture, _box(row, column, grid, whole), whole)
+        thumbnail = origins.thumbnails[number]
+        whole = _whole(thumbnail.shape[:2])
+        crop = _crop(thumbnail, whole.cell(row, column, grid).rounded(), whole)
     return NormalPatch(vector, distance, origins.images[number], row, column, box, crop)
 
 
-def _box(row: int, column: int, grid: tuple[int, int], seen: Box) -> Box:
-    """Place of a patch in a picture, of which the grid covers ``seen``."""
-    height, width = seen.height / grid[0], seen.width / grid[1]
-    return Box(seen.left + column * width, seen.top + row * height, width, height).rounded()
+def _whole(size: tuple[int, int]) -> Box:
+    """The box of a whole picture of a height and width."""
+    return Box(0, 0, size[1], size[0])
 
 
 def _crop(picture: NDArray[np.uint8], box: Box, seen: Box) -> NDArray[np.uint8]:
-    """What is around a box, within the part of a picture that is seen; as large as the same part of any other picture."""
-    left, top, width, height = seen
-    side = max(min(width, height) / _CROP, box.width, box.height)
-    x = min(max(box.left + box.width / 2 - side / 2, left), max(left, left + width - side))
-    y = min(max(box.top + box.height / 2 - side / 2, top), max(top, top + height - side))
-    factor = _SIDE / side
-    part = Image.fromarray(picture).resize(
-        (_SIDE, _SIDE), Image.Resampling.BICUBIC, (x, y, min(x + side, picture.shape[1]), min(y + side, picture.shape[0]))
-    )
-    upper_left = (box.left - x) * factor, (box.top - y) * factor
-    lower_right = (box.left + box.width - x) * factor, (box.top + box.height - y) * factor
-    ImageDraw.Draw(part).rectangle((*upper_left, *lower_right), outline="red", width=_LINE)
-    return np.asarray(part)
+    """Cut out the surroundings of a box, within the part of a picture that the network saw, and draw the box.
+
+    The share of that part is the same in every picture, so that crops of two pictures can be compared.
+    """
+    side = max(min(seen.width, seen.height) / _CROP_SHARE, box.width, box.height)
+    left = min(max(box.left + box.width / 2 - side / 2, seen.left), max(seen.left, seen.left + seen.width - side))
+    top = min(max(box.top + box.height / 2 - side / 2, seen.top), max(seen.top, seen.top + seen.height - side))
+    part = (left, top, min(left + side, picture.shape[1]), min(top + side, picture.shape[0]))
+    crop = Image.fromarray(picture).resize((_CROP_SIDE, _CROP_SIDE), Image.Resampling.BICUBIC, part)
+    factor = _CROP_SIDE / side
+    drawn = Box((box.left - left) * factor, (box.top - top) * factor, box.width * factor, box.height * factor)
+    ImageDraw.Draw(crop).rectangle(drawn.corners, outline="red", width=_LINE_WIDTH)
+    return np.asarray(crop)
 
 
 def draw(reasons: Sequence[Reason]) -> Image.Image:
-    """One line for each reason: what is around the anomalous patch, and around the nearest normal one, side by side."""
-    step = _SIDE + _MARGIN
+    """Draw a line for each reason: the surroundings of the anomalous patch, and on its right of the nearest normal patch."""
+    step = _CROP_SIDE + _MARGIN
     pairs = any(reason.nearest.crop is not None for reason in reasons)
     sheet = Image.new("RGB", (step * (1 + pairs) + _MARGIN, step * len(reasons) + _MARGIN), "white")
     for line, reason in enumerate(reasons):

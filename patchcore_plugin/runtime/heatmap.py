@@ -12,26 +12,31 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.bundle import Preprocessing
 
-# Of a map whose threshold is 0.5: where color begins, where it is full, and how much of it covers the image.
-COLOR_FROM, COLOR_FULL, OPACITY = 0.45, 0.85, 0.75
+# values of a map whose threshold is 0.5
+FIRST_COLORED_VALUE = 0.45
+FULL_COLOR_VALUE = 0.85
+
+OPACITY = 0.75
+"""Share of the image that full color covers."""
 
 
 def overlay(image: NDArray[np.uint8], values: NDArray[np.float32], preprocessing: Preprocessing) -> Image.Image:
-    """Lay an anomaly map over the image it belongs to.
+    """Lay an anomaly map over its image.
 
     Args:
         image: RGB image (H, W, 3), u8, as it was given to the runtime.
-        values: Normalised anomaly map (h, w) in [0, 1], over the part of the image that the model saw.
-        preprocessing: The model's resize and crop, which say which part that is.
+        values: Anomaly map (h, w) for display, around [0, 1] with the threshold at 0.5, over the part of the image that the
+            network saw.
+        preprocessing: The model's resize and crop, which give that part.
 
     Returns:
-        The image in its own size: plain where normal or cropped away, yellow from the pixel threshold on, red far above it.
+        The image in its own size: plain where it is normal or was cropped away, yellow near the pixel threshold, red far
+        above it.
     """
-    part = preprocessing.seen(image.shape[:2])
-    width, height = max(1, round(part.width)), max(1, round(part.height))
-    above = np.clip((values - COLOR_FROM) / (COLOR_FULL - COLOR_FROM), 0, 1)
-    grey = Image.fromarray((above * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
+    part = preprocessing.seen(image.shape[:2]).rounded()
+    color = np.clip((values - FIRST_COLORED_VALUE) / (FULL_COLOR_VALUE - FIRST_COLORED_VALUE), 0, 1)
+    gray = Image.fromarray((color * 255).astype(np.uint8)).resize((part.width, part.height), Image.Resampling.BILINEAR)
     picture = Image.fromarray(image)
-    opacity = grey.point(lambda value: int(value * OPACITY))
-    picture.paste(ImageOps.colorize(grey, "yellow", "red"), (round(part.left), round(part.top)), opacity)
+    opacity = gray.point(lambda value: int(value * OPACITY))
+    picture.paste(ImageOps.colorize(gray, "yellow", "red"), (part.left, part.top), opacity)
     return picture

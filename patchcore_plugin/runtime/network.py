@@ -16,28 +16,31 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# OpenVINO makes its tables of NumPy's types when they are first used, and hangs for ever where two threads do so at once.
+# OpenVINO fills its table of NumPy's types at first use, and hangs forever where two threads do so at once.
 ov.Tensor(np.zeros(1, np.uint8), shared_memory=True).element_type.to_dtype()
 
-INPUT, NORMALISED = "images", "normalised"
-"""Names, in the IR, of its input and of the backbone's: pre-processing begins and ends with them."""
+INPUT, NORMALIZED = "images", "normalised"
+"""Names of two nodes in the network file: the network's input, and the backbone's. Pre-processing lies between them."""
+
+_LARGE_IMAGE_VALUES = 16_000_000  # OpenVINO keeps buffers for the largest image so far, four bytes a value
 
 
 class Network:
-    """From an image to its patch embeddings.
+    """Computes the patch embeddings of images.
 
     Args:
-        path: The IR, with its weights beside it.
-        precision: ``"f32"``, ``"bf16"`` (of the backbone; the pre-processing stays f32) or ``"int8"``, which is in the IR.
-        mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images as threads.
-        threads: All cores by default.
-        cache: Folder to keep the compiled network in; see :mod:`patchcore_plugin.runtime.network_cache`. None keeps nothing.
+        path: The network file (OpenVINO IR), with its weights beside it.
+        precision: Arithmetic: ``"f32"``, ``"bf16"`` (of the backbone; the pre-processing stays f32) or ``"int8"``, which
+            is part of the file.
+        mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images at once as threads.
+        threads: Number of threads; all cores by default.
+        cache: Folder that keeps the compiled network; see :mod:`patchcore_plugin.runtime.network_cache`. None keeps nothing.
 
     Attributes:
-        shape: Rows and columns of the patch grid, and values of an embedding; None where the IR leaves one open.
+        shape: Rows and columns of the patch grid, and values of an embedding; None where the file leaves one of them open.
 
     Raises:
-        RuntimeError: If OpenVINO cannot read or compile it.
+        RuntimeError: If OpenVINO cannot read or compile the file.
     """
 
     def __init__(
@@ -50,12 +53,12 @@ class Network:
     ) -> None:
         options = compile_options(mode, threads or cores())
         core = ov.Core()
-        # A mapped file must not change: where someone copied another over it, the process would be killed by the system.
+        # A mapped file must not change: if someone copied another file over it, the system would kill the process.
         core.set_property({"ENABLE_MMAP": False})
-        # Without a hint, OpenVINO computes in bfloat16 where the CPU has it, and scores move with the machine.
+        # Without a hint, OpenVINO computes in bfloat16 where the CPU can, and scores would depend on the machine.
         parts = {"f32": lambda: _read(core, path)}
         if precision == "bf16":
-            parts = {"f32": lambda: preprocessing(core, path), "bf16": lambda: _backbone(core, path)}
+            parts = {"f32": lambda: read_preprocessing(core, path), "bf16": lambda: _read_backbone(core, path)}
         self._parts = []
         for hint, read in parts.items():
             hinted = {**options, "INFERENCE_PRECISION_HINT": hint}
@@ -65,58 +68,55 @@ class Network:
         fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
         self.shape = tuple(size.get_length() for size in list(shape)[1:]) if fixed else None
 
-    def request(self) -> Request:
-        """Buffers to compute one image at a time in; one for each thread that does."""
-        return Request(self._parts)
+    def embedder(self) -> Embedder:
+        """Make the buffers for one image at a time. Each thread that embeds needs its own."""
+        return Embedder(self._parts)
 
 
-_LARGE = 16_000_000  # values; OpenVINO keeps the buffers of the largest image, four bytes a value
-
-
-class Request:
-    """One image on its way through a :class:`Network`."""
+class Embedder:
+    """Buffers of a :class:`Network` for one image at a time."""
 
     def __init__(self, parts: list[ov.CompiledModel]) -> None:
         self._parts = parts
         self._requests = [part.create_infer_request() for part in parts]
 
     def embed(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Patch embeddings (1, h, w, D) of an RGB image (H, W, 3), u8."""
+        """Patch embeddings (1, h, w, D), float32, of an RGB image (H, W, 3), u8, of any size."""
         values = image[None]
-        for request in self._requests:  # nothing is copied in, and what comes out is good until the next image
+        for request in self._requests:  # inputs are not copied, and outputs are valid until the next image
             values = request.infer([values], share_inputs=True, share_outputs=True)[0]
-        found = values.copy()
-        if image.size > _LARGE:
+        embedding = values.copy()
+        if image.size > _LARGE_IMAGE_VALUES:
             for part in self._parts:
                 part.release_memory()
-        return found
+        return embedding
 
 
-def preprocessing(core: ov.Core, path: Path) -> ov.Model:
-    """The steps of the IR at ``path`` up to the backbone's input."""
+def read_preprocessing(core: ov.Core, path: Path) -> ov.Model:
+    """Read the steps of a network file up to the backbone's input."""
     network = _read(core, path)
-    return ov.Model([_normalised(network)], network.get_parameters())
+    return ov.Model([_find_normalized(network)], network.get_parameters())
 
 
 def _read(core: ov.Core, path: Path) -> ov.Model:
-    """The IR, for one image at a time: fixed sizes behind the resize are a sixth faster."""
+    """Read a network file for one image at a time: fixed sizes after the resize are faster by a sixth."""
     network = core.read_model(path)
     network.reshape([1, -1, -1, 3])
     return network
 
 
-def _backbone(core: ov.Core, path: Path) -> ov.Model:
-    """What comes after the IR's pre-processing."""
+def _read_backbone(core: ov.Core, path: Path) -> ov.Model:
+    """Read the steps of a network file after its pre-processing."""
     network = _read(core, path)
-    end = _normalised(network)
-    images = ops.parameter(end.partial_shape, np.float32)
-    end.replace(images.output(0))
+    normalized = _find_normalized(network)
+    images = ops.parameter(normalized.partial_shape, np.float32)
+    normalized.replace(images.output(0))
     return ov.Model(network.outputs, [images])
 
 
-def _normalised(network: ov.Model) -> ov.Output:
+def _find_normalized(network: ov.Model) -> ov.Output:
     for node in network.get_ops():
-        if node.get_friendly_name() == NORMALISED:
+        if node.get_friendly_name() == NORMALIZED:
             return node.output(0)
-    msg = f"the network has no node {NORMALISED!r}"
+    msg = f"the network has no node {NORMALIZED!r}"
     raise RuntimeError(msg)

@@ -1,7 +1,7 @@
 """Compiled networks, kept on disk for the next start.
 
-OpenVINO has a cache of its own, which does not notice a damaged file: the scores are then wrong. Here a checksum stands
-before what OpenVINO exports, and a file appears whole or not at all.
+OpenVINO's own cache does not notice a damaged file: the scores are then wrong. Here each file begins with a checksum, and
+appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DIGEST = hashlib.sha256().digest_size
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_file(folder: Path, network: Path, options: dict[str, object], core: ov.Core) -> Path:
-    """Where the network of an IR is kept, compiled for this machine with these options."""
+    """Name the file that keeps a network, compiled for this machine with these options.
+
+    Args:
+        folder: Folder of the cache.
+        network: The network file (OpenVINO IR), with its weights beside it.
+        options: OpenVINO's properties to compile with.
+        core: OpenVINO.
+    """
     digest = hashlib.sha256()
     for file in (network, network.with_suffix(".bin")):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -36,15 +43,15 @@ def cache_file(folder: Path, network: Path, options: dict[str, object], core: ov
 def compile_or_restore(
     core: ov.Core, read: Callable[[], ov.Model], options: dict[str, object], file: Path | None
 ) -> ov.CompiledModel:
-    """The network that ``file`` keeps; or that of ``read``, compiled, which it keeps from now on.
+    """Restore the compiled network from ``file``, or compile it and keep it there.
 
     A file that is damaged or cannot be written costs the time of compiling, and nothing else.
 
     Args:
         core: OpenVINO.
-        read: Gives the network where it has to be compiled.
+        read: Reads the network; called only where it has to be compiled.
         options: OpenVINO's properties to compile with.
-        file: Where the compiled network is kept; its folder is made. None keeps nothing.
+        file: File that keeps the compiled network; its folder is made. None keeps nothing.
 
     Raises:
         RuntimeError: If OpenVINO cannot read or compile the network.
@@ -62,13 +69,13 @@ def _restore(core: ov.Core, file: Path, options: dict[str, object]) -> ov.Compil
         content = memoryview(file.read_bytes())
     except OSError:
         return None
-    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
-        logger.warning("%s is damaged: the network is compiled anew.", file)
+    if hashlib.sha256(content[_DIGEST_BYTES:]).digest() != content[:_DIGEST_BYTES]:
+        logger.warning("%s is damaged: the network is compiled again.", file)
         return None
     try:
-        return core.import_model(bytes(content[_DIGEST:]), "CPU", options)
+        return core.import_model(bytes(content[_DIGEST_BYTES:]), "CPU", options)
     except RuntimeError as error:
-        logger.warning("%s cannot be used, the network is compiled anew: %s", file, error)
+        logger.warning("%s cannot be used, the network is compiled again: %s", file, error)
         return None
 
 

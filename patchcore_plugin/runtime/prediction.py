@@ -1,79 +1,87 @@
-"""The answer for one image."""
+"""The runtime's answer for one image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from patchcore_plugin.bundle import Box, Manifest
+import numpy as np
+
 from patchcore_plugin.scoring.conformal import p_value
 from patchcore_plugin.scoring.regions import Region, find_regions
 from patchcore_plugin.scoring.scores import anomaly_map, map_mean
-from patchcore_plugin.scoring.thresholds import display_values, normalize, raw_threshold, verdict, without_rounding
+from patchcore_plugin.scoring.thresholds import (
+    display_values,
+    normalize,
+    raw_threshold,
+    verdict,
+    verdict_limit,
+    without_rounding,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from patchcore_plugin.bundle import Manifest
+    from patchcore_plugin.images import ImageError
     from patchcore_plugin.scoring import Scores
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answer for one image.
+    """The runtime's answer for one image: its raw scores, and how the bundle reads them.
 
     Attributes:
         score: Raw image score: a distance in feature units, larger is more anomalous.
-        normalized_score: Score in [0, 1] with the threshold at 0.5; None if the model was never validated.
-        threshold: Raw score above which an image is anomalous, sensitivity included; None without a threshold.
-        verdict: ``"normal"`` or ``"anomalous"``; None without a threshold.
         patch_distances: Distance (h, w) of each patch to its nearest bank vector, float32, in feature units.
         size: Height and width of the image, in pixels.
-        manifest: That of the bundle which answered.
+        manifest: Manifest of the bundle that answered.
         milliseconds: Time of the stages ``"network"``, pre-processing included, and ``"search"``; empty if not measured.
     """
 
     score: float
-    normalized_score: float | None
-    threshold: float | None
-    verdict: Literal["normal", "anomalous"] | None
     patch_distances: NDArray[np.float32] = field(repr=False)
     size: tuple[int, int]
     manifest: Manifest = field(repr=False)
-    milliseconds: dict[str, float] = field(repr=False, default_factory=dict)
+    milliseconds: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, scores: Scores, image: int, size: tuple[int, int], manifest: Manifest, **milliseconds: float) -> Self:
-        """Read the raw scores of one image by a bundle's manifest.
+        """Take the raw scores of one image out of those of several.
 
         Args:
-            scores: Raw scores of one or more images.
+            scores: Raw scores of the images.
             image: Number of the image among them, from 0.
             size: Height and width of the image, in pixels.
-            manifest: The bundle's manifest.
+            manifest: Manifest of the bundle that scored.
             **milliseconds: Time of each stage.
         """
-        raw, scale = scores.image[image : image + 1], manifest.image
-        normalized = normalize(raw, scale)
-        return cls(
-            score=float(raw[0]),
-            normalized_score=None if normalized is None else float(normalized[0]),
-            threshold=raw_threshold(scale),
-            verdict=verdict(float(raw[0]), scale),
-            patch_distances=scores.patch[image],
-            size=size,
-            manifest=manifest,
-            milliseconds=milliseconds,
-        )
+        return cls(float(scores.image[image]), scores.patch[image], size, manifest, milliseconds)
+
+    @cached_property
+    def normalized_score(self) -> float | None:
+        """Score in [0, 1] with the threshold at 0.5; None if the model was never validated."""
+        normalized = normalize(np.float32([self.score]), self.manifest.image)
+        return None if normalized is None else float(normalized[0])
+
+    @cached_property
+    def threshold(self) -> float | None:
+        """Raw score above which an image is anomalous, sensitivity included; None without a threshold."""
+        return raw_threshold(self.manifest.image)
+
+    @cached_property
+    def verdict(self) -> Literal["normal", "anomalous"] | None:
+        """Whether the score is above the threshold; None without a threshold."""
+        return verdict(self.score, self.manifest.image)
 
     @cached_property
     def p_value(self) -> float | None:
         """How rare so large a score is among normal images, in (0, 1]; None where the bundle has no calibration.
 
-        At most ``a`` for at most a share ``a`` of normal images; see :mod:`patchcore_plugin.scoring.conformal`. With n
-        calibration images it cannot be less than 1 / (n + 1).
+        At most a share ``a`` of normal images has a p-value of at most ``a``; see :mod:`patchcore_plugin.scoring.conformal`.
+        With n calibration images the smallest p-value is 1 / (n + 1).
         """
         calibration = self.manifest.calibration
         return None if calibration is None else p_value(calibration.scores, without_rounding(self.score))
@@ -85,9 +93,9 @@ class Prediction:
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32]:
-        """Raw map (H, W), float32, over the part of the image that the model saw, in feature units.
+        """Raw map (H, W), float32, over the part of the image that the network saw, in feature units.
 
-        The patch distances, upsampled and smoothed when first asked for.
+        Made from the patch distances at first use.
         """
         return anomaly_map(self.patch_distances[None], self.manifest.preprocessing.size)[0]
 
@@ -98,35 +106,51 @@ class Prediction:
 
     @cached_property
     def shown_map(self) -> NDArray[np.float32]:
-        """The map for display, around [0, 1], with the pixel threshold at 0.5, sensitivity included.
+        """The map for display, around [0, 1], with the pixel threshold, sensitivity included, at 0.5.
 
-        Where the model was never validated, the map is stretched from 0 to its own largest value.
+        If the model was never validated, the map is divided by its own largest value.
         """
         return display_values(self.anomaly_map, self.manifest.pixel)
 
     @cached_property
     def pixel_threshold(self) -> float | None:
-        """Raw value of the map above which a pixel is anomalous, sensitivity included; None without one."""
+        """Raw value of the map above which a pixel is anomalous, sensitivity included; None without a threshold."""
         return raw_threshold(self.manifest.pixel)
 
     @cached_property
+    def map_regions(self) -> list[Region]:
+        """Connected parts of the map above the pixel threshold, in pixels of the map; empty without a threshold."""
+        limit = verdict_limit(self.manifest.pixel)
+        return [] if limit is None else find_regions(self.anomaly_map, limit)
+
+    @cached_property
     def regions(self) -> list[Region] | None:
-        """Connected parts of the map above the pixel threshold, in pixels of the image; None without a threshold."""
+        """The regions of the map, in the same order, in pixels of the image; None without a threshold."""
         if self.pixel_threshold is None:
             return None
-        recipe = self.manifest.preprocessing
-        (height, width), (rows, columns) = self.size, recipe.resize
-        scale = height / rows * width / columns
+        preprocessing = self.manifest.preprocessing
+        height, width = preprocessing.pixel_size(self.size)
         return [
             Region(
-                *recipe.to_image(Box(region.left, region.top, region.width, region.height), self.size),
-                area=max(1, round(region.area * scale)),
+                **vars(preprocessing.to_image(region, self.size)),
+                area=max(1, round(region.area * height * width)),
                 peak=region.peak,
             )
             for region in self.map_regions
         ]
 
-    @cached_property
-    def map_regions(self) -> list[Region]:
-        """Connected parts of the map above the pixel threshold, in pixels of the map; empty without a threshold."""
-        return [] if self.pixel_threshold is None else find_regions(self.anomaly_map, self.pixel_threshold)
+
+class Outcome(NamedTuple):
+    """The outcome for one image of several: a prediction, or the error for which the image cannot be read.
+
+    Attributes:
+        pixels: The image (H, W, 3), u8, RGB; None with an error.
+        embedding: Patch embeddings (h, w, D) of the image, float32; None with an error.
+        prediction: The prediction; None with an error.
+        error: Reason why the image cannot be read; None with a prediction.
+    """
+
+    pixels: NDArray[np.uint8] | None = None
+    embedding: NDArray[np.float32] | None = None
+    prediction: Prediction | None = None
+    error: ImageError | OSError | None = None

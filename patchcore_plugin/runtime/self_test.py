@@ -1,7 +1,7 @@
-"""A bundle's self-test: does it answer on this machine as it did where it was written?
+"""The self-test of a bundle: does it give the same scores on this machine as on the machine that wrote it?
 
-The scores of a few pictures go into the manifest when a bundle is written, and are computed again when it is validated.
-The pictures come from whole numbers alone, without a generator of random ones or a file: every machine has the same bytes.
+Writing a bundle records the scores of a few pictures in its manifest; validating it computes them again. The pictures are
+made by integer arithmetic alone, without random numbers or a file: every machine has the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchcore_plugin.bundle import MANIFEST, Manifest, SelfTest
+from patchcore_plugin.bundle import BundleError, SelfTest, write_manifest
 from patchcore_plugin.runtime.runtime import PatchcoreRuntime
 
 if TYPE_CHECKING:
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 TOLERANCE = {"f32": 2e-3, "bf16": 5e-2, "int8": 5e-2}
 """Largest relative difference of a self-test's score, by the network's precision.
 
-``"f32"``: other CPUs add in another order, which moves embeddings by about 1e-6; an approximate index may then take another
-way and find a vector a little farther, within the 1e-3 that :data:`patchcore_plugin.memory_bank.choice.ERROR` allows.
-``"bf16"``: a CPU without bfloat16 computes in float32 instead; 1.1 % was seen. ``"int8"``: layers are rounded to 8 bits, and
-a CPU without such products (VNNI) takes others; 2.5 % was seen.
+``"f32"``: other CPUs add in another order, which moves embeddings by about 1e-6. An approximate index may then take another
+way and find a vector that is a little farther, within the 1e-3 of :data:`patchcore_plugin.memory_bank.choice.ERROR`.
+``"bf16"``: a CPU without bfloat16 computes in float32 instead; 1.1 % was measured. ``"int8"``: layers are rounded to 8 bits,
+and a CPU without 8-bit products (VNNI) rounds otherwise; 2.5 % was measured.
 """
 
 _SHAPE = 240, 320
 
 
 def pictures() -> list[NDArray[np.uint8]]:
-    """The test pictures (240, 320, 3), u8, RGB: a ramp, rings, widening stripes, coarse and fine noise.
+    """Make the test pictures (240, 320, 3), u8, RGB: a ramp, rings, widening stripes, coarse and fine noise.
 
-    None of them repeats itself: among patches that are equally far from the bank, rounding would choose the farthest.
+    No picture repeats itself: among patches that are equally far from the bank, rounding would choose the farthest.
     """
     row, column = np.indices(_SHAPE, dtype=np.int64)
     rings = ((row - 90) ** 2 + (column - 130) ** 2) // 97
@@ -43,7 +43,7 @@ def pictures() -> list[NDArray[np.uint8]]:
 
 
 def _noise(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Values in [0, 256) that look drawn at random: integer hash of a position (Teschner et al. 2003, then mixed once)."""
+    """Values in [0, 256) that look random: an integer hash of the position (Teschner et al. 2003, then mixed once)."""
     mixed = (row * 73856093) ^ (column * 19349663)
     mixed = (mixed ^ (mixed >> 13)) * 1274126177 % 2**32
     return (mixed >> 16) % 256
@@ -54,11 +54,26 @@ def scores(runtime: PatchcoreRuntime) -> list[float]:
     return [prediction.score for prediction in runtime.stream(pictures())]
 
 
-def deviations(runtime: PatchcoreRuntime) -> list[float] | None:
-    """Relative difference of each picture's score from the manifest's; None where it has none.
+def record(folder: Path) -> None:
+    """Add the self-test's scores to the manifest of a bundle whose files are all written.
+
+    The bundle is loaded as for serving, which refuses files that do not fit together.
+
+    Args:
+        folder: Folder of the bundle.
 
     Raises:
-        ValueError: If the manifest has another number of scores than there are pictures.
+        BundleError: If the bundle cannot be loaded.
+    """
+    runtime = PatchcoreRuntime.load(folder, cache=False)
+    write_manifest(folder, runtime.manifest.model_copy(update={"self_test": SelfTest(scores=scores(runtime))}))
+
+
+def deviations(runtime: PatchcoreRuntime) -> list[float] | None:
+    """Relative difference of each picture's score from the manifest's; None where the manifest has none.
+
+    Raises:
+        BundleError: If the manifest has another number of scores than there are pictures.
     """
     if runtime.manifest.self_test is None:
         return None
@@ -66,25 +81,5 @@ def deviations(runtime: PatchcoreRuntime) -> list[float] | None:
     found = np.array(scores(runtime))
     if len(found) != len(expected):
         msg = f"The manifest has {len(expected)} self-test scores, and there are {len(found)} pictures."
-        raise ValueError(msg)
+        raise BundleError(msg)
     return (np.abs(found - expected) / np.maximum(expected, 1e-12)).tolist()
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest of a bundle whose other files are in ``folder``, with the self-test's scores.
-
-    For them the bundle is loaded as serving would, which refuses files that do not fit together.
-
-    Raises:
-        BundleError: If it cannot be loaded.
-    """
-    manifest = manifest.model_copy(update={"self_test": None})
-    _write(folder, manifest)
-    runtime = PatchcoreRuntime.load(folder, cache=False)
-    manifest = manifest.model_copy(update={"self_test": SelfTest(scores=scores(runtime))})
-    _write(folder, manifest)
-    return manifest
-
-
-def _write(folder: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The arithmetic of PatchCore's scores, written once for numpy arrays and torch tensors.
+"""PatchCore's scores: image score and anomaly map from patch distances, written once for NumPy arrays and torch tensors.
 
-Source: Roth et al., arXiv 2106.08265, section 3.3. The functions follow the Python array API standard, so that the
-runtime calls them without torch and the training model can be traced through them.
+Source: Roth et al., arXiv 2106.08265, section 3.3. The functions follow the Python array API standard, so the runtime calls
+them without torch, and the training model can be traced through them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 SIGMA = 4.0
 """Standard deviation, in pixels, of the Gaussian that smooths the anomaly map (section 3.3 of the paper)."""
 
-
-_SINGLE_THREAD_PRODUCT = 2**17  # multiplications; OpenBLAS takes threads from 2**18 on
+_SINGLE_THREAD_MULTIPLICATIONS = 2**17  # of one matrix product; OpenBLAS uses several threads from 2**18 on
 
 
 @dataclass(frozen=True)
 class ScoreRule:
     """How patch distances become an image score.
 
-    A field here has the same name in the bundle's manifest.
+    Each field has the same name in the bundle's manifest.
 
     Attributes:
-        num_neighbors: Neighbors of the nearest bank vector that re-weight the image score (equation 7); 1 turns that off.
-        score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the distances before the largest is
-            taken for the image score: a defect covers several patches, and a single one that stands out is often chance.
-            0 is the paper's.
+        num_neighbors: Number of neighbors of the nearest bank vector that re-weight the image score (equation 7); 1 turns
+            the weight off.
+        score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the distances before their largest
+            becomes the image score: a defect covers several patches, and a single patch that stands out is often chance. 0
+            turns smoothing off, as in the paper.
     """
 
     num_neighbors: int = 9
@@ -44,7 +44,7 @@ class ScoreRule:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        """The rule that a bundle's manifest records."""
+        """Read the rule from the manifest of a bundle."""
         return cls(**{field.name: getattr(manifest, field.name) for field in fields(cls)})
 
 
@@ -61,11 +61,14 @@ class Scores(NamedTuple):
 
 
 def image_score(patch: Any, rule: ScoreRule) -> Any:
-    """Image scores (B,) before equation 7: the largest patch distance, after the rule's smoothing.
+    """Largest patch distance of each image, after the rule's smoothing: the image score before equation 7.
 
     Args:
         patch: Distance of each patch to its nearest bank vector (B, h, w), float32.
         rule: How the model scores images.
+
+    Returns:
+        Distances (B,), float32.
     """
     xp = array_namespace(patch)
     _, height, width = patch.shape
@@ -75,10 +78,13 @@ def image_score(patch: Any, rule: ScoreRule) -> Any:
 
 
 def farthest_patches(patch: Any) -> Any:
-    """Row (B,), int64, of each image's farthest patch, among the patches of all images in order.
+    """Find each image's farthest patch.
 
     Args:
         patch: Distance of each patch to its nearest bank vector (B, h, w).
+
+    Returns:
+        Number of the patch (B,), int64, counted image by image and row by row over the whole batch.
     """
     xp = array_namespace(patch)
     images, height, width = patch.shape
@@ -87,29 +93,28 @@ def farthest_patches(patch: Any) -> Any:
 
 
 def reweight(distance: Any, support: Any) -> Any:
-    """Image score after equation 7 of the paper.
+    """Weigh image scores by equation 7 of the paper.
 
     Args:
-        distance: Image score to weigh (B,): the distance s* of the most anomalous patch to its nearest bank vector m*, or
-            what smoothing leaves of the distances there.
-        support: Distances of the most anomalous patch to the b nearest neighbours of m* in the bank, m* the first (B, b).
+        distance: Image score to weigh (B,): the distance s* of the farthest patch to its nearest bank vector m*, or the
+            largest smoothed distance.
+        support: Distances (B, b) of the farthest patch to the b nearest neighbors of m* in the bank, m* itself the first.
 
     Returns:
-        ``(1 - exp(s*) / sum(exp(support))) * s*`` (B,). The softmax is shifted by its largest term and cannot overflow.
-        A neighborhood of one leaves the score as it is.
+        ``(1 - exp(s*) / sum(exp(support))) * distance`` (B,). With one neighbor, ``distance`` itself.
     """
     if support.shape[1] == 1:
         return distance
     xp = array_namespace(distance)
-    shift = xp.max(support, axis=1)
+    shift = xp.max(support, axis=1)  # the largest exponent is then 0: nothing overflows
     weight = 1 - xp.exp(support[:, 0] - shift) / xp.sum(xp.exp(support - shift[:, None]), axis=1)
     return weight * distance
 
 
 def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear", sigma: float = SIGMA) -> Any:
-    """Anomaly map at image resolution: patch distances upsampled and smoothed.
+    """Upsample and smooth patch distances to an anomaly map.
 
-    Both steps are linear and separable, so each axis is one matrix, and the map is two small products.
+    Both steps are linear and separable, so each axis is one matrix, and the map takes two small matrix products.
 
     Args:
         patch: Patch distances (B, h, w), float32.
@@ -123,19 +128,22 @@ def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear",
     rows = _axis_matrix(patch.shape[1], size[0], upsampling, sigma)
     columns = _axis_matrix(patch.shape[2], size[1], upsampling, sigma).T
     if isinstance(patch, np.ndarray):
-        # In products so small that BLAS takes no threads: those go on spinning afterwards, and slow what comes next.
-        piece = max(1, _SINGLE_THREAD_PRODUCT // (patch.shape[2] * max(patch.shape[1], size[1])))
-        parts = [rows[first : first + piece] @ patch @ columns for first in range(0, size[0], piece)]
+        # in products so small that BLAS uses one thread: more would wait actively afterwards, and slow what runs next
+        step = max(1, _SINGLE_THREAD_MULTIPLICATIONS // (patch.shape[2] * max(patch.shape[1], size[1])))
+        parts = [rows[first : first + step] @ patch @ columns for first in range(0, size[0], step)]
         return np.concatenate(parts, axis=1)
     return patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
 
 
 def map_mean(patch: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Mean (B,) of each :func:`anomaly_map`, without the map: the mean of a linear function of the patches is another one.
+    """Mean of each :func:`anomaly_map`, computed without the map, which is linear in the patches.
 
     Args:
         patch: Patch distances (B, h, w), float32.
         size: Height and width of the map, in pixels.
+
+    Returns:
+        Means (B,), float32.
     """
     rows, columns = (
         _axis_matrix(patches, pixels, "bilinear", SIGMA).mean(0)
@@ -146,12 +154,12 @@ def map_mean(patch: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.fl
 
 @lru_cache(maxsize=32)
 def _axis_matrix(patches: int, pixels: int, upsampling: str, sigma: float) -> NDArray[np.float32]:
-    """Matrix (pixels, patches) that upsamples one axis, then smooths it with a Gaussian cut at four sigma."""
-    centres = (np.arange(pixels) + 0.5) * patches / pixels - 0.5
+    """Matrix (pixels, patches) that upsamples one axis, then smooths it with a Gaussian that is cut at four sigma."""
+    centers = (np.arange(pixels) + 0.5) * patches / pixels - 0.5
     if upsampling == "nearest":
         upsample = np.eye(patches)[np.arange(pixels) * patches // pixels]
     elif upsampling == "bilinear":
-        offset = np.clip(centres, 0, patches - 1)[:, None] - np.arange(patches)
+        offset = np.clip(centers, 0, patches - 1)[:, None] - np.arange(patches)
         upsample = np.clip(1 - np.abs(offset), 0, None)
     else:
         msg = f"upsampling must be 'bilinear' or 'nearest', got {upsampling!r}."
@@ -159,7 +167,7 @@ def _axis_matrix(patches: int, pixels: int, upsampling: str, sigma: float) -> ND
     reach = int(4 * sigma + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel /= kernel.sum()
-    # Border pixels are mirrored: a tap outside falls on the pixel that np.pad puts there.
+    # the image is mirrored at its border: np.pad says which pixel stands outside
     source = np.pad(np.arange(pixels), reach, mode="reflect" if pixels > 1 else "edge")
     smooth = np.zeros((pixels, pixels))
     for tap, weight in enumerate(kernel):

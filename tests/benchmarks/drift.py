@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from patchcore_plugin.bundle import Calibration
-from patchcore_plugin.scoring.drift import THRESHOLD, DriftMonitor
+from patchcore_plugin.scoring.drift import ALARM_LEVEL, DriftMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -90,7 +90,7 @@ def main(data: Path | None, divisions: int, calibration: list[int]) -> None:
                 unshifted(monitor, pure[:200])
                 stream = enumerate(values[rng.choice(rest, GIVEN_UP)], start=1)
                 results[name].append(next((number for number, image in stream if monitor.update(*image)), None))
-        click.echo(f"{count} calibration images of {len(still)}, threshold {THRESHOLD:g}, {divisions} divisions")
+        click.echo(f"{count} calibration images of {len(still)}, threshold {ALARM_LEVEL:g}, {divisions} divisions")
         table = Table("shift", "images", "alarms", "largest evidence")
         for name in ("none", "none, 5 % defective"):
             alarms, most = zip(*results.pop(name), strict=True)

@@ -1,9 +1,11 @@
 """Same numbers after export: the runtime against torch on real images, whatever their number and size."""
 
+import io
 import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
@@ -138,21 +140,63 @@ def test_stream_holds_few_images(bundle, test_images):
     assert len(list(runtime.stream(test_images[:3]))) == 3
 
 
-def test_what_happens_after_a_bad_image(bundle, test_images, tmp_path):
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_what_happens_after_a_bad_image(bundle, test_images, tmp_path, mode):
     (tmp_path / "text.png").write_text("no image")
-    for mode in ("latency", "throughput"):
-        runtime = PatchcoreRuntime.load(bundle, mode=mode)
-        stream = runtime.stream([test_images[0], tmp_path / "text.png", *test_images[1:9]])
-        assert next(stream).score > 0
-        with pytest.raises(ImageError, match=r"text\.png cannot be read"):
-            next(stream)
-        assert len(runtime.predict(test_images[:3])) == 3
+    runtime = PatchcoreRuntime.load(bundle, mode=mode)
+    stream = runtime.stream([test_images[0], tmp_path / "text.png", *test_images[1:9]])
+    assert next(stream).score > 0
+    with pytest.raises(ImageError, match=r"text\.png cannot be read"):
+        next(stream)
+    assert next(stream, None) is None
+    assert len(runtime.predict(test_images[:3])) == 3
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_outcomes_go_on_after_a_bad_image(bundle, runtime, test_images, tmp_path, mode):
+    """One outcome for each image, in order: all that was made of it, or its error."""
+    (tmp_path / "text.png").write_text("no image")
+    images = [tmp_path / "text.png", test_images[0], tmp_path / "absent.png", *test_images[1:5], tmp_path / "text.png"]
+    outcomes = list(PatchcoreRuntime.load(bundle, mode=mode).stream_outcomes(images))
+    assert len(outcomes) == len(images)
+    for path, outcome in zip(images, outcomes, strict=True):
+        if path.parent == tmp_path:
+            kind, said = (ImageError, "cannot be read") if path.name == "text.png" else (FileNotFoundError, "absent.png")
+            assert isinstance(outcome.error, kind)
+            assert said in str(outcome.error)
+            assert (outcome.pixels, outcome.embedding, outcome.prediction) == (None, None, None)
+        else:
+            assert outcome.error is None
+            np.testing.assert_array_equal(outcome.pixels, np.asarray(Image.open(path).convert("RGB")))
+            np.testing.assert_array_equal(outcome.embedding, runtime.embed([outcome.pixels])[0])
+            assert outcome.prediction.score == runtime.predict([path])[0].score
+
+
+class OneWay(io.BytesIO):
+    """A file that can be read once, as a pipe."""
+
+    def seek(self, *position):
+        raise io.UnsupportedOperation
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_each_image_is_decoded_once(bundle, test_images, mode):
+    """Also where several callers share the thread that decodes ahead."""
+    runtime = PatchcoreRuntime.load(bundle, mode=mode, threads=2)
+    expected = [prediction.score for prediction in runtime.predict(test_images[:6])]
+
+    def streams():
+        return [OneWay(path.read_bytes()) for path in test_images[:6]]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [prediction.score for prediction in runtime.stream(streams())], range(8)))
+    assert found == [expected] * 8
 
 
 def test_wrong_options(bundle):
     with pytest.raises(ValueError, match="mode must be 'latency' or 'throughput', got 'fast'"):
         PatchcoreRuntime.load(bundle, mode="fast")
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="threads must be a whole number of at least 1, got 0"):
         PatchcoreRuntime.load(bundle, threads=0)
 
 

@@ -28,13 +28,13 @@ def fitted(real_embeddings) -> FaissPatchcore:
     """A model whose coreset is every 20th of the real embeddings, and whose thresholds are set by hand."""
     import torch
 
-    from patchcore_plugin.bundle.origins import of_rows
+    from patchcore_plugin.bundle.origins import locate_patches
 
     model = make_model()
     rows = np.arange(0, len(real_embeddings), 20)
     model.model.memory_bank = torch.from_numpy(real_embeddings[rows])
     model.model.covering_radius.fill_(40)
-    model.origins = of_rows(rows, [(f"/cells/good/{number}.png", 32, 32) for number in range(3)])
+    model.origins = locate_patches(rows, [(f"/cells/good/{number}.png", 32, 32) for number in range(3)])
     scale = {"_{}_threshold": 50.0, "{}_min": 40.0, "{}_max": 70.0}
     scales = {name.format(kind): torch.tensor(value) for kind in ("image", "pixel") for name, value in scale.items()}
     model.post_processor.load_state_dict(scales)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
-from patchcore_plugin.scoring.conformal import extended, images_needed, p_value, scales, threshold
+from patchcore_plugin.scoring.conformal import extend_calibration, images_needed, p_value, set_thresholds, threshold
 from patchcore_plugin.scoring.thresholds import normalize
 
 # few different values, so that ties are common
@@ -26,7 +26,7 @@ def test_p_value(calibration, score):
 @settings(max_examples=300)
 @given(calibration=scores, rate=rates)
 def test_threshold(calibration, rate):
-    """The ceil((n + 1) (1 - rate))-th smallest, in exact arithmetic; above it are p-values of at most the rate."""
+    """The ceil((n + 1) (1 - rate))-th smallest, in exact arithmetic; scores above it have a p-value of at most the rate."""
     exact, ordered = Fraction(str(rate)), sorted(calibration)
     rank = math.ceil((len(calibration) + 1) * (1 - exact))
     if rank > len(calibration):
@@ -45,7 +45,7 @@ def test_fewest_images():
         assert images_needed(rate) == needed
         assert threshold(list(range(needed)), rate) == needed - 1
     for rate in (0, 1, -0.1, math.nan, 1.5):
-        with pytest.raises(ValueError, match=f"between 0 and 1, got {rate}"):
+        with pytest.raises(ValueError, match=rf"in \(0, 1\), got {rate}"):
             images_needed(rate)
 
 
@@ -65,12 +65,12 @@ def test_promise(count, rate):
 
 
 @given(scores=st.lists(st.floats(1, 100), min_size=9, max_size=30), rate=st.sampled_from([0.1, 0.25, 0.5]))
-def test_scales(scores, rate):
-    """Normalised scores: 0 at the smallest, 0.5 at the threshold, 1 as far above; also where all scores are the same."""
+def test_normalization_follows_the_thresholds(scores, rate):
+    """Normalized scores: 0 at the smallest, 0.5 at the threshold, 1 as far above; also where all scores are the same."""
     scores = sorted(scores)
     means = [score / 2 for score in scores]
     calibration = Calibration(false_positive_rate=rate, scores=scores, peaks=scores, means=means)
-    image, pixel = scales(calibration)
+    image, pixel = set_thresholds(calibration)
     assert image.threshold == pixel.threshold == threshold(scores, rate)
     reach = image.threshold - scores[0]
     wanted = [0, 0.5, 1] if reach > 1e-3 * image.threshold else [None, 0.5, None]
@@ -82,9 +82,9 @@ def test_scales(scores, rate):
     assert normalize(np.float32([1000.0]), pixel) == 1
 
 
-def test_extended_keeps_to_the_cap():
+def test_extended_calibration_keeps_to_the_limit():
     full = [float(number) for number in range(MAX_CALIBRATION)]
     calibration = Calibration(false_positive_rate=0.01, scores=full, peaks=full, means=full)
-    more = extended(calibration, [-1.0] * 5000, [-1.0] * 5000, [-1.0] * 5000)
+    more = extend_calibration(calibration, [-1.0] * 5000, [-1.0] * 5000, [-1.0] * 5000)
     assert len(more.scores) == MAX_CALIBRATION
     assert 0.3 < np.mean(np.array(more.scores) == -1) < 0.37, "drawn at random of old and new"

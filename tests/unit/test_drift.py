@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from patchcore_plugin.bundle import Calibration
-from patchcore_plugin.scoring.drift import DEFECTS, THRESHOLD, DriftMonitor, _share_beyond
+from patchcore_plugin.scoring.drift import ALARM_LEVEL, DEFECT_SHARE, DriftMonitor, limit_share_beyond
 
 
 def calibration_of(scores, means) -> Calibration:
@@ -33,14 +33,14 @@ def reference(scores, means, stream) -> list[float]:
                 rank = int(np.ceil(share * len(values)))
                 limit = beta.ppf(1 - 1e-3 / 12, len(values) + 1 - rank, rank)
                 for stake in (0.5, 0.9):
-                    p0 = DEFECTS + (1 - DEFECTS) * limit
+                    p0 = DEFECT_SHARE + (1 - DEFECT_SHARE) * limit
                     bets.append([number, sign, ordered[rank - 1], p0, stake, 0.0])
     found = []
     for image in stream:
         for bet in bets:
             number, sign, quantile, p0, stake, total = bet
             e = 1 + stake * (1 - p0) / p0 if sign * image[number] > quantile else 1 - stake
-            bet[-1] = min((1 + total) * e, THRESHOLD * len(bets))
+            bet[-1] = min((1 + total) * e, ALARM_LEVEL * len(bets))
         found.append(sum(bet[-1] for bet in bets) / len(bets))
     return found
 
@@ -64,7 +64,7 @@ def test_against_a_slow_reference(seed, count, shift):
 def test_limits_are_those_of_clopper_and_pearson(count):
     for rank in {max(1, count // 2), max(1, int(0.9 * count)), count}:
         expected = beta.ppf(1 - 1e-4, count + 1 - rank, rank)
-        assert _share_beyond(count, rank, 1e-4) == pytest.approx(expected, abs=1e-6)
+        assert limit_share_beyond(count, rank, 1e-4) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [30, 100, 177])
@@ -79,7 +79,7 @@ def test_no_alarm_without_drift(count, defects):
             bad = 30 * (rng.random() < defects)
             assert not monitor.update(score + bad, mean + bad)
             most = max(most, monitor.evidence)
-        assert most < THRESHOLD / 100
+        assert most < ALARM_LEVEL / 100
         assert not monitor.state.drifted
 
 
@@ -88,14 +88,14 @@ def test_no_alarm_without_drift(count, defects):
     [((7, 0), "scores are larger"), ((-7, 0), "scores are smaller"), ((0, 3), "distances are larger"),
      ((0, -3), "distances are smaller")],
 )  # fmt: skip
-def test_told_soon_and_over_when_it_is_over(shift, what):
+def test_drift_is_detected_soon_and_ends_when_it_ends(shift, what):
     rng = np.random.default_rng(3)
     monitor = DriftMonitor(calibration_of(*images(rng, 100)))
     for score, mean in zip(*images(rng, 2000), strict=True):
         monitor.update(score, mean)
-    told = [monitor.update(score + shift[0], mean + shift[1]) for score, mean in zip(*images(rng, 1000), strict=True)]
-    assert sum(told) == 1, "once, when it begins"
-    assert told.index(True) < 50
+    alarms = [monitor.update(score + shift[0], mean + shift[1]) for score, mean in zip(*images(rng, 1000), strict=True)]
+    assert sum(alarms) == 1, "once, when it begins"
+    assert alarms.index(True) < 50
     state = monitor.state
     assert (state.drifted, state.what, state.images) == (True, what, 3000)
     assert state.since is not None

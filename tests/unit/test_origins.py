@@ -19,7 +19,7 @@ from patchcore_plugin.bundle import (
     describe_files,
     read_manifest,
 )
-from patchcore_plugin.bundle.origins import Origins, of_rows, read, thumbnails
+from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnails, read_origins
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 GRID = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -31,16 +31,16 @@ def test_numbers_of_rows_to_patches(grids, data):
     images = [(f"/data/{number}.png", *grid) for number, grid in enumerate(grids)]
     every = [(path, row, column) for path, rows, columns in images for row in range(rows) for column in range(columns)]
     numbers = data.draw(st.lists(st.integers(0, len(every) - 1), min_size=1, max_size=20, unique=True))
-    found = of_rows(np.array(numbers), images)
+    found = locate_patches(np.array(numbers), images)
     assert [(found.images[image], row, column) for image, row, column in found.patches] == [every[n] for n in numbers]
     assert sorted(set(found.patches[:, 0])) == list(range(len(found.images)))
-    both = found.extended(found)
+    both = found.join(found)
     assert [(both.images[image], row, column) for image, row, column in both.patches] == 2 * [every[n] for n in numbers]
 
 
-def test_bundle_tells_no_more_than_folder_and_file(bundle):
+def test_bundle_keeps_folder_and_file_name_only(bundle):
     manifest = read_manifest(bundle)
-    found = read(bundle, manifest)
+    found = read_origins(bundle, manifest)
     assert all(name.startswith("good/") and len(Path(name).parts) == 2 for name in found.images)
     assert found.patches.shape == (manifest.bank_size, 3)
     assert found.thumbnails is None
@@ -62,8 +62,8 @@ class Harm:
     ("content", "reason"),
     [
         (lambda sound: sound.astype(np.int64), "holds int64 values"),
-        (lambda sound: sound[:-1], "not image, row and column"),
-        (lambda sound: sound[:, :2], "not image, row and column"),
+        (lambda sound: sound[:-1], "image, row and column of each bank vector"),
+        (lambda sound: sound[:, :2], "image, row and column of each bank vector"),
         (lambda sound: sound - np.int32([0, 0, 99]), "out of range"),
         (lambda sound: sound + np.int32([10_000, 0, 0]), "out of range"),
         (lambda sound: sound + np.int32([0, 32, 0]), "out of range"),
@@ -126,19 +126,19 @@ def test_thumbnails_are_what_the_network_sees(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "part.png")
     statistics = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     recipe = Preprocessing(resize=(300, 600), crop=(100, 200), **statistics)
-    (picture,) = thumbnails([tmp_path / "part.png"], recipe)
+    (picture,) = make_thumbnails([tmp_path / "part.png"], recipe)
     assert picture.shape == (100, 200, 3)
     assert picture.min() == 255
-    (picture,) = thumbnails([tmp_path / "part.png"], Preprocessing(resize=(512, 1024), **statistics))
+    (picture,) = make_thumbnails([tmp_path / "part.png"], Preprocessing(resize=(512, 1024), **statistics))
     assert picture.shape == (128, 256, 3)
-    with pytest.raises(BundleError, match=r"absent\.png is not there any more"):
-        thumbnails([tmp_path / "part.png", tmp_path / "absent.png"], recipe)
+    with pytest.raises(BundleError, match=r"no thumbnail without the image: .*absent\.png is missing"):
+        make_thumbnails([tmp_path / "part.png", tmp_path / "absent.png"], recipe)
 
 
 def test_origins_are_written_as_they_are_read(bundle_copy):
-    before = read(bundle_copy, read_manifest(bundle_copy))
+    before = read_origins(bundle_copy, read_manifest(bundle_copy))
     Origins(before.patches, [f"/home/someone/secret/{name}" for name in before.images]).write(bundle_copy)
     damage(bundle_copy)
-    after = read(bundle_copy, read_manifest(bundle_copy))
+    after = read_origins(bundle_copy, read_manifest(bundle_copy))
     assert after.images == before.images
     np.testing.assert_array_equal(after.patches, before.patches)

@@ -7,13 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from patchcore_plugin.bundle import Scale
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight
-from patchcore_plugin.scoring.thresholds import normalize
 
 
-def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours: int, smoothing: float = 0) -> float:
+def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbors: int, smoothing: float = 0) -> float:
     """Equations 6 and 7 for one image's patches (h, w, D), in float64 and loops."""
     grid, embedding = embedding.shape[:2], embedding.reshape(-1, embedding.shape[-1])
     embedding, vectors = embedding.astype(np.float64), vectors.astype(np.float64)
@@ -24,9 +22,9 @@ def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours
     image = largest
     if smoothing:
         image = gaussian_filter(distances.min(1).reshape(grid), smoothing, mode="mirror", truncate=4.0).max()
-    if min(neighbours, len(vectors)) == 1:
+    if min(neighbors, len(vectors)) == 1:
         return image
-    around = np.argsort(np.linalg.norm(vectors - vectors[nearest], axis=1), kind="stable")[:neighbours]
+    around = np.argsort(np.linalg.norm(vectors - vectors[nearest], axis=1), kind="stable")[:neighbors]
     weights = np.exp(distances[worst, around] - distances[worst, around].max())
     return (1 - np.exp(largest - distances[worst, around].max()) / weights.sum()) * image
 
@@ -39,25 +37,25 @@ def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbours
     width=st.integers(1, 5),
     columns=st.integers(1, 8),
     size=st.integers(1, 20),
-    neighbours=st.integers(1, 12),
+    neighbors=st.integers(1, 12),
     scale=st.sampled_from([0.01, 1.0, 100.0]),
     smoothing=st.sampled_from([0, 0.4, 1, 2.5]),
 )
-def test_score(seed, batch, height, width, columns, size, neighbours, scale, smoothing):
+def test_score(seed, batch, height, width, columns, size, neighbors, scale, smoothing):
     rng = np.random.default_rng(seed)
     vectors = (scale * rng.normal(size=(size, columns))).astype(np.float32)
     embedding = (scale * rng.normal(size=(batch, height, width, columns))).astype(np.float32)
     bank = MemoryBank(vectors)
-    rule = ScoreRule(neighbours, smoothing)
+    rule = ScoreRule(neighbors, smoothing)
     scores = bank.score(embedding, rule)
-    expected = [reference_image_score(image, vectors, neighbours, smoothing) for image in embedding]
+    expected = [reference_image_score(image, vectors, neighbors, smoothing) for image in embedding]
     np.testing.assert_allclose(scores.image, expected, rtol=1e-3, atol=1e-5 * scale)
     assert scores.patch.shape == (batch, height, width)
 
     patch = torch.from_numpy(scores.patch)
     rows = farthest_patches(patch)
     queries = embedding.reshape(-1, columns)[rows.numpy()]
-    support = torch.from_numpy(bank.support(queries, bank.search(queries)[1][:, 0], neighbours))
+    support = torch.from_numpy(bank.support(queries, bank.search(queries)[1][:, 0], neighbors))
     tensors = reweight(image_score(patch, rule), support)
     np.testing.assert_allclose(tensors.numpy(), scores.image, rtol=1e-5, atol=1e-7)
 
@@ -93,24 +91,7 @@ def test_unknown_upsampling():
         anomaly_map(np.zeros((1, 2, 2), np.float32), (8, 8), "cubic")
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=10),
-    threshold=st.floats(-50, 50, width=32),
-    minimum=st.floats(-50, 50, width=32),
-    span=st.sampled_from([0.0, 0.5, 30.0]),
-)
-def test_normalize_is_anomalibs(values, threshold, minimum, span):
-    from anomalib.post_processing import PostProcessor
-
-    maximum = float(np.float32(minimum + span))
-    arguments = [torch.tensor(number, dtype=torch.float32) for number in (minimum, maximum, threshold)]
-    scale = Scale(threshold=threshold, minimum=minimum, maximum=maximum)
-    expected = PostProcessor._normalize(torch.tensor(values, dtype=torch.float32), *arguments).numpy()
-    np.testing.assert_allclose(normalize(np.float32(values), scale), expected, atol=1e-6)
-
-
 def test_bank_of_one_vector():
-    """With no neighbour to weigh by, the score is the distance, not 0."""
+    """With no neighbor to weigh by, the score is the distance, not 0."""
     scores = MemoryBank(np.zeros((1, 2))).score(np.float32([[[[3, 4]]]]), ScoreRule(9))
     assert scores.image.tolist() == [5.0]
