@@ -1,4 +1,4 @@
-"""Data and headings that the benchmarks share."""
+"""Data and the heading line that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ LAYERS = ["blocks.2", "blocks.4"]
 
 
 def heading(*packages: str, columns: int = 152) -> str:
-    """Versions and machine, in one line."""
+    """One line with the versions of packages and the machine.
+
+    Args:
+        packages: Names of packages to show besides patchcore-plugin, anomalib and torch.
+        columns: Length of the embeddings, which decides the number type of the sampler's products.
+    """
     names = ("patchcore-plugin", "anomalib", "torch", *packages)
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     product = str(product_type(torch.device("cpu"), columns, torch.get_num_threads())).removeprefix("torch.")
@@ -34,10 +39,10 @@ def heading(*packages: str, columns: int = 152) -> str:
 
 
 def elpv_embeddings(images: int | None = None) -> torch.Tensor:
-    """Patch embeddings of solar cells, 1,024 x 152 an image.
+    """Embed solar cells: 1,024 patches of 152 values for each image.
 
     Args:
-        images: How many: of the demo's 411 training images by default, of all 2,624 cells where more are asked for.
+        images: Number of images; by default the demo's 411 training images. More than 411 are taken from all 2,624 cells.
     """
     model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +56,7 @@ def elpv_embeddings(images: int | None = None) -> torch.Tensor:
 
 
 def embed(model: FaissPatchcore, paths: list[Path]) -> torch.Tensor:
-    """Patch embeddings of images, 1,024 x 152 each."""
+    """Embed images: 1,024 patches of 152 values for each."""
     embeddings = torch.empty(len(paths) * 1024, 152)
     for i, path in enumerate(track(paths, description="Embed")):
         image = model.pre_processor.transform(read_image(path, as_tensor=True)[None])
@@ -60,11 +65,11 @@ def embed(model: FaissPatchcore, paths: list[Path]) -> torch.Tensor:
 
 
 def nominal_halves(data: Path | None, folder: Path) -> tuple[PatchcoreRuntime, list[Path], list[Path]]:
-    """A bank of half of the normal images, at 1 %.
+    """Make a bundle of half of the normal images, with a coreset of 1 %.
 
     Args:
-        data: Folder with train/good, test/good and test/<defect>; ELPV's monocrystalline cells if not given.
-        folder: For what is made.
+        data: Folder with train/good, test/good and test/DEFECT; None takes ELPV's monocrystalline cells.
+        folder: Folder for the bundle, and for the cells.
 
     Returns:
         The runtime, the other half of the normal images, and the defective images.
@@ -85,12 +90,12 @@ def nominal_halves(data: Path | None, folder: Path) -> tuple[PatchcoreRuntime, l
 
 
 def clustered(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Random rows like patch embeddings: 200 kinds of texture, each varying in 24 directions, and some noise."""
+    """Draw random rows that resemble patch embeddings: 200 textures, each varying in 24 directions, and some noise."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(200, columns)).astype(np.float32)
+    centers = rng.normal(size=(200, columns)).astype(np.float32)
     directions = (rng.normal(size=(200, 24, columns)) / 5).astype(np.float32)
     embeddings = torch.empty(rows, columns)
     for kind, part in enumerate(np.array_split(rng.permutation(rows), 200)):
-        varied = centres[kind] + rng.normal(size=(len(part), 24)).astype(np.float32) @ directions[kind]
+        varied = centers[kind] + rng.normal(size=(len(part), 24)).astype(np.float32) @ directions[kind]
         embeddings[part] = torch.from_numpy(varied + 0.1 * rng.normal(size=varied.shape).astype(np.float32))
     return embeddings

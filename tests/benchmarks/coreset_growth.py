@@ -1,6 +1,8 @@
-"""How the sampler's cost grows with rows and with centres, on real embeddings of solar cells.
+"""Growth of the sampler's time with the rows and with the centers, on real embeddings of solar cells.
 
-python tests/benchmarks/coreset_growth.py --plot growth.png
+    python tests/benchmarks/coreset_growth.py --plot growth.png
+
+Prints the times, and draws them on logarithmic axes.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from matplotlib.figure import Figure
 from patchcore_plugin.coreset import GreedyCoreset
 
 
-def seconds(points: torch.Tensor, centres: int) -> float:
+def seconds(points: torch.Tensor, centers: int) -> float:
     started = time.perf_counter()
-    GreedyCoreset(size=centres).fit(points)
+    GreedyCoreset(size=centers).fit(points)
     return time.perf_counter() - started
 
 
@@ -37,18 +39,18 @@ def show(title: str, sizes: list[int], times: list[float]) -> float:
 @click.option("--images", default=1000, show_default=True, help="Solar cells to embed, 1,024 patches each.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), default="growth.png", show_default=True)
 def main(images: int, plot: Path) -> None:
-    """Print and plot time against the number of rows and of centres."""
+    """Print and plot the time against the number of rows and of centers."""
     points = elpv_embeddings(images)
-    points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))]  # each part like the whole
+    points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))]  # the first rows are a sample
     click.echo(heading())
     rows = [len(points) // part for part in (8, 4, 2, 1)]
     panels = {
-        "rows, 10,000 centres": (rows, [seconds(points[:n], 10_000) for n in rows]),
-        "rows, 10 % of them as centres": (rows, [seconds(points[:n], n // 10) for n in rows]),
+        "rows, 10,000 centers": (rows, [seconds(points[:n], 10_000) for n in rows]),
+        "rows, 10 % of them as centers": (rows, [seconds(points[:n], n // 10) for n in rows]),
     }
     half = points[: len(points) // 2]
-    centres = [len(half) // part for part in (160, 40, 10, 5)]
-    panels[f"centres, {len(half):,} rows"] = (centres, [seconds(half, k) for k in centres])
+    centers = [len(half) // part for part in (160, 40, 10, 5)]
+    panels[f"centers, {len(half):,} rows"] = (centers, [seconds(half, k) for k in centers])
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, (title, (sizes, times)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         exponent = show(title, sizes, times)

@@ -1,10 +1,10 @@
-"""Peak memory of a fit against its matrix of embeddings, ours and anomalib's, and a training of ten times its budget.
+"""Peak memory of a training, ours and anomalib's; and trainings within a tenth of their memory. Linux only.
 
     python tests/benchmarks/coreset_memory.py
 
-Every figure of the first table comes from a process of its own, which takes embeddings in batches as training does and
-picks the bank: its peak resident memory less what it had before the first batch. anomalib's picks 30 rows, as its steps
-add no memory but take long. The second part trains and tests through anomalib's Engine. Linux only.
+Each line of the first table comes from its own process, which collects embeddings in batches as training does, and picks
+the bank. The line shows the peak resident memory minus the memory before the first batch. anomalib's sampler picks 30 rows
+only: further steps take long, and add no memory. The second part trains and tests through anomalib's Engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 4 * 1024  # rows of 4 images
 
 
 def batches(path: str, rows: int) -> Iterator[torch.Tensor]:
-    """The first rows of a file of float32 values."""
+    """Read the first rows of a file of float32 values."""
     with Path(path).open("rb") as file:
         for start in range(0, rows, BATCH):
             count = min(BATCH, rows - start) * COLUMNS
@@ -41,7 +41,7 @@ def batches(path: str, rows: int) -> Iterator[torch.Tensor]:
 
 
 def peak() -> int:
-    """Bytes this process had resident at most."""
+    """Highest resident memory of this process, in bytes."""
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -55,7 +55,7 @@ def ours(path: str, rows: int, size: int, dtype: str, budget: float | None = Non
 def anomalib(path: str, rows: int, size: int, dtype: str) -> torch.Tensor:
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-    del dtype  # it knows float32 only
+    del dtype  # anomalib collects embeddings in float32 only
     model = PatchcoreModel(layers=["layer1"], backbone="resnet18", pre_trained=False)
     for batch in batches(path, rows):
         model.embedding_store.append(batch)
@@ -64,17 +64,17 @@ def anomalib(path: str, rows: int, size: int, dtype: str) -> torch.Tensor:
 
 
 def fit(name: str, path: str, rows: int, size: int, *options: object) -> None:
-    """Print by how many bytes a fit raises this process's memory, and the bytes of its bank."""
+    """Print by how many bytes a fit raises this process's memory, and the size of its bank in bytes."""
     pick = {"ours": ours, "anomalib": anomalib}[name]
-    pick(path, 4096, 40, options[0])  # libraries load their kernels
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    pick(path, 4096, 40, options[0])  # the libraries load their kernels before the measurement
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
     before = peak()
     bank = pick(path, rows, size, *options)
     print("RESULT", json.dumps({"peak": peak() - before, "bank": bank.nbytes}))
 
 
 def train(root: str, budget: float | None, bank: str) -> None:
-    """Train and test, keep the bank, and print radius and AUROC."""
+    """Train and test, save the bank, and print radius and AUROC."""
     import anomalib.data
     from anomalib.engine import Engine
 
@@ -92,8 +92,8 @@ def train(root: str, budget: float | None, bank: str) -> None:
     print("RESULT", json.dumps({"auroc": auroc, "radius": float(model.model.covering_radius)}))
 
 
-def by_itself(*arguments: object) -> dict:
-    """What a process of its own finds: of :func:`fit` or :func:`train`."""
+def in_own_process(*arguments: object) -> dict:
+    """Run :func:`fit` or :func:`train` in a new process, and return what it prints."""
     command = [sys.executable, __file__, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
@@ -108,10 +108,16 @@ def covering_radius(points: torch.Tensor, bank: torch.Tensor) -> float:
 
 @click.command()
 @click.option(
-    "--images", "sizes", multiple=True, type=int, default=[411, 1000, 2000], show_default=True, help="May be repeated."
+    "--images",
+    "sizes",
+    multiple=True,
+    type=int,
+    default=[411, 1000, 2000],
+    show_default=True,
+    help="Cells; may be repeated.",
 )
 def main(sizes: tuple[int, ...]) -> None:
-    """Print peak memory at several sizes, then a training within a tenth of its memory against the exact one."""
+    """Print peak memory at several sizes, then compare a training within a tenth of its memory with the exact one."""
     click.echo(heading("lightning"))
     fits = {
         "ours, 1 %": ("ours", 0.01, "float32"),
@@ -129,22 +135,22 @@ def main(sizes: tuple[int, ...]) -> None:
         for title, (name, ratio, dtype) in fits.items():
             for rows in (n * 1024 for n in sizes):
                 matrix = rows * COLUMNS * getattr(torch, dtype).itemsize
-                found = by_itself("fit", name, file, rows, int(rows * ratio) if ratio else 30, dtype)
+                found = in_own_process("fit", name, file, rows, int(rows * ratio) if ratio else 30, dtype)
                 ratios = f"{found['peak'] / matrix:>7.2f}{(found['peak'] - found['bank']) / matrix:>18.2f}"
                 click.echo(f"{title:<20}{rows:>11,}{matrix / MIB:>12.0f}{found['peak'] / MIB:>10.0f}{ratios}")
-        found = by_itself("fit", "ours", file, rows, rows // 100, "float32", points.nbytes / 10)
+        found = in_own_process("fit", "ours", file, rows, rows // 100, "float32", points.nbytes / 10)
         click.echo(
-            f"\n{len(points):,} rows at 1 % within a tenth of their matrix, {points.nbytes / 10 / MIB:.0f} MiB: "
+            f"\n{len(points):,} rows at 1 % within a tenth of their size, {points.nbytes / 10 / MIB:.0f} MiB: "
             f"peak {found['peak'] / MIB:.0f} MiB"
         )
         lay_out(folder / "elpv")
         points = elpv_embeddings()
-        click.echo(f"\n{len(points):,} rows at 1 %, with memory for all and with a tenth of the matrix")
+        click.echo(f"\n{len(points):,} rows at 1 %, with memory for all rows and for a tenth of them")
         for title, budget in {"exact": None, "streamed": points.nbytes / 10 / 2**30}.items():
-            found = by_itself("train", str(folder / "elpv"), budget, str(folder / "bank.pt"))
+            found = in_own_process("train", str(folder / "elpv"), budget, str(folder / "bank.pt"))
             bank = torch.load(folder / "bank.pt")
             click.echo(
-                f"{title:<10} bank {len(bank):,}, covering radius {covering_radius(points, bank):.4g} (promised "
+                f"{title:<10} bank {len(bank):,}, covering radius {covering_radius(points, bank):.4g} (reported "
                 f"{found['radius']:.4g}), image AUROC {found['auroc']:.4f}"
             )
 

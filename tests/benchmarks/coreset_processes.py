@@ -1,8 +1,8 @@
-"""The sampler in two processes over gloo, on uneven shards of ELPV's training embeddings.
+"""The sampler in two processes over gloo, with unequal parts of ELPV's training embeddings, against one process.
 
     python tests/benchmarks/coreset_processes.py
 
-Each process has its share of the cores; one process has all of them.
+The two processes share the cores; the single process uses all of them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def work(rank: int, folder: str, cuts: list[int], ratio: float) -> None:
 
 @click.command()
 @click.option("--ratio", default=0.1, show_default=True)
-@click.option("--share", default=0.4, show_default=True, help="The first process's share of the rows.")
+@click.option("--share", default=0.4, show_default=True, help="Share of the rows in the first process.")
 def main(ratio: float, share: float) -> None:
-    """Print the time of one process and of two, and whether both pick the same."""
+    """Print the times of one process and of two, and whether both pick the same rows."""
     points = elpv_embeddings()
     click.echo(heading())
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def main(ratio: float, share: float) -> None:
     same = all(torch.equal(picks, other) for other, _, _ in found[2])
     together = max(spent for _, spent, _ in found[2])
     rows = [int(len(points) * share), len(points) - int(len(points) * share)]
-    click.echo(f"{len(points):,} x {points.shape[1]}, {len(picks):,} centres, covering radius {radius:.4g}")
+    click.echo(f"{len(points):,} x {points.shape[1]}, {len(picks):,} centers, covering radius {radius:.4g}")
     click.echo(f"one process {alone:.1f} s; two processes with {rows[0]:,} and {rows[1]:,} rows {together:.1f} s")
     click.echo(f"same picks in both processes as in one: {same}")
     if not same:

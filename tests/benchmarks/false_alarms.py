@@ -1,12 +1,12 @@
-"""Does the promised false-alarm rate hold? Random splits of real normal images into calibration and test.
+"""Is the promised false-alarm rate kept? Random splits of real normal images into calibration and test.
 
     python tests/benchmarks/false_alarms.py                      # ELPV's monocrystalline cells
-    python tests/benchmarks/false_alarms.py --data MTD_FOLDER    # a folder with train/good, test/good and test/<defect>
+    python tests/benchmarks/false_alarms.py --data MTD_FOLDER    # a folder with train/good, test/good and test/DEFECT
 
-A bank of half of the normal images, by the runtime; the other half is scored once. Each split takes half of the scores for
-calibration and counts, for the rest, images above the image threshold, and images with any pixel above the pixel threshold.
-The interval is of the mean over the splits (95 %, normal); the range is of single splits (5 % to 95 % of them): what one
-calibration may give.
+The bank is made of half of the normal images; the runtime scores the other half once. Each split takes half of the scores
+for calibration. Among the others it counts images above the image threshold, and images with any pixel above the pixel
+threshold. The 95 % interval is that of the mean over all splits. The last column is the range of single splits, from the
+5th to the 95th percentile: the rate that one calibration may give.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from patchcore_plugin.scoring.conformal import threshold
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="[default: ELPV]")
 @click.option("--splits", default=200, show_default=True)
 def main(data: Path | None, splits: int) -> None:
-    """Print the observed rate of false alarms beside the one asked for."""
+    """Print the observed false-alarm rates next to the rates that were asked for."""
     click.echo(heading("openvino", "faiss-cpu"))
     with tempfile.TemporaryDirectory() as folder:
         runtime, normal, _ = nominal_halves(data, Path(folder))

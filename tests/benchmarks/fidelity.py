@@ -1,9 +1,9 @@
-"""The same answers after export: image AUROC of torch, of the bundle, and of what the measured choices make of it.
+"""Are the scores the same after export? Image AUROC of torch, and of bundles with every index, storage and precision.
 
     python tests/benchmarks/fidelity.py                      # ELPV's monocrystalline cells
-    python tests/benchmarks/fidelity.py --data MTD_FOLDER    # a folder with train/good, test/good and test/<defect>
+    python tests/benchmarks/fidelity.py --data MTD_FOLDER    # a folder with train/good, test/good and test/DEFECT
 
-Trains at 1 % through anomalib's Engine, and tests on all test images.
+The script trains at 1 % through anomalib's Engine, and scores all test images with torch and with each bundle.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BUNDLES = {
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="[default: ELPV]")
 @click.option("--ratio", default=0.01, show_default=True)
 def main(data: Path | None, ratio: float) -> None:
-    """Print AUROC, score error, time an image and size of every kind of bundle."""
+    """Print AUROC, error of the scores, time for an image, and size of every bundle."""
     click.echo(heading("openvino", "faiss-cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,8 +1,8 @@
-"""What serving needs: size on disk against training's, the time from process start to first answer, and the bento's size.
+"""Disk space of every extra, time from the start of a process to its first answer, and size of a bento.
 
     python tests/benchmarks/footprint.py BUNDLE IMAGE
 
-Sizes are those of the installed files of every package that an extra pulls in, itself included.
+The size of an extra is that of all installed files of this package and of the packages that the extra needs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from pathlib import Path
 
 import click
 import httpx
-from packaging.requirements import Requirement
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.server import BENTOML, SERVE, bentoml_serve
+from packaging.requirements import Requirement
 
 ANSWER = """
 import sys
@@ -31,7 +29,7 @@ print(runtime.predict([sys.argv[2]])[0].score)
 
 
 def closure(name: str, extras: frozenset[str] = frozenset(), seen: set | None = None) -> set[str]:
-    """Names of all packages that a package needs, as they are installed here."""
+    """Names of all installed packages that a package needs, itself included."""
     seen = set() if seen is None else seen
     if (name, extras) in seen:
         return set()
@@ -39,7 +37,7 @@ def closure(name: str, extras: frozenset[str] = frozenset(), seen: set | None = 
     try:
         found = distribution(name)
     except PackageNotFoundError:
-        return set()  # for another platform
+        return set()  # a package for another platform
     names = {name.lower().replace("_", "-")}
     for text in found.requires or ():
         requirement = Requirement(text)
@@ -50,7 +48,7 @@ def closure(name: str, extras: frozenset[str] = frozenset(), seen: set | None = 
 
 
 def size(names: set[str]) -> int:
-    """Bytes of the installed files."""
+    """Size of the installed files, in bytes."""
     total = 0
     for name in names:
         for file in distribution(name).files or ():
@@ -65,8 +63,8 @@ def first_answer(bundle: str, image: str, cache: str) -> float:
     return time.perf_counter() - started
 
 
-def imported(module: str) -> float:
-    """Seconds of a process that imports a module and ends."""
+def import_time(module: str) -> float:
+    """Seconds for a process that imports a module and ends."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
     return time.perf_counter() - started
@@ -81,8 +79,8 @@ def first_answer_of_service(bundle: str, image: str, folder: Path) -> tuple[floa
         return ready, time.perf_counter() - started
 
 
-def built(bundle: str, home: Path) -> tuple[int, int]:
-    """Bytes of a bento of the bundle, and of the bundle's own files in it."""
+def bento_size(bundle: str, home: Path) -> tuple[int, int]:
+    """Size of the packed bento of a bundle, and of the bundle itself, in bytes."""
     environment = {**os.environ, "BENTOML_HOME": str(home)}
     root = Path(__file__).parents[2]
     for command in (
@@ -103,26 +101,26 @@ def median(values: list[float]) -> float:
 @click.argument("bundle", type=click.Path(exists=True))
 @click.argument("image", type=click.Path(exists=True))
 def main(bundle: str, image: str) -> None:
-    """Print installed sizes and cold starts."""
-    for extras in ((), ("serve",), ("train",), ("train", "serve")):
+    """Print installed sizes, start times, and the size of a bento."""
+    for extras in ((), ("serve",), ("train",), ("train", "quantize"), ("demo",), ("test",)):
         names = closure("patchcore-plugin", frozenset(extras))
         torch = "with" if "torch" in names else "without"
         title = " and ".join(extras) or "base"
         click.echo(f"{title:<16} {len(names):>4} packages {size(names) / 2**20:>7,.0f} MiB, {torch} torch")
     with tempfile.TemporaryDirectory() as cache:
-        first_answer(bundle, image, "")  # the files come from disk once
+        first_answer(bundle, image, "")  # the first run reads the files from disk
         plain = median([first_answer(bundle, image, "") for _ in range(5)])
         filled = first_answer(bundle, image, cache)
         cached = median([first_answer(bundle, image, cache) for _ in range(5)])
     click.echo(f"process start to first answer: {plain:.2f} s, with the compiled network kept {cached:.2f} s")
     click.echo(f"(and {filled:.2f} s where it is compiled and kept)")
-    ours, theirs = (median([imported(name) for _ in range(5)]) for name in ("patchcore_plugin.bento.service", "bentoml"))
+    ours, theirs = (median([import_time(name) for _ in range(5)]) for name in ("patchcore_plugin.bento.service", "bentoml"))
     click.echo(f"import of the service's module: {ours:.2f} s, of bentoml alone {theirs:.2f} s, process start included")
     with tempfile.TemporaryDirectory() as temporary:
         starts = [first_answer_of_service(bundle, image, Path(temporary)) for _ in range(3)]
         ready, answered = (median(list(times)) for times in zip(*starts, strict=True))
         click.echo(f"`bentoml serve` to ready: {ready:.1f} s, to its first answer {answered:.1f} s")
-        whole, model = built(bundle, Path(temporary))
+        whole, model = bento_size(bundle, Path(temporary))
         click.echo(f"bento: {whole / 2**20:.1f} MiB packed, of a bundle of {model / 2**20:.1f} MiB")
 
 

@@ -1,10 +1,10 @@
-"""The service under load, on loopback: against the runtime inside one process, and against anomalib's own inferencer.
+"""The service under load, on loopback, against the runtime in one process and against anomalib's own inferencer.
 
-    python tests/benchmarks/load.py                 # saturation, 50 % and 80 % of it, twice the capacity
-    python tests/benchmarks/load.py --soak 20000    # only: as many requests of mixed sizes and formats, and the memory
+    python tests/benchmarks/load.py                 # highest rate; latency at 50 % and 80 % of it; twice the highest rate
+    python tests/benchmarks/load.py --soak 20000    # only this number of requests of mixed sizes and formats, and the memory
 
-The bundle is of ELPV's 1 % bank. Requests and answers are counted, and bounded in number and time. The clients take their
-share of the same cores, as a benchmark without HTTP does not; the runtime's figure is what the service could reach at best.
+The bundle has ELPV's 1 % bank. The clients run on the same cores as the service. The runtime's rate has no clients and no
+HTTP; it is the limit for the service.
 """
 
 from __future__ import annotations
@@ -24,26 +24,24 @@ import click
 import numpy as np
 import psutil
 from common import LAYERS, elpv_embeddings, heading
+from helpers.server import BENTOML, SERVE, bentoml_serve
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers.server import BENTOML, SERVE, bentoml_serve
-
 CLIENTS = 8
 
 
 class Client:
-    """One connection that is kept, with little work of its own."""
+    """A client that keeps one connection open, and does little work itself."""
 
     def __init__(self, url: str) -> None:
         self._address = url.removeprefix("http://")
         self._connection = http.client.HTTPConnection(self._address, timeout=60)
 
     def ask(self, content: bytes) -> int:
-        """The status of an answer; 0 where there was none."""
+        """Send an image; returns the status of the answer, or 0 if there is no answer."""
         try:
             self._connection.request("POST", "/predict", content, {"Content-Type": "image/png"})
             response = self._connection.getresponse()
@@ -57,14 +55,22 @@ class Client:
 def drive(
     url: str, contents: list[bytes], count: int, clients: int, rate: float | None = None
 ) -> tuple[list[float], Counter, float]:
-    """Send ``count`` requests, at so many a second, or each client as soon as it has its answer.
+    """Send requests from several clients.
+
+    Args:
+        url: Address of the service.
+        contents: Image files to send in turn.
+        count: Number of requests.
+        clients: Number of clients.
+        rate: Requests per second; None sends the next request as soon as a client has its answer.
 
     Returns:
-        Milliseconds of the answered ones, from when each was due; all statuses; and the seconds that all took.
+        Milliseconds from the planned start of each answered request to its answer; the number of answers by status; and
+        the seconds for all requests.
     """
     numbers, lock = iter(range(count)), threading.Lock()
     times, statuses = [], Counter()
-    begin = time.perf_counter() + (0.2 if rate else 0)  # every client is there when the first is due
+    begin = time.perf_counter() + (0.2 if rate else 0)  # every client is ready for the first request
 
     def work() -> None:
         client = Client(url)
@@ -91,7 +97,7 @@ def drive(
 
 
 def saturate(url: str, contents: list[bytes], count: int) -> float:
-    """Requests a second, with more clients than the service has threads."""
+    """Highest number of requests per second, with more clients than the service has threads."""
     _, statuses, spent = drive(url, contents, count, CLIENTS)
     if set(statuses) != {200}:
         msg = f"not answered: {statuses}"
@@ -100,18 +106,18 @@ def saturate(url: str, contents: list[bytes], count: int) -> float:
 
 
 def steady(url: str, contents: list[bytes], rate: float, seconds: float, clients: int = 32) -> tuple[list[float], Counter]:
-    """Milliseconds from when each request was due, at so many a second, and statuses."""
+    """Milliseconds of the requests at a fixed rate per second, and the number of answers by status."""
     return drive(url, contents, int(rate * seconds), clients, rate)[:2]
 
 
 def memory(server) -> float:
-    """Resident MiB of the server's processes."""
+    """Resident memory of the server's processes, in MiB."""
     family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))]
     return sum(psutil.Process(pid).memory_info().rss for pid in family) / 2**20
 
 
 def make_bundle(folder: Path) -> tuple[Path, list[Path]]:
-    """A bundle of ELPV's 1 % bank, and test images."""
+    """Make a bundle with ELPV's 1 % bank; returns it with some test images."""
     from patchcore_plugin import FaissPatchcore
     from patchcore_plugin.coreset import GreedyCoreset
     from patchcore_plugin.elpv import lay_out
@@ -126,9 +132,9 @@ def make_bundle(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def make_peer(bundle: Path, folder: Path) -> None:
-    """anomalib's model of the same weights and bank, exported for its TorchInferencer.
+    """Write anomalib's model with the same weights and bank for its TorchInferencer, and a BentoML service around it.
 
-    Its OpenVINO export takes two images at a time and no other number, which its own OpenVINOInferencer cannot give it.
+    anomalib's OpenVINO export is no peer here: it takes exactly two images, and anomalib's OpenVINOInferencer gives it one.
     """
     import torch
     from anomalib.models import Patchcore
@@ -178,8 +184,8 @@ class Peer:
 """
 
 
-def inside(bundle: Path, contents: list[bytes], mode: str, count: int) -> float:
-    """Images a second of the runtime, in a process of its own."""
+def runtime_rate(bundle: Path, contents: list[bytes], mode: str, count: int) -> float:
+    """Images per second of the runtime in its own process."""
     import subprocess
 
     code = (
@@ -200,7 +206,7 @@ def inside(bundle: Path, contents: list[bytes], mode: str, count: int) -> float:
 
 
 def row(table: Table, title: str, server, contents: list[bytes], count: int, best: float | None) -> float:
-    """Measure one service at saturation, and at 50 % and 80 % of it."""
+    """Measure a service at its highest rate, and at 50 % and 80 % of that rate."""
     saturate(server, contents, max(20, count // 10))
     rate = saturate(server, contents, count)
     cells = [title, f"{rate:.0f}", f"{rate / best:.0%}" if best else ""]
@@ -213,7 +219,7 @@ def row(table: Table, title: str, server, contents: list[bytes], count: int, bes
 
 
 def soak(server, images: list[Path], count: int) -> None:
-    """Requests of mixed sizes and formats; memory after the first 1,000 and at the end."""
+    """Send requests of mixed sizes and formats; print the memory after the first 1,000 and at the end."""
     rng = np.random.default_rng(0)
     contents = []
     for number in range(200):
@@ -237,11 +243,11 @@ def soak(server, images: list[Path], count: int) -> None:
 
 
 @click.command()
-@click.option("--count", default=1000, show_default=True, help="Requests to measure saturation with.")
-@click.option("--seconds", default=60.0, show_default=True, help="Time at twice the capacity.")
-@click.option("--soak", "soaked", default=0, help="Only send as many requests of mixed sizes and formats.")
+@click.option("--count", default=1000, show_default=True, help="Requests that measure the highest rate.")
+@click.option("--seconds", default=60.0, show_default=True, help="Seconds at twice the highest rate.")
+@click.option("--soak", "soaked", default=0, help="Only send this number of requests of mixed sizes and formats.")
 def main(count: int, seconds: float, soaked: int) -> None:
-    """Print throughput, latency, and what happens past the capacity."""
+    """Print throughput and latency, and what happens at twice the highest rate."""
     click.echo(heading("bentoml", "openvino", "faiss-cpu"))
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,10 +259,10 @@ def main(count: int, seconds: float, soaked: int) -> None:
             with bentoml_serve(SERVE, folder, **environment) as server:
                 soak(server, images, soaked)
             return
-        best = {mode: inside(bundle, contents, mode, count) for mode in ("latency", "throughput")}
+        best = {mode: runtime_rate(bundle, contents, mode, count) for mode in ("latency", "throughput")}
         for mode, rate in best.items():
             click.echo(f"runtime alone, mode {mode}: {rate:.0f} images/s")
-        table = Table("service", "requests/s", "of the runtime's in this mode", "p50 / p99 ms at 50 %", "at 80 %")
+        table = Table("service", "requests/s", "share of the runtime's rate", "p50 / p99 ms at 50 %", "at 80 %")
         rates = {}
         for runner in ("inside", "process"):
             for mode in ("latency", "throughput"):
@@ -280,7 +286,7 @@ def main(count: int, seconds: float, soaked: int) -> None:
             again = np.median(steady(server, contents, 0.5 * rate, 5)[0])
         click.echo(
             f"twice the rate for {seconds:.0f} s: {json.dumps(statuses)}; memory {before:.0f} to {after:.0f} MiB; p50 at "
-            f"half the capacity {normal:.1f} ms before, {again:.1f} ms in the five seconds after"
+            f"half the highest rate {normal:.1f} ms before, {again:.1f} ms in the five seconds after"
         )
 
 

@@ -1,13 +1,12 @@
-"""Our bundle against anomalib's own OpenVINO export, from the same weights and the same bank, on real solar cells.
+"""Time of our bundle against anomalib's own OpenVINO export, with the same weights and bank, on real solar cells.
 
     python tests/benchmarks/serving.py                  # 1 % and 10 % banks of 411 images: 4,208 and 42,086 vectors
     python tests/benchmarks/serving.py --precision auto
 
-Both go from a decoded image (300 x 300, u8) to score and map, with all cores. anomalib's IR is called with two images at a
-time, which its batch is frozen at, and counted per image; it is given images that Pillow resized, as the graph takes one
-size only. Ours is called with one image, in mode latency, and with two at a time like the peer, in mode throughput. The
-medians are of single calls, after one round that is not counted; each works alone, in a process of its own without torch,
-as it would serve.
+Both get a decoded image (300 x 300, u8), give score and map, and use all cores. anomalib's IR has a fixed batch of two
+images and one image size: it gets pairs that Pillow has resized, and its time is counted per image. Ours gets one image per
+call in mode latency, and pairs in mode throughput. All times are medians of single calls, after one round that is not
+counted. Each runs in its own process without torch, as a service would.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 ROUNDS = 3
 
 
-def ours(bank: torch.Tensor, normal: list[Path], folder: Path, **options: object) -> Path:
-    """The bundle of a bank."""
+def make_bundle(bank: torch.Tensor, normal: list[Path], folder: Path, **options: object) -> Path:
+    """Export a bundle with this bank."""
     from common import LAYERS
 
     from patchcore_plugin import FaissPatchcore
@@ -49,8 +48,8 @@ def ours(bank: torch.Tensor, normal: list[Path], folder: Path, **options: object
     return export_bundle(model, folder, images=normal, **options)
 
 
-def anomalib(bank: torch.Tensor, folder: Path) -> Path:
-    """The IR of anomalib's Patchcore with our backbone's weights and bank, as it exports itself."""
+def make_peer(bank: torch.Tensor, folder: Path) -> Path:
+    """Let anomalib export its Patchcore with our backbone's weights and bank as an OpenVINO IR."""
     from anomalib.models import Patchcore
     from common import LAYERS
 
@@ -63,20 +62,20 @@ def anomalib(bank: torch.Tensor, folder: Path) -> Path:
     return model.eval().to_openvino(folder, input_size=(256, 256))
 
 
-def alone(function, *arguments):
-    """What a function gives in a new process."""
+def in_own_process(function, *arguments):
+    """Result of a function in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def pair(images: list[np.ndarray]) -> np.ndarray:
-    """Two images as anomalib's IR takes them: resized, in [0, 1], (2, 3, 256, 256)."""
+    """Two images as anomalib's IR takes them: ``(2, 3, 256, 256)``, f32, in [0, 1]."""
     resized = [Image.fromarray(image).resize((256, 256), Image.Resampling.BILINEAR) for image in images]
     return np.stack([np.asarray(image) for image in resized]).transpose(0, 3, 1, 2).astype(np.float32) / 255
 
 
 def measured(bundle: Path, paths: list[Path]) -> tuple[float, float, list[float]]:
-    """Milliseconds an image, those of them that the search takes, and scores."""
+    """Milliseconds for an image, milliseconds of the search in it, and the scores."""
     runtime, images = PatchcoreRuntime.load(bundle), [read_image(path) for path in paths]
     whole, search = [], []
     for _ in range(ROUNDS):
@@ -90,13 +89,13 @@ def measured(bundle: Path, paths: list[Path]) -> tuple[float, float, list[float]
     for image in images:
         embedding = runtime.embed([image])
         started = time.perf_counter()
-        runtime.bank.score(embedding, 9)
+        runtime.bank.score(embedding, runtime.rule)
         search.append(time.perf_counter() - started)
     return 1000 * float(np.median(whole[len(images) :])), 1000 * float(np.median(search)), scores
 
 
 def measured_in_pairs(bundle: Path, paths: list[Path]) -> float:
-    """Milliseconds an image, where two are given at a time."""
+    """Milliseconds for an image, with two images per call."""
     runtime, images = PatchcoreRuntime.load(bundle, mode="throughput"), [read_image(path) for path in paths]
     times = []
     for _ in range(ROUNDS):
@@ -109,7 +108,7 @@ def measured_in_pairs(bundle: Path, paths: list[Path]) -> float:
 
 
 def measured_peer(path: Path, paths: list[Path]) -> tuple[float, list[float]]:
-    """Milliseconds an image, and scores."""
+    """Milliseconds for an image of anomalib's IR, and the scores."""
     peer = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"})
     images = [read_image(path) for path in paths]
     times = []
@@ -127,16 +126,16 @@ def measured_peer(path: Path, paths: list[Path]) -> tuple[float, list[float]]:
 @click.command()
 @click.option("--ratio", "ratios", type=float, multiple=True, default=[0.01, 0.1], show_default=True)
 @click.option("--precision", type=click.Choice(["f32", "auto"]), default="f32", show_default=True)
-@click.option("--images", "count", default=100, show_default=True, help="Test images, half of them defective.")
+@click.option("--images", "count", default=100, show_default=True, help="Test images; half of them are defective.")
 def main(ratios: tuple[float, ...], precision: str, count: int) -> None:
-    """Print milliseconds an image of both, their ratio, and how their scores correlate (r)."""
+    """Print the milliseconds for an image of both, their ratio, and the correlation of their scores (r)."""
     from common import elpv_embeddings, heading
 
     from patchcore_plugin.coreset import GreedyCoreset
 
     click.echo(heading("openvino", "faiss-cpu"))
     embeddings = elpv_embeddings()
-    table = Table("bank", "index", "precision", "ours ms", "of it search", "by twos", "anomalib ms", "ratio", "of twos", "r")
+    table = Table("bank", "index", "precision", "ours ms", "search in it", "pairs", "anomalib ms", "ratio", "of pairs", "r")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         lay_out(folder / "elpv")
@@ -144,18 +143,18 @@ def main(ratios: tuple[float, ...], precision: str, count: int) -> None:
         images = good[32 : 32 + count // 2] + bad[: count // 2]
         for ratio in ratios:
             bank = embeddings[GreedyCoreset(ratio=ratio).fit(embeddings)]
-            bundle = ours(bank, good[:32], folder / f"bundle{ratio}", precision=precision)
-            peer = anomalib(bank, folder / f"peer{ratio}")
-            mine, search, scores = alone(measured, bundle, images)
-            twos = alone(measured_in_pairs, bundle, images)
-            theirs, expected = alone(measured_peer, peer, images)
+            bundle = make_bundle(bank, good[:32], folder / f"bundle{ratio}", precision=precision)
+            peer = make_peer(bank, folder / f"peer{ratio}")
+            mine, search, scores = in_own_process(measured, bundle, images)
+            pairs = in_own_process(measured_in_pairs, bundle, images)
+            theirs, expected = in_own_process(measured_peer, peer, images)
             correlation = np.corrcoef(scores, expected)[0, 1]
             manifest = read_manifest(bundle)
             index = manifest.index
             table.add_row(
                 f"{len(bank):,} x {bank.shape[1]}", f"{index.kind} {index.width or ''}", manifest.precision,
-                f"{mine:.1f}", f"{search:.1f}", f"{twos:.1f}", f"{theirs:.1f}", f"{theirs / mine:.1f}",
-                f"{theirs / twos:.1f}", f"{correlation:.4f}",
+                f"{mine:.1f}", f"{search:.1f}", f"{pairs:.1f}", f"{theirs:.1f}", f"{theirs / mine:.1f}",
+                f"{theirs / pairs:.1f}", f"{correlation:.4f}",
             )  # fmt: skip
     Console(width=125).print(table)
 

@@ -1,10 +1,10 @@
-"""What `patchcore update` is worth: false alarms that a shift causes, before and after, and what it costs.
+"""Gain and cost of ``patchcore update``: false alarms after a change of the images, before and after the update.
 
     python tests/benchmarks/update.py
 
-Trains at 1 % on ELPV's monocrystalline cells through anomalib's Engine. Of the normal test images, 50 are made brighter, or
-blurred, and given to the update as new normal images; the others, changed likewise, are never shown to it. The retrain,
-which an update saves, has the 50 images beside the old ones.
+The script trains at 1 % on ELPV's monocrystalline cells through anomalib's Engine. It makes 50 of the normal test images
+brighter or blurred, and gives them to the update as new normal images. The update never sees the other normal test images,
+which are changed in the same way. For comparison, a full training runs with the 50 images added to the old ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHIFTS = {
 
 
 def train(root: Path, folder: Path) -> Path:
-    """A bundle of a model trained at 1 %, and its thresholds."""
+    """Train at 1 %; returns the bundle."""
     model = FaissPatchcore(
         backbone="efficientnet_lite0", layers=LAYERS, coreset_sampling_ratio=0.01, visualizer=False, evaluator=False
     )
@@ -58,9 +58,9 @@ def change(images: list[Path], folder: Path, shift: str) -> list[Path]:
 
 
 @click.command()
-@click.option("--retrain/--no-retrain", default=True, show_default=True, help="Also measure a full retrain.")
+@click.option("--retrain/--no-retrain", default=True, show_default=True, help="Also measure a full training.")
 def main(retrain: bool) -> None:
-    """Print false alarms and AUROC before and after each update, and times."""
+    """Print false alarms and AUROC before and after each update, and the times."""
     click.echo(heading("openvino", "faiss-cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         folder, root = Path(temporary), Path(temporary, "elpv")
