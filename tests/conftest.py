@@ -1,10 +1,10 @@
-"""Shared data and models. Everything here is real: ELPV's images, trained models, exported bundles."""
+"""Fixtures for all tests. Their data are real: images of ELPV, trained models, exported bundles."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports the hub's client: here it must fail at once, not after a minute of retries.
+# Set before the import of the hub's client: a download must fail at once, not after a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
@@ -19,14 +19,20 @@ import pytest
 from helpers.training import EMBEDDINGS, ROOT, Trained, folder_datamodule, make_engine, make_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SWITCHES = (
-    "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-)
+CHROMIUM_SWITCHES = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
 def elpv(tmp_path_factory) -> Path:
-    """All of ELPV's monocrystalline cells, laid out as the demo does."""
+    """All monocrystalline cells of ELPV, in the folders that the demo makes."""
     pytest.importorskip("elpv_dataset", reason="the package elpv-dataset with the real images is not installed")
     from patchcore_plugin.elpv import lay_out
 
@@ -37,7 +43,7 @@ def elpv(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cells(elpv, tmp_path_factory) -> Path:
-    """A few of the cells, spread over all of them: 24 to train, 52 normal and 52 defective to test."""
+    """Some of the cells: 24 normal ones for training, 52 normal and 52 defective ones for the test."""
     root = tmp_path_factory.mktemp("cells")
     for folder, count in {"train/good": 24, "test/good": 52, "test/defective": 52}.items():
         images = sorted((elpv / folder).iterdir())
@@ -49,6 +55,7 @@ def cells(elpv, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(cells, tmp_path_factory) -> Trained:
+    """A model that anomalib's Engine trained on ``cells``."""
     root = tmp_path_factory.mktemp("results")
     model, engine = make_model(), make_engine(root)
     with warnings.catch_warnings():
@@ -59,6 +66,7 @@ def trained(cells, tmp_path_factory) -> Trained:
 
 @pytest.fixture(scope="session")
 def bundle(trained, tmp_path_factory) -> Path:
+    """The bundle of ``trained``."""
     from patchcore_plugin.export import export_bundle
 
     return export_bundle(trained.model, tmp_path_factory.mktemp("export") / "bundle", "cells")
@@ -66,12 +74,13 @@ def bundle(trained, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bundle_copy(bundle, tmp_path) -> Path:
-    """A bundle to damage."""
+    """A copy of ``bundle`` that a test may damage."""
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture(scope="session")
 def runtime(bundle):
+    """The runtime of ``bundle``."""
     from patchcore_plugin import PatchcoreRuntime
 
     return PatchcoreRuntime.load(bundle)
@@ -79,7 +88,7 @@ def runtime(bundle):
 
 @pytest.fixture(scope="session")
 def test_images(cells) -> list[Path]:
-    """A hundred real test images, normal and defective."""
+    """A hundred test images, 50 of them defective."""
     return sorted((cells / "test").rglob("*.png"))[2:102]
 
 
@@ -91,7 +100,7 @@ def real_embeddings() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def bank_vectors(real_embeddings) -> np.ndarray:
-    """The patches (2048, 152) of the first two cells, in no order, as a coreset has none."""
+    """The patches (2048, 152) of the first two cells, in random order, like a coreset."""
     return np.random.default_rng(0).permutation(real_embeddings[:2048])
 
 
@@ -104,7 +113,7 @@ def patch_grids(real_embeddings) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def normal_only(cells, tmp_path_factory) -> Path:
-    """Checkpoint of a training with the stock ``anomalib`` by configs/normal_only.yaml: 52 normal cells, 20 held back."""
+    """Checkpoint of the stock ``anomalib`` with configs/normal_only.yaml, for 52 normal cells, 20 of them held back."""
     folder = tmp_path_factory.mktemp("normal_only")
     command = [
         Path(sys.executable).parent / "anomalib", "train", "--config", ROOT / "configs" / "normal_only.yaml",
@@ -120,7 +129,7 @@ def normal_only(cells, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(normal_only, tmp_path_factory) -> Path:
-    """Its bundle."""
+    """The bundle of ``normal_only``."""
     from patchcore_plugin import FaissPatchcore
     from patchcore_plugin.export import export_bundle
 
@@ -130,7 +139,7 @@ def calibrated(normal_only, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def held_back(cells) -> list[Path]:
-    """The normal cells that calibrated it, by the config's split."""
+    """The normal cells that ``normal_only`` held back for its thresholds."""
     from anomalib.data import Folder
 
     datamodule = Folder(
@@ -141,20 +150,21 @@ def held_back(cells) -> list[Path]:
     return sorted(map(Path, datamodule.val_data.samples["image_path"]))
 
 
-@pytest.fixture(scope="module")  # while it is open, no other event loop can run
+@pytest.fixture(scope="module")  # not the session: no other event loop can run while the browser is open
 def browser():
+    """Headless Chromium."""
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
     api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{switch}" for switch in SWITCHES.split()])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_SWITCHES)
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def keep(tmp_path):
-    """Keep a screenshot, in the folder CI_ARTIFACTS where there is one."""
+    """A function that saves a screenshot of a page, in the folder CI_ARTIFACTS if that is set."""
     folder = Path(os.environ.get("CI_ARTIFACTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     return lambda page, name: page.screenshot(path=folder / f"page-{name}.png", full_page=True)

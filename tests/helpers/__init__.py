@@ -1,1 +1,1 @@
-"""What several tests and benchmarks share."""
+"""Code that several tests and benchmarks share."""
