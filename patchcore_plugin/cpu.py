@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if TYPE_CHECKING:
-    from typing import Literal
+Mode = Literal["latency", "throughput"]
+"""How work is spread over threads: one image with all threads, or as many images at once as threads."""
 
 
 def cores() -> int:
@@ -23,11 +23,11 @@ def has_bfloat16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def compile_options(mode: Literal["latency", "throughput"], threads: int) -> dict[str, object]:
+def compile_options(mode: Mode, threads: int) -> dict[str, object]:
     """Give OpenVINO's properties for a mode of work.
 
     Args:
-        mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images at once as threads.
+        mode: How work is spread over threads.
         threads: Number of threads.
     """
     streams = 1 if mode == "latency" else threads

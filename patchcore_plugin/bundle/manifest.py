@@ -39,10 +39,13 @@ class FileRule(NamedTuple):
 
 
 FILES = {
+    # images (B, H, W, 3), u8, RGB, of any size, to embeddings (B, h, w, D), float32
     FEATURES: FileRule("network, pre-processing included (OpenVINO)"),
     WEIGHTS: FileRule("weights of the network"),
+    # vectors (M, D), and beside them the k nearest of each (M, k), int32
     BANK: FileRule("memory bank and its index (FAISS)"),
     NEIGHBORS: FileRule("nearest neighbors of each bank vector"),
+    # (M, 3), int32; K names; (K, h, w, 3), u8, RGB
     ORIGINS: FileRule("training image, row and column of each bank vector", required=False, needs=(SOURCES,)),
     SOURCES: FileRule("names of the training images", required=False, needs=(ORIGINS,)),
     THUMBNAILS: FileRule("small copies of the training images", required=False, needs=(SOURCES,)),
@@ -209,9 +212,9 @@ class Scale(_Record):
 
     Attributes:
         threshold: Raw score above which something is anomalous, at a sensitivity of 0.5; None if validation set none.
-        minimum: Lower end of the range whose length normalization scales to 1, around the threshold at 0.5. anomalib's
-            post-processor takes the smallest raw score of validation. None without normalization.
-        maximum: Upper end of the range; anomalib's takes the largest raw score of validation. None without normalization.
+        minimum: Lower end of the range of raw scores that normalization scales to a length of 1, with the threshold at 0.5;
+            anomalib's post-processor takes the smallest score of validation. None without normalization.
+        maximum: Upper end of the range; anomalib's takes the largest score of validation. None without normalization.
         sensitivity: Shift of the threshold, in [0, 1]: 0.5 leaves it, more makes it lower.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openvino as ov
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from patchcore_plugin.bundle import Precision
+    from patchcore_plugin.cpu import Mode
 
 # OpenVINO fills its table of NumPy's types at first use, and hangs forever where two threads do so at once.
 ov.Tensor(np.zeros(1, np.uint8), shared_memory=True).element_type.to_dtype()
@@ -46,8 +49,8 @@ class Network:
     def __init__(
         self,
         path: Path,
-        precision: str = "f32",
-        mode: Literal["latency", "throughput"] = "latency",
+        precision: Precision = "f32",
+        mode: Mode = "latency",
         threads: int | None = None,
         cache: Path | None = None,
     ) -> None:

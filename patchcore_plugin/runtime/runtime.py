@@ -7,7 +7,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import LifoQueue
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import faiss
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, BundleError, Manifest, read_manifest, verify
 from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
-from patchcore_plugin.cpu import cores
+from patchcore_plugin.cpu import Mode, cores
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import ImageError, read_image
 from patchcore_plugin.memory_bank import MemoryBank
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from patchcore_plugin.images import Source
-
-    Mode = Literal["latency", "throughput"]
 
 
 class PatchcoreRuntime:
@@ -76,7 +74,7 @@ class PatchcoreRuntime:
         threads: int | None = None,
         cache: str | Path | bool = True,
     ) -> None:
-        if mode not in ("latency", "throughput"):
+        if mode not in get_args(Mode):
             msg = f"mode must be 'latency' or 'throughput', got {mode!r}."
             raise UsageError(msg)
         if threads is not None:

@@ -1,4 +1,4 @@
-"""Thresholds from normal images alone: trained by the config, exported, and what is wrong said in time."""
+"""Thresholds from normal images alone: trained by the config, exported, and refused in time where images are too few."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from anomalib.data.utils import read_image
 from helpers.training import folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import ConformalPostProcessor, FaissPatchcore, PatchcoreRuntime
-from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.bundle import MAX_CALIBRATION, read_manifest
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.scoring.conformal import p_value, threshold
 from patchcore_plugin.scoring.drift import DriftMonitor
@@ -25,7 +25,7 @@ def runtime(calibrated):
 
 @pytest.fixture(scope="module")
 def answers(model, held_back):
-    """Of the images held back, scored again one by one."""
+    """Answers for the images held back, scored again one by one."""
     with torch.no_grad():
         images = [model.pre_processor.transform(read_image(path, as_tensor=True)[None]) for path in held_back]
         return [model.model(image) for image in images]
@@ -49,13 +49,13 @@ def test_config_without_a_defective_image(model, answers, raw):
     assert float(post.image_threshold) == pytest.approx(max(raw[:, 0]), rel=1e-4), "20 images promise 5 % by the largest"
     assert float(post.pixel_threshold) == pytest.approx(max(raw[:, 1]), rel=1e-4)
     shown = [post(answer) for answer in answers]
-    normalised = np.array([float(answer.pred_score) for answer in shown])
-    assert normalised.min() == pytest.approx(0, abs=1e-4)
-    assert normalised.max() == pytest.approx(0.5, abs=1e-4)
+    normalized = np.array([float(answer.pred_score) for answer in shown])
+    assert normalized.min() == pytest.approx(0, abs=1e-4)
+    assert normalized.max() == pytest.approx(0.5, abs=1e-4)
     assert max(float(answer.anomaly_map.max()) for answer in shown) == pytest.approx(0.5, abs=1e-4)
 
 
-def test_bundle_tells_p_values(calibrated, runtime, model, raw, test_images):
+def test_p_values_of_a_bundle(calibrated, runtime, model, raw, test_images):
     calibration = read_manifest(calibrated).calibration
     assert calibration.false_positive_rate == 0.05
     for found, expected in zip((calibration.scores, calibration.peaks, calibration.means), raw.T, strict=True):
@@ -64,7 +64,7 @@ def test_bundle_tells_p_values(calibrated, runtime, model, raw, test_images):
     for answer in answers:
         assert answer.p_value == p_value(calibration.scores, answer.score / (1 + 1e-5))
         assert (answer.verdict == "anomalous") == (answer.p_value <= 0.05)
-        assert bool(answer.regions) == (answer.anomaly_map.max() > threshold(calibration.peaks, 0.05))
+        assert bool(answer.regions) == (answer.anomaly_map.max() > threshold(calibration.peaks, 0.05) * (1 + 1e-5))
         assert answer.mean_distance == pytest.approx(answer.anomaly_map.mean(), rel=1e-5)
     verdicts = {kind: [a.verdict for a, p in zip(answers, test_images, strict=True) if p.parent.name == kind]
                 for kind in ("good", "defective")}  # fmt: skip
@@ -73,9 +73,11 @@ def test_bundle_tells_p_values(calibrated, runtime, model, raw, test_images):
 
 
 def test_image_that_set_the_threshold(runtime, held_back, raw):
-    """Its score is another in the last digits here; it is a tie all the same."""
+    """Its score differs in the last digits here; it is still a tie. The same holds for the largest value of its map."""
     (answer,) = runtime.predict([held_back[int(raw[:, 0].argmax())]])
     assert (answer.verdict, answer.p_value) == ("normal", 2 / 21)
+    (answer,) = runtime.predict([held_back[int(raw[:, 1].argmax())]])
+    assert answer.regions == []
 
 
 def test_drift_of_what_the_runtime_answers(calibrated, test_images):
@@ -103,7 +105,7 @@ def test_anomalibs_thresholding_stays(bundle, runtime, test_images):
 
 
 def test_checkpoint_under_another_post_processor(normal_only, trained, cells, tmp_path):
-    """A checkpoint brings its own kind; and one of anomalib's post-processor is recalibrated by a validation."""
+    """A checkpoint brings its own kind of post-processor; one with anomalib's is calibrated by a validation."""
     datamodule = folder_datamodule(cells)
     default = make_model(coreset_sampling_ratio=0.1)
     make_engine(tmp_path).test(default, datamodule=datamodule, ckpt_path=str(normal_only))
@@ -117,7 +119,7 @@ def test_checkpoint_under_another_post_processor(normal_only, trained, cells, tm
 
 
 def test_too_few_images(cells, tmp_path):
-    """Said before training where the data module knows it, else after the validation."""
+    """Refused before training where the data module knows the number of images, else after validation."""
     few = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "normal_test_dir": None, "abnormal_dir": None}
     datamodule = folder_datamodule(cells, **few, test_split_mode="none")
     expected = (
@@ -138,11 +140,11 @@ def test_too_few_images(cells, tmp_path):
         ConformalPostProcessor(1e-5)
 
 
-def test_unlabelled_and_repeated_images_and_a_cap(monkeypatch):
-    """Without labels all are normal; an image that comes twice counts once; of too many, some are drawn."""
+def test_unlabelled_and_repeated_images_and_the_limit():
+    """Without labels all images are normal; a repeated image counts once; of too many images, some are drawn."""
     from types import SimpleNamespace
 
-    from anomalib.data import ImageBatch
+    from anomalib.data import ImageBatch, InferenceBatch
 
     trainer = SimpleNamespace(world_size=1, global_rank=0)
     rng = torch.Generator().manual_seed(0)
@@ -164,18 +166,20 @@ def test_unlabelled_and_repeated_images_and_a_cap(monkeypatch):
         post.on_validation_batch_end(trainer, None, batch([None] * 4, torch.tensor([1, 0, 0, 0])))
     post.on_validation_epoch_end(trainer, None)
     assert len(post.calibration) == 6, "without names, all are different ones"
-    monkeypatch.setattr("patchcore_plugin.model.post_processing.MAX_CALIBRATION", 5)
-    post.on_validation_batch_end(trainer, None, batch([str(i) for i in range(50)], None))
+    many = batch([str(number) for number in range(MAX_CALIBRATION + 100)], None)
+    post.on_validation_batch_end(trainer, None, many)
     post.on_validation_epoch_end(trainer, None)
-    assert len(post.calibration) == 5
-    # all the same: a range of nothing is still read as below, at and above
+    assert len(post.calibration) == MAX_CALIBRATION
+    assert set(post.calibration[:, 0].tolist()) < set(many.pred_score.tolist())
+    # with a range of length 0, scores are still below, at or above the threshold
     post.on_validation_batch_end(trainer, None, ImageBatch(
         image=torch.zeros(9, 3, 8, 8), pred_score=torch.ones(9), anomaly_map=torch.ones(9, 1, 8, 8),
         image_path=[str(i) for i in range(9)],
     ))  # fmt: skip
     post.on_validation_epoch_end(trainer, None)
-    scores = post._normalize(torch.tensor([0.9, 1.0, 1.1]), post.image_min, post.image_max, post.image_threshold)
-    assert scores.tolist() == [0, 0.5, 1]
+    scores = torch.tensor([0.9, 1.0, 1.1])
+    normalized = post(InferenceBatch(pred_score=scores, anomaly_map=scores.reshape(3, 1, 1, 1)))
+    assert normalized.pred_score.tolist() == normalized.anomaly_map.flatten().tolist() == [0, 0.5, 1]
 
 
 def test_warns_of_another_arithmetic(model, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Why a verdict: the nearest normal patch of each region, against brute force; with and without thumbnails."""
+"""The nearest normal patch of each region, against brute force; with and without thumbnails."""
 
 import shutil
 from pathlib import Path
@@ -61,9 +61,9 @@ def test_nearest_patch_is_that_of_brute_force(which, request, trained, test_imag
 
 
 def test_most_anomalous_patch_where_there_is_no_region(bundle_copy, test_images):
-    """A threshold above everything, and none at all."""
+    """With a threshold above every value, without a threshold, and with a sensitivity of 0."""
     runtime = PatchcoreRuntime.load(bundle_copy)
-    for pixel in (Scale(threshold=1e6), Scale()):
+    for pixel in (Scale(threshold=1e6), Scale(), Scale(threshold=1, minimum=0, maximum=2, sensitivity=0)):
         runtime.manifest = runtime.manifest.model_copy(update={"pixel": pixel})
         prediction, (reason,) = runtime.explain(test_images[0])
         assert reason.region is None
@@ -98,14 +98,14 @@ def test_crops_show_the_patch(shown, runtime, cells):
 
 
 def test_command(shown, runtime, test_images, tmp_path):
-    for chosen, said, width in ((shown, None, 2 * 232 + 8), (runtime, "--thumbnails", 232 + 8)):
+    for chosen, hint, width in ((shown, None, 2 * 232 + 8), (runtime, "--thumbnails", 232 + 8)):
         result = CliRunner().invoke(main, ["explain", str(chosen.path), str(test_images[0]), "-o", str(tmp_path)])
         assert result.exit_code == 0, result.output
         reason = chosen.explain(test_images[0])[1][0]
         text = "".join(result.output.replace("│", "").split())
         assert f"{reason.nearest.distance:.4g}" in text
         assert "anomalous" in text
-        assert said is None or said in text
+        assert hint is None or hint in text
         with Image.open(tmp_path / f"{test_images[0].name}.explain.png") as sheet:
             assert sheet.width == width
     result = CliRunner().invoke(main, ["explain", str(shown.path), str(tmp_path / "absent.png")])

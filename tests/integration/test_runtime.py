@@ -47,7 +47,7 @@ def test_a_hundred_real_images(trained, runtime, test_images):
 
 
 def test_verdict_of_the_image_that_set_the_threshold(trained, runtime, cells):
-    """anomalib's threshold is one image's score: rounding must not tip that very image over."""
+    """anomalib's threshold is one image's score: rounding must not move that image to the other side."""
     paths = sorted((cells / "test").rglob("*.png"))
     scores, _, labels = torch_predictions(trained.model, paths)
     closest = int(np.abs(scores - float(trained.model.post_processor.image_threshold)).argmin())
@@ -55,7 +55,7 @@ def test_verdict_of_the_image_that_set_the_threshold(trained, runtime, cells):
     assert (runtime.predict([paths[closest]])[0].verdict == "anomalous") == labels[closest]
 
 
-def test_normalised_like_anomalib(trained, runtime, test_images):
+def test_normalized_like_anomalib(trained, runtime, test_images):
     images = torch.stack([read_image(path, as_tensor=True) for path in test_images[:8]])
     with torch.no_grad():
         model = trained.model
@@ -82,20 +82,20 @@ def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
-def test_bank_searched_by_a_product(bundle_copy, runtime, test_images, mode):
+def test_bank_searched_in_bfloat16(bundle_copy, runtime, test_images, mode):
     """Scores are those of exact search, alone or among others."""
     manifest = json.loads((bundle_copy / MANIFEST).read_text("utf-8"))
     assert (manifest["index"]["kind"], runtime.bank.width) == ("flat", 0)
     manifest["index"]["width"] = 2
     (bundle_copy / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-    by_product = PatchcoreRuntime.load(bundle_copy, mode=mode, cache=False)
-    assert by_product.bank.width == 2
-    found = by_product.predict(test_images[:12])
+    in_bfloat16 = PatchcoreRuntime.load(bundle_copy, mode=mode, cache=False)
+    assert in_bfloat16.bank.width == 2
+    found = in_bfloat16.predict(test_images[:12])
     for ours, expected in zip(found, runtime.predict(test_images[:12]), strict=True):
         assert ours.score == pytest.approx(expected.score, rel=1e-4)
         assert ours.verdict == expected.verdict
         assert np.mean(ours.patch_distances > expected.patch_distances * (1 + 1e-5)) < 0.01
-    assert [again.score for again in by_product.predict(test_images[:3])] == [answer.score for answer in found[:3]]
+    assert [again.score for again in in_bfloat16.predict(test_images[:3])] == [answer.score for answer in found[:3]]
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
@@ -161,9 +161,9 @@ def test_outcomes_go_on_after_a_bad_image(bundle, runtime, test_images, tmp_path
     assert len(outcomes) == len(images)
     for path, outcome in zip(images, outcomes, strict=True):
         if path.parent == tmp_path:
-            kind, said = (ImageError, "cannot be read") if path.name == "text.png" else (FileNotFoundError, "absent.png")
+            kind, message = (ImageError, "cannot be read") if path.name == "text.png" else (FileNotFoundError, "absent.png")
             assert isinstance(outcome.error, kind)
-            assert said in str(outcome.error)
+            assert message in str(outcome.error)
             assert (outcome.pixels, outcome.embedding, outcome.prediction) == (None, None, None)
         else:
             assert outcome.error is None
@@ -201,9 +201,9 @@ def test_wrong_options(bundle):
 
 
 def test_images_of_any_size_and_kind(trained, runtime, test_images, tmp_path):
-    """A 1024 x 768 colour photo and a 300 x 300 grey one go in as they are, in one call, in any form."""
-    grey = Image.open(test_images[0])
-    assert (grey.size, grey.mode) == ((300, 300), "L")
+    """A 1024 x 768 color photo and a 300 x 300 gray one go in as they are, in one call, in any form."""
+    gray = Image.open(test_images[0])
+    assert (gray.size, gray.mode) == ((300, 300), "L")
     rng = np.random.default_rng(0)
     stripes = np.kron(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), np.ones((32, 32, 1), np.uint8))
     photo = Image.fromarray(stripes)
@@ -214,7 +214,7 @@ def test_images_of_any_size_and_kind(trained, runtime, test_images, tmp_path):
     answers = runtime.predict(sources)
     np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
     np.testing.assert_allclose([answer.anomaly_map for answer in answers], maps, rtol=1e-3)
-    others = runtime.predict([grey, np.asarray(photo), np.asarray(Image.open(test_images[1]))])
+    others = runtime.predict([gray, np.asarray(photo), np.asarray(Image.open(test_images[1]))])
     assert [answer.score for answer in others] == [answer.score for answer in answers]
     assert runtime.heatmap(photo, answers[1]).size == (1024, 768)
     assert runtime.heatmap(test_images[0], answers[0]).size == (300, 300)
@@ -273,7 +273,7 @@ def test_crop_and_other_sizes(cells, tmp_path, test_images):
     assert [answer.verdict == "anomalous" for answer in answers] == labels
 
 
-def test_size_normalisation_smoothing_and_position_travel(cells, tmp_path, test_images):
+def test_size_normalization_smoothing_and_position_travel(cells, tmp_path, test_images):
     """From the arguments to checkpoint, bundle and anomalib's own export: the same scores everywhere."""
     model = make_model(image_size=[160, 192], normalization="backbone", score_smoothing=1.5, position_weight=20)
     engine = make_engine(tmp_path)
@@ -405,12 +405,12 @@ def test_memory_of_a_large_photo(bundle):
     assert int(done.stdout.split("RESULT")[1]) < 2 * 4 * 3 * 4000 * 6000
 
 
-def test_pixel_sensitivity_moves_the_colours(trained, tmp_path, test_images):
-    coloured = []
+def test_pixel_sensitivity_moves_the_colors(trained, tmp_path, test_images):
+    colored = []
     for sensitivity in (0.3, 0.5, 0.8):
         model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
         model.post_processor.pixel_sensitivity = sensitivity
         runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / f"bundle{sensitivity}", index="flat"))
         picture = np.asarray(runtime.heatmap(test_images[0], runtime.predict(test_images[:1])[0])).astype(int)
-        coloured.append(int((picture[:, :, 0] != picture[:, :, 2]).sum()))
-    assert coloured[0] < coloured[1] < coloured[2]
+        colored.append(int((picture[:, :, 0] != picture[:, :, 2]).sum()))
+    assert colored[0] < colored[1] < colored[2]

@@ -5,7 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers.bundles import change_manifest, renew_checksums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +26,10 @@ from patchcore_plugin.bundle import (
     read_manifest,
     verify,
 )
+from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 FILES = [FEATURES, WEIGHTS, BANK, NEIGHBORS, ORIGINS, SOURCES]
-
-
-def change_manifest(folder, **changes):
-    content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**content, **changes}))
 
 
 def test_manifest_of_an_export(bundle, fitted):
@@ -74,17 +72,12 @@ def test_damaged_files(bundle_copy, name, damage, reason):
     assert name in str(caught.value)
 
 
-def test_file_of_another_model(bundle_copy, tmp_path):
-    """A bank that is sound in itself, but not the one the manifest describes."""
-    import numpy as np
-
-    from patchcore_plugin.bundle import describe_files
-    from patchcore_plugin.memory_bank import MemoryBank
-
+def test_file_of_another_model(bundle_copy):
+    """A bank that is sound in itself, but not the one that the manifest describes."""
     MemoryBank(np.ones((30, 5)), num_neighbors=9).save(bundle_copy / BANK)
     with pytest.raises(BundleError, match="its manifest says"):
         PatchcoreRuntime.load(bundle_copy)
-    change_manifest(bundle_copy, files={name: file.model_dump() for name, file in describe_files(bundle_copy).items()})
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=r"vectors of shape \(30, 5\), the manifest says \(\d+, 152\)"):
         PatchcoreRuntime.load(bundle_copy)
 
@@ -109,11 +102,9 @@ def test_network_of_another_model(bundle_copy):
         PatchcoreRuntime.load(bundle_copy)
 
 
-def test_network_that_is_none(bundle_copy):
-    from patchcore_plugin.bundle import describe_files
-
+def test_network_that_is_not_openvinos(bundle_copy):
     (bundle_copy / FEATURES).write_text("<net>")
-    change_manifest(bundle_copy, files={name: file.model_dump() for name, file in describe_files(bundle_copy).items()})
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=r"features\.xml cannot be compiled by OpenVINO"):
         PatchcoreRuntime.load(bundle_copy)
 
@@ -125,7 +116,7 @@ def test_absent(tmp_path):
         PatchcoreRuntime.load(tmp_path)
 
 
-def test_bundle_of_the_format_before(bundle_copy):
+def test_bundle_of_format_2(bundle_copy):
     content = json.loads((bundle_copy / MANIFEST).read_text())
     del content["score_smoothing"]
     (bundle_copy / MANIFEST).write_text(json.dumps({**content, "format_version": 2}))
@@ -141,7 +132,7 @@ def test_other_format_version(bundle_copy, version):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])
-def test_manifest_that_is_no_json(bundle_copy, content):
+def test_manifest_that_is_not_json(bundle_copy, content):
     (bundle_copy / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
         PatchcoreRuntime.load(bundle_copy)
@@ -232,7 +223,7 @@ def test_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_never_overwrites_what_is_no_bundle(tmp_path):
+def test_never_overwrites_what_is_not_a_bundle(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
     with (
@@ -276,7 +267,7 @@ def fill(target, text, **arguments):
 
 @pytest.mark.parametrize("failing", ["first", "second"])
 def test_failed_move_keeps_the_old(tmp_path, monkeypatch, failing):
-    """A file in use on Windows makes a rename fail; so may an interrupt come between the two."""
+    """A file in use makes a rename fail on Windows, the first or the second of the two."""
     target = tmp_path / "bundle"
     fill(target, "old")
     rename, calls = Path.rename, []

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.bundles import renew_checksums
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from patchcore_plugin.bundle import (
-    MANIFEST,
     ORIGINS,
     SOURCES,
     THUMBNAILS,
     BundleError,
     Preprocessing,
-    describe_files,
     read_manifest,
 )
 from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnails, read_origins
@@ -46,13 +45,6 @@ def test_bundle_keeps_folder_and_file_name_only(bundle):
     assert found.thumbnails is None
 
 
-def damage(folder: Path, **changes) -> None:
-    """Change files of a bundle, and its checksums with them: someone means it."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    files = {name: file.model_dump() for name, file in describe_files(folder).items()}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": files, **changes}))
-
-
 class Harm:
     def __reduce__(self):
         return Path.touch, (Path("harm"),)
@@ -73,7 +65,7 @@ class Harm:
 def test_hostile_origins(bundle_copy, content, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save(bundle_copy / ORIGINS, content(np.load(bundle_copy / ORIGINS)), allow_pickle=True)
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=reason) as caught:
         PatchcoreRuntime.load(bundle_copy)
     assert ORIGINS in str(caught.value)
@@ -83,7 +75,7 @@ def test_hostile_origins(bundle_copy, content, reason, tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"{}", b"[1]", b'[""]', b'["' + b"x" * 2000 + b'"]', b"[]"])
 def test_hostile_names(bundle_copy, content):
     (bundle_copy / SOURCES).write_bytes(content)
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=r"sources\.json|origins\.npy names an image"):
         PatchcoreRuntime.load(bundle_copy)
 
@@ -91,21 +83,21 @@ def test_hostile_names(bundle_copy, content):
 def test_truncated_and_unfitting_thumbnails(bundle_copy):
     count = len(json.loads((bundle_copy / SOURCES).read_text()))
     np.save(bundle_copy / THUMBNAILS, np.zeros((count, 256, 256, 3), np.uint8))
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     assert PatchcoreRuntime.load(bundle_copy).origins.thumbnails.shape == (count, 256, 256, 3)
     (bundle_copy / THUMBNAILS).write_bytes((bundle_copy / THUMBNAILS).read_bytes()[:-1])
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=r"thumbnails\.npy is damaged"):
         PatchcoreRuntime.load(bundle_copy)
     np.save(bundle_copy / THUMBNAILS, np.zeros((count, 255, 256, 3), np.uint8))
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=r"thumbnails\.npy holds uint8 values of shape \(\d+, 255"):
         PatchcoreRuntime.load(bundle_copy)
 
 
 def test_files_come_together(bundle_copy):
     (bundle_copy / SOURCES).unlink()
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     with pytest.raises(BundleError, match=r"origins\.npy needs sources\.json"):
         PatchcoreRuntime.load(bundle_copy)
 
@@ -113,7 +105,7 @@ def test_files_come_together(bundle_copy):
 def test_bundle_without_origins(bundle_copy, test_images):
     (bundle_copy / SOURCES).unlink()
     (bundle_copy / ORIGINS).unlink()
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     runtime = PatchcoreRuntime.load(bundle_copy)
     assert runtime.origins is None
     assert runtime.predict(test_images[:1])[0].score > 0
@@ -138,7 +130,7 @@ def test_thumbnails_are_what_the_network_sees(tmp_path):
 def test_origins_are_written_as_they_are_read(bundle_copy):
     before = read_origins(bundle_copy, read_manifest(bundle_copy))
     Origins(before.patches, [f"/home/someone/secret/{name}" for name in before.images]).write(bundle_copy)
-    damage(bundle_copy)
+    renew_checksums(bundle_copy)
     after = read_origins(bundle_copy, read_manifest(bundle_copy))
     assert after.images == before.images
     np.testing.assert_array_equal(after.patches, before.patches)

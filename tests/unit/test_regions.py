@@ -1,4 +1,4 @@
-"""Regions against SciPy's labelling."""
+"""Regions against SciPy's labeling."""
 
 import numpy as np
 import pytest
