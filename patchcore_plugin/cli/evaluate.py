@@ -60,11 +60,12 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # the training stack's remarks about itself
     from patchcore_plugin.evaluation.plan import list_jobs, read_plan
+
+    plan = read_plan(config)  # before the slow imports, so that a mistake in the file is reported at once
     from patchcore_plugin.evaluation.report import write_report
     from patchcore_plugin.evaluation.runner import read_result, select
     from patchcore_plugin.evaluation.summary import summarize, write_csv
 
-    plan = read_plan(config)
     jobs, skipped = list_jobs(plan, config.parent)
     for name, reason in skipped.items():
         click.echo(f"Data set {name} is skipped: {reason}.")

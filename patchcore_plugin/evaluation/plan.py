@@ -11,17 +11,17 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from anomalib.data import AnomalibDataModule
-from anomalib.models import AnomalibModule
-from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from patchcore_plugin import __version__
 from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.registry import register
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 # Part of every job's key: a result that another version computed, or whose files mean something else, is not reused.
 _KEY_VERSIONS = {"format": 1, "patchcore-plugin": __version__, **{name: version(name) for name in ("anomalib", "torch")}}
@@ -345,6 +345,11 @@ def component_class(component: dict[str, Any]) -> type:
 @cache
 def component_parser(kind: Literal["data", "model"]) -> ArgumentParser:
     """Make the parser for ``class_path`` and ``init_args`` of a datamodule or model, as anomalib's command line has it."""
+    # Here, because anomalib takes seconds to import: a mistake in the YAML file is reported before.
+    from anomalib.data import AnomalibDataModule
+    from anomalib.models import AnomalibModule
+    from jsonargparse import ArgumentParser
+
     register()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{kind}", type=AnomalibDataModule if kind == "data" else AnomalibModule, required=True)

@@ -63,8 +63,8 @@ def test_pixel_metrics():
     for threshold in np.unique(maps)[::-1]:
         above = maps >= threshold
         found_in = [
-            above[number][labelled == region].mean()
-            for number, (labelled, count) in enumerate(map(regions_of, masks))
+            above[number][labeled == region].mean()
+            for number, (labeled, count) in enumerate(map(regions_of, masks))
             for region in range(1, count + 1)
         ]
         false.append(above[~masks].mean())
