@@ -210,7 +210,7 @@ class Model(BaseModel):
     input_size: Size | None = Field(None, description="Size that the network sees, after resize and crop.")
     threshold: float | None = Field(None, description="Raw score above which an image is anomalous, in feature units.")
     bank_size: int | None = Field(None, description="Vectors of the memory bank.")
-    index: str | None = Field(None, description="Index of the memory bank: flat, ivf or hnsw.")
+    index: str | None = Field(None, description="Index of the memory bank: flat, bfloat16, ivf or hnsw.")
     storage: str | None = Field(None, description="Precision of the memory bank's vectors.")
     precision: str | None = Field(None, description="Arithmetic of the network.")
     bytes: int | None = Field(None, description="Size of the bundle's files.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
@@ -52,7 +52,7 @@ FILES = {
 }
 """Every file that a bundle may hold beside its manifest. Reading, writing, ``info`` and ``update`` go by this table."""
 
-IndexKind = Literal["flat", "ivf", "hnsw"]
+IndexKind = Literal["flat", "bfloat16", "ivf", "hnsw"]
 Storage = Literal["float32", "float16", "int8"]
 Precision = Literal["f32", "bf16", "int8"]
 
@@ -252,18 +252,19 @@ class Calibration(_Record):
 
 
 class IndexTrial(_Record):
-    """What one index of the memory bank did on normal images, on the machine that wrote the bundle.
+    """Measurement of one index of the memory bank on normal images, on the machine that wrote the bundle.
 
     Attributes:
-        index: ``"flat"``, ``"ivf"`` or ``"hnsw"``.
-        storage: Precision of the vectors that it searched.
-        width: Breadth of the search: cells probed (ivf), candidates kept (hnsw), or candidates of a product in bfloat16
-            (flat; 0 is exact search).
-        milliseconds: Median time to search for one image's patches.
-        recall: Share of the patches whose nearest bank vector it found.
-        error: Relative error of the distance, at the 99.9th percentile of the patches, against exact search.
-        storage_error: The same of exact search in the vectors as they are stored: what the storage alone costs.
-        good: Whether recall and error were near enough to exact search in the same storage.
+        index: Kind of the index; see :class:`patchcore_plugin.memory_bank.MemoryBank`.
+        storage: Number format in which the vectors were kept.
+        width: Breadth of the search; 0 for exact search.
+        milliseconds: Median time to score one image's patches.
+        recall: Share of the patches whose nearest bank vector was found.
+        error: Relative error of the distance against exact search in the same storage, at the 99.9th percentile of the
+            patches.
+        storage_error: Relative error of exact search in the same storage against exact search in float32, at the same
+            percentile.
+        good: Whether recall and error are near enough to exact search.
     """
 
     index: IndexKind
@@ -275,21 +276,38 @@ class IndexTrial(_Record):
     storage_error: Annotated[FiniteFloat, Field(ge=0)] = 0
     good: bool
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_bfloat16(cls, content: Any) -> Any:
+        return _with_bfloat16_named(content, "index")
+
 
 class Index(_Record):
     """The memory bank's index.
 
     Attributes:
-        kind: ``"flat"``, ``"ivf"`` or ``"hnsw"``.
-        storage: Precision of the bank's vectors.
-        width: Breadth of the search, as in a trial.
-        trials: What was measured before it was chosen; empty where nothing was.
+        kind: Kind of the index; see :class:`patchcore_plugin.memory_bank.MemoryBank`.
+        storage: Number format in which the vectors are kept.
+        width: Breadth of the search; 0 for exact search.
+        trials: Measurements from which the index was chosen; empty where nothing was measured.
     """
 
     kind: IndexKind = "flat"
     storage: Storage = "float32"
     width: Annotated[int, Field(ge=0, le=MAX_WIDTH)] = 0
     trials: list[IndexTrial] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_bfloat16(cls, content: Any) -> Any:
+        return _with_bfloat16_named(content, "kind")
+
+
+def _with_bfloat16_named(content: Any, field: str) -> Any:
+    """The content of a record, with the index named ``"bfloat16"`` that was once written as a flat one with a width."""
+    if isinstance(content, dict) and content.get(field) == "flat" and content.get("width"):
+        return {**content, field: "bfloat16"}
+    return content
 
 
 class PrecisionTrial(_Record):

@@ -64,7 +64,7 @@ for _name, _summary in _ANOMALIB_COMMANDS.items():
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option(
     "--index",
-    type=click.Choice(["auto", "flat", "ivf", "hnsw"]),
+    type=click.Choice(["auto", "flat", "bfloat16", "ivf", "hnsw"]),
     default="auto",
     show_default=True,
     help="Index of the memory bank. auto takes the fastest on this machine that finds what exact search finds.",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from patchcore_plugin.bundle import IndexTrial
-from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.memory_bank.bank import MemoryBank
+from patchcore_plugin.memory_bank.indexes import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,22 +20,14 @@ if TYPE_CHECKING:
     from patchcore_plugin.bundle import IndexKind, Storage
     from patchcore_plugin.scoring import ScoreRule
 
-RECALL = 0.999
+MIN_RECALL = 0.999
 """Least share of patches whose nearest bank vector an index must find, for :func:`choose` to take it."""
 
-ERROR = 1e-3
+MAX_ERROR = 1e-3
 """Largest relative error of the distance, at the 99.9th percentile of the patches, for :func:`choose` to take an index."""
 
-# Kinds of search and the widths to try, the narrowest first. A flat index of some width is a product in bfloat16.
-_EXACT, _PRODUCT = ("flat", (0,)), ("flat", (2, 3, 4))
-_SEARCHES: tuple[tuple[IndexKind, tuple[int, ...]], ...] = (
-    _EXACT,
-    _PRODUCT,
-    ("ivf", (1, 2, 4, 8, 16, 32, 64, 128)),
-    ("hnsw", (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)),
-)
-_LARGEST_PRODUCT = 2**25  # values of a bank for whose product there is memory
-_SMALL = 500  # vectors: fewer are compared with as fast as any index finds its way
+_SLOWDOWN_LIMIT = 1.5  # wider searches are not tried where one takes this many times as long as the fastest good one
+_NEAREST_TOLERANCE = 1e-5  # relative difference of distances up to which a vector found counts as the nearest
 
 
 def choose(
@@ -49,100 +42,113 @@ def choose(
 ) -> tuple[MemoryBank, list[IndexTrial]]:
     """Build the fastest memory bank that answers as exact search does.
 
-    Every index is searched as an image's score and map need it, one image at a time, and as narrowly as its recall@1 and
-    the error of its distances allow (:data:`RECALL`, :data:`ERROR`), both against exact search in the same storage.
+    Each index is measured by scoring images, one at a time. Its search is as narrow as recall and distance error allow
+    (:data:`MIN_RECALL`, :data:`MAX_ERROR`). Both are taken against exact search in the same storage.
 
     Args:
         vectors: Bank vectors (M, D), float32.
-        embeddings: Patch embeddings (B, h, w, D) of normal images that are not in the bank.
-        rule: How the model scores images.
-        index: Consider this one only. Where it cannot answer well enough, it is searched as widely as is ever tried. A flat
-            one is exact unless ``least`` is given.
-        storage: Precision in which the bank keeps its vectors.
-        progress: Called with what is done next.
-        threads: Threads to search with, as serving does; None leaves it to FAISS.
-        least: Least width to consider.
+        embeddings: Patch embeddings (B, h, w, D), float32, of normal images whose patches are not in the bank.
+        rule: How patch distances become an image score.
+        index: Only kind of index to consider. Where it is not good enough at any width, the widest search is taken. None
+            considers every kind that suits the bank and this machine; exact search is always among them.
+        storage: Number format in which the bank keeps its vectors.
+        progress: Called with the name of the next step.
+        threads: Number of threads to search with, as in serving; see :attr:`MemoryBank.threads`.
+        least: Least width to consider, for a bank of kind ``index`` that grows; 0 for a new one. A grown ``"bfloat16"`` bank
+            may become flat.
 
     Returns:
-        The bank, its width set and its neighbours found, and what was measured, the index taken among it. Exact search is
-        taken where no other answers well enough.
+        The bank, with its width set and its neighbors found, and all trials, among them that of the bank.
     """
-    queries = embeddings.reshape(-1, embeddings.shape[-1])
+    progress = progress or (lambda _: None)
     flat = MemoryBank(vectors, "flat", storage)
-    nearest = flat.search(queries)[0][:, 0]
-    exact = nearest if storage == "float32" else MemoryBank(vectors).search(queries)[0][:, 0]
-    trials: list[IndexTrial] = []
-    banks: dict[str, MemoryBank] = {}
-    if progress:
-        progress("neighbours")
+    reference = _Reference.of(flat, vectors, embeddings, rule)
+    progress("neighbors")
     flat.find_neighbors(rule.num_neighbors)
-    for kind, widths in _searches(vectors.shape, index, storage, least):
-        if kind not in banks:
-            if progress:
-                progress(f"index {kind}")
-            banks[kind] = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
-            banks[kind].neighbors = flat.neighbors
-            banks[kind].threads = threads
-        bank = banks[kind]
-        for width in widths:
+    tried: list[tuple[IndexTrial, MemoryBank]] = []
+    for kind in _kinds(vectors.shape, index, storage, least):
+        progress(f"index {kind}")
+        bank = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
+        bank.neighbors, bank.threads = flat.neighbors, threads
+        for width in _widths(kind, least):
             bank.width = width
-            trial = _try(bank, embeddings, nearest, exact, rule)
-            trials.append(trial)
-            fastest = min((other.milliseconds for other in trials if other.good), default=np.inf)
-            if trial.good or trial.milliseconds > 1.5 * fastest:
-                break  # wider ones take longer
-    good = [trial for trial in trials if trial.good] or trials[-1:]
-    best = min(good, key=lambda trial: trial.milliseconds)
-    bank = banks[best.index]
+            trial = reference.measure(bank)
+            tried.append((trial, bank))
+            fastest = min((other.milliseconds for other, _ in tried if other.good), default=np.inf)
+            if trial.good or trial.milliseconds > _SLOWDOWN_LIMIT * fastest:
+                break  # wider searches take longer
+    best, bank = min([pair for pair in tried if pair[0].good] or tried[-1:], key=lambda pair: pair[0].milliseconds)
     bank.width = best.width
-    if bank.neighbors is None:  # too many to compare each with each: the index searches for them
+    if bank.neighbors is None:  # the bank is too large for a comparison of all vectors: its index searches for neighbors
         bank.find_neighbors(rule.num_neighbors)
-    return bank, trials
+    return bank, [trial for trial, _ in tried]
 
 
-def _searches(
-    shape: tuple[int, int], index: IndexKind | None, storage: Storage, least: int
-) -> list[tuple[IndexKind, tuple[int, ...]]]:
-    """Kinds of search and widths to try in a bank of vectors (M, D)."""
-    size, dimension = shape
-    product = has_bfloat16() and storage == "float32" and size * dimension <= _LARGEST_PRODUCT
+def _kinds(shape: tuple[int, int], index: IndexKind | None, storage: Storage, least: int) -> list[IndexKind]:
+    """Kinds of index to try for a bank of vectors (M, D)."""
     if index is None:
-        searches = [_EXACT] if size < _SMALL else [each for each in _SEARCHES if each != _PRODUCT or product]
-    elif index == "flat":
-        searches = [_PRODUCT, _EXACT] if least and product else [_EXACT]
-    else:
-        searches = [each for each in _SEARCHES if each[0] == index]
-    return [(kind, tuple(width for width in widths if width >= least or not width) or (least,)) for kind, widths in searches]
+        return [kind for kind, known in KINDS.items() if known.suits(*shape, storage)]
+    fallback = KINDS[index].fallback
+    if not least or fallback is None:
+        return [index]
+    return [index, fallback] if KINDS[index].suits(*shape, storage) else [fallback]
 
 
-def _try(
-    bank: MemoryBank,
-    embeddings: NDArray[np.float32],
-    nearest: NDArray[np.float32],
-    exact: NDArray[np.float32],
-    rule: ScoreRule,
-) -> IndexTrial:
-    """Measure a bank; the patches' true distances (N,) are ``nearest`` to its vectors, ``exact`` to those in float32."""
-    distances = bank.nearest(embeddings)[0]
-    smallest = 1e-6 * max(float(exact.max()), 1e-30)  # a patch of the bank is at distance 0, and rounding may differ
-    found = distances <= nearest * (1 + 1e-5) + smallest
-    error, storage_error = (
-        float(np.quantile(np.abs(values - true) / np.maximum(true, smallest), 0.999))
-        for values, true in ((distances, nearest), (nearest, exact))
-    )
-    times = []
-    for image in embeddings:
-        started = time.perf_counter()
-        bank.score(image[None], rule)
-        times.append(time.perf_counter() - started)
-    recall = float(found.mean())
-    return IndexTrial(
-        index=bank.index,
-        storage=bank.storage,
-        width=bank.width,
-        milliseconds=1000 * float(np.median(times)),
-        recall=recall,
-        error=error,
-        storage_error=storage_error,
-        good=recall >= RECALL and error <= ERROR,
-    )
+def _widths(kind: IndexKind, least: int) -> list[int]:
+    """Widths to try, the narrowest first."""
+    least = min(least, KINDS[kind].width_limits[1])
+    return [width for width in KINDS[kind].widths if width >= least] or [least]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What exact search answers for images, and how an index compares.
+
+    Attributes:
+        embeddings: Patch embeddings (B, h, w, D).
+        rule: How patch distances become an image score.
+        stored: Distance of each patch to the nearest vector as it is stored (B * h * w,).
+        exact: Distance of each patch to the nearest float32 vector (B * h * w,).
+    """
+
+    embeddings: NDArray[np.float32]
+    rule: ScoreRule
+    stored: NDArray[np.float32]
+    exact: NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls, flat: MemoryBank, vectors: NDArray[np.float32], embeddings: NDArray[np.float32], rule: ScoreRule
+    ) -> _Reference:
+        stored = flat.nearest(embeddings)[0]
+        exact = stored if flat.storage == "float32" else MemoryBank(vectors).nearest(embeddings)[0]
+        return cls(embeddings, rule, stored, exact)
+
+    def measure(self, bank: MemoryBank) -> IndexTrial:
+        """Measure a bank's recall and distance error on all images, and its time for one image."""
+        distances = bank.nearest(self.embeddings)[0]
+        smallest = 1e-6 * max(float(self.exact.max()), 1e-30)  # rounding may move a distance away from 0 by this much
+        recall = float(np.mean(distances <= self.stored * (1 + _NEAREST_TOLERANCE) + smallest))
+        error, storage_error = (
+            float(np.quantile(np.abs(values - true) / np.maximum(true, smallest), 0.999))
+            for values, true in ((distances, self.stored), (self.stored, self.exact))
+        )
+        return IndexTrial(
+            index=bank.index,
+            storage=bank.storage,
+            width=bank.width,
+            milliseconds=self._milliseconds(bank),
+            recall=recall,
+            error=error,
+            storage_error=storage_error,
+            good=recall >= MIN_RECALL and error <= MAX_ERROR,
+        )
+
+    def _milliseconds(self, bank: MemoryBank) -> float:
+        """Median time to score one image."""
+        times = []
+        for image in self.embeddings:
+            started = time.perf_counter()
+            bank.score(image[None], self.rule)
+            times.append(time.perf_counter() - started)
+        return 1000 * float(np.median(times))

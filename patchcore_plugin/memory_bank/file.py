@@ -1,7 +1,7 @@
-"""The files of a memory bank: a FAISS index, and the neighbours of its vectors beside it.
+"""The files of a memory bank: a FAISS index, and beside it the neighbors of its vectors (.npy).
 
-A file that a user hands over may be damaged or made to harm: FAISS checks little of what it reads, so all that a search
-relies on is checked here.
+A file may be damaged or made to harm, and FAISS checks little of what it reads. So everything that a search relies on is
+checked here.
 """
 
 from __future__ import annotations
@@ -11,122 +11,113 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
+from patchcore_plugin.bundle import read_array
+from patchcore_plugin.errors import UsageError
+from patchcore_plugin.memory_bank.indexes import KINDS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from patchcore_plugin.bundle import IndexKind
+    from patchcore_plugin.memory_bank.faiss_index import FaissIndex
 
-LARGEST = 1e16
-"""Greatest value of a vector: the sum of a few thousand such squares still is a float32."""
+VALUE_LIMIT = 1e16
+"""Bound of a vector's values: the sum of a few thousand squares of smaller values is still a float32 number."""
 
-STORAGES = {faiss.ScalarQuantizer.QT_fp16: "float16", faiss.ScalarQuantizer.QT_8bit: "int8"}
-"""What :class:`patchcore_plugin.memory_bank.MemoryBank` calls FAISS's quantizers."""
+MAPPED_FILE_BYTES = 2**28
+"""Size from which a file is mapped into memory instead of read."""
 
 _BLOCK_ROWS = 4096
-_MAPPED_FROM = 2**28  # bytes; a larger file is mapped into memory rather than read
 
 
-def write(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | None) -> None:
-    """Write an index, and beside it (``.npy``) the neighbours (M, k) of its vectors, where there are some."""
-    draft = path.with_name(f"{path.name}.part")  # a bank may be mapped from the very file that it is saved to
+def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | None) -> None:
+    """Write the files of a memory bank.
+
+    Args:
+        path: File of the index.
+        index: FAISS index.
+        neighbors: Bank indices of the neighbors of each vector (M, k), written to ``path`` with the suffix ``.npy``; None
+            removes that file.
+    """
+    draft = path.with_name(f"{path.name}.part")  # the index may be mapped from the very file that it is written to
     if str(draft).isascii():
         faiss.write_index(index, str(draft))
-    else:  # FAISS opens no other names on every system
+    else:  # not every system lets FAISS open such a name
         draft.write_bytes(faiss.serialize_index(index).tobytes())
     draft.replace(path)
     beside = path.with_suffix(".npy")
     if neighbors is None:
-        beside.unlink(missing_ok=True)  # another bank's
+        beside.unlink(missing_ok=True)  # the neighbors in it belong to another bank
     else:
         np.save(beside, neighbors)
 
 
-def read(path: Path) -> tuple[faiss.Index, bool, NDArray[np.int32] | None]:
-    """Read what :func:`write` wrote: the index, whether it is mapped into memory, as a large one is, and the neighbours.
+def read_bank(
+    path: Path, kind: IndexKind | None = None, mapped_from: int = MAPPED_FILE_BYTES
+) -> tuple[FaissIndex, NDArray[np.int32] | None]:
+    """Read the files that :func:`write_bank` wrote.
+
+    Args:
+        path: File of the index.
+        kind: Kind of index to search the file as; None takes the first kind that recognizes the file.
+        mapped_from: Size, in bytes, from which the file is mapped into memory.
+
+    Returns:
+        The index, and the neighbors of its vectors (M, k), int32; None without a file of neighbors.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no L2 index of a kind that a memory bank builds, or holds no finite vectors; or if the
-            neighbours are damaged.
+        FileNotFoundError: If there is no file of the index.
+        UsageError: If a file does not hold what a memory bank writes.
+        BundleError: If the file of neighbors is damaged.
     """
+    index = _recognized(_read_index(path, mapped_from), kind, path)
+    size = index.faiss.ntotal
+    for start in range(0, size, _BLOCK_ROWS):
+        if not (np.abs(index.faiss.reconstruct_n(start, min(_BLOCK_ROWS, size - start))) < VALUE_LIMIT).all():
+            msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
+            raise UsageError(msg)
+    beside = path.with_suffix(".npy")
+    return index, _read_neighbors(beside, size) if beside.is_file() else None
+
+
+def _read_index(path: Path, mapped_from: int) -> faiss.Index:
     try:
-        mapped = path.stat().st_size >= _MAPPED_FROM and str(path).isascii()
-        if mapped:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        else:
-            index = faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
+        if path.stat().st_size >= mapped_from and str(path).isascii():
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
     except (RuntimeError, MemoryError) as error:
         msg = f"{path} is not a readable FAISS index (truncated or damaged)."
-        raise ValueError(msg) from error
-    if kind(index) is None:
-        msg = f"{path} holds a {type(index).__name__}; a memory bank is a flat, IVF or HNSW L2 index of plain vectors."
-        raise ValueError(msg)
-    size = index.ntotal
-    if not size:
+        raise UsageError(msg) from error
+
+
+def _recognized(index: faiss.Index, kind: IndexKind | None, path: Path) -> FaissIndex:
+    """The index as one of a memory bank."""
+    found = next((known for known in KINDS.values() if known.recognize(index)), None)
+    if found is None:
+        msg = f"{path} holds a {type(index).__name__}; a memory bank is an L2 index of plain vectors: {', '.join(KINDS)}."
+        raise UsageError(msg)
+    if not index.ntotal:
         msg = f"{path} holds an empty memory bank."
-        raise ValueError(msg)
-    if isinstance(index, faiss.IndexIVF):
-        _map_directly(index, path)
-    for start in range(0, size, _BLOCK_ROWS):
-        if not (np.abs(index.reconstruct_n(start, min(_BLOCK_ROWS, size - start))) < LARGEST).all():
-            msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
-            raise ValueError(msg)
-    beside = path.with_suffix(".npy")
-    return index, mapped, _read_neighbors(beside, size) if beside.is_file() else None
-
-
-def storage(index: faiss.Index) -> faiss.Index:
-    """The index itself, or what a graph's vectors are stored in."""
-    return faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
-
-
-def kind(index: faiss.Index) -> IndexKind | None:
-    """What :class:`MemoryBank` calls an index of FAISS; None for one that it would not build."""
-    if index.metric_type != faiss.METRIC_L2:
-        return None
-    if isinstance(index, faiss.IndexIVF):
-        plain = isinstance(index, faiss.IndexIVFFlat) or (
-            isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype in STORAGES and not index.by_residual
-        )
-        return "ivf" if plain and index.quantizer.metric_type == faiss.METRIC_L2 else None
-    vectors = storage(index)
-    if vectors.metric_type != faiss.METRIC_L2:
-        return None
-    if not (isinstance(vectors, faiss.IndexFlat) or (_is_quantized(vectors) and vectors.sq.qtype in STORAGES)):
-        return None
-    if vectors is index:
-        return "flat"
-    return "hnsw" if vectors.ntotal == index.ntotal and vectors.d == index.d else None
-
-
-def _is_quantized(index: faiss.Index) -> bool:
-    return isinstance(index, faiss.IndexScalarQuantizer)
-
-
-def _map_directly(index: faiss.IndexIVF, path: Path) -> None:
-    """Note where each vector is, whatever the file says of it; a ValueError if one is there twice or not at all."""
-    lists = index.invlists
-    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(index.nlist)]
-    if not np.array_equal(np.sort(np.concatenate(ids)), np.arange(index.ntotal)):
-        msg = f"{path} is damaged: its cells do not hold each of its {index.ntotal} vectors once."
-        raise ValueError(msg)
-    index.set_direct_map_type(faiss.DirectMap.NoMap)
-    index.make_direct_map()
+        raise UsageError(msg)
+    wanted = found if kind is None else KINDS[kind]
+    if not wanted.recognize(index):
+        msg = f"{path} is a {found.kind} index of {found.recognize(index)}, not one of the kind {kind!r}."
+        raise UsageError(msg)
+    try:
+        return wanted(index)
+    except UsageError as error:
+        msg = f"{path} is damaged: {error}"
+        raise UsageError(msg) from error
 
 
 def _read_neighbors(path: Path, size: int) -> NDArray[np.int32]:
-    try:
-        with path.open("rb") as file:
-            neighbors = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError) as error:
-        msg = f"{path} is damaged: {error}"
-        raise ValueError(msg) from error
+    neighbors = read_array(path)
     if neighbors.dtype != np.int32 or neighbors.ndim != 2 or len(neighbors) != size or not neighbors.shape[1]:
-        msg = f"{path} holds {neighbors.dtype} values of shape {neighbors.shape}, not neighbours of {size} vectors."
-        raise ValueError(msg)
+        msg = f"{path} holds {neighbors.dtype} values of shape {neighbors.shape}, not neighbors of {size} vectors."
+        raise UsageError(msg)
     if neighbors.min() < 0 or neighbors.max() >= size or (neighbors[:, 0] != np.arange(size)).any():
-        msg = f"{path} does not hold neighbours of the bank's vectors, each of them first among its own."
-        raise ValueError(msg)
+        msg = f"{path} does not hold neighbors of the bank's vectors, each vector the first among its own."
+        raise UsageError(msg)
     return neighbors

@@ -1,68 +1,186 @@
-"""FAISS's indexes, as a memory bank builds them."""
+"""The kinds of index that a memory bank can have, one class each.
+
+A new kind is one class here, a name in :data:`KINDS`, and the same name in :data:`patchcore_plugin.bundle.IndexKind`. The
+choice by measurement, the files, the command line and the service go by these.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from threading import Lock
+from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
 
-from patchcore_plugin.bundle import IndexKind
-from patchcore_plugin.memory_bank import file as bank_file
+from patchcore_plugin.cpu import has_bfloat16
+from patchcore_plugin.errors import UsageError
+from patchcore_plugin.memory_bank.bfloat16 import CANDIDATES_LIMIT, BFloat16Candidates
+from patchcore_plugin.memory_bank.faiss_index import ApproximateIndex, FaissIndex, exact_distances, plain_storage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LINKS, _CONSTRUCTION = 24, 80  # of the graph: neighbours of a vector, and candidates while it is built,
-_LARGE, _LARGE_CONSTRUCTION = 10_000, 200  # which are more where a graph of so many vectors would lose its way
-_QUANTIZERS = {storage: quantizer for quantizer, storage in bank_file.STORAGES.items()}
+    from patchcore_plugin.bundle import IndexKind, Storage
+    from patchcore_plugin.memory_bank.faiss_index import Found
 
 
-def build(vectors: NDArray[np.float32], index: str, storage: str) -> faiss.Index:
-    """An empty index for vectors (M, D); the arguments are those of :class:`patchcore_plugin.memory_bank.MemoryBank`.
+class FlatIndex(FaissIndex):
+    """Compares each query with every vector: exact search."""
+
+    kind, default_width, widths, width_limits = "flat", 0, (0,), (0, 0)
+    min_vectors, exhaustive = 1, True
+    _EXACT_QUERIES_LIMIT = 16  # for more queries, FAISS expands the square of the difference
+
+    @staticmethod
+    def _new(size: int, dimension: int, quantizer: int | None) -> faiss.Index:
+        return faiss.IndexFlatL2(dimension) if quantizer is None else faiss.IndexScalarQuantizer(dimension, quantizer)
+
+    @classmethod
+    def recognize(cls, index: faiss.Index) -> Storage | None:
+        """See :meth:`FaissIndex.recognize`."""
+        flat = isinstance(index, (faiss.IndexFlat, faiss.IndexScalarQuantizer))
+        return plain_storage(index) if flat else None
+
+    def _search_block(self, queries: NDArray[np.float32], k: int, width: int) -> Found:
+        if len(queries) <= self._EXACT_QUERIES_LIMIT:
+            squares, indices = self._search_faiss(queries, k)
+            return np.sqrt(squares), indices
+        # The expansion loses digits where a query is close to a vector, so the distances are computed anew. Its matrix
+        # products take FAISS's own threads, on which they are several times faster than on the pool's.
+        return self._sorted(queries, self.faiss.search(queries, k)[1])
+
+
+class BFloat16Index(FlatIndex):
+    """Compares each patch exactly with a few candidates, which a matrix product in bfloat16 finds among all vectors.
+
+    The width is the number of candidates. The file is that of a flat index, and :meth:`search` is exact.
+    """
+
+    kind, default_width, widths, width_limits = "bfloat16", 4, (2, 3, 4), (1, CANDIDATES_LIMIT)
+    storages, min_vectors, fallback = ("float32",), FaissIndex.min_vectors, "flat"
+    _BANK_VALUES_LIMIT = 2**25  # the candidates' factors need twice the memory of the vectors
+
+    def __init__(self, index: faiss.Index) -> None:
+        super().__init__(index)
+        self._candidates: BFloat16Candidates | None = None
+        self._lock = Lock()
+
+    @classmethod
+    def recognize(cls, index: faiss.Index) -> Storage | None:
+        """See :meth:`FaissIndex.recognize`; the file is that of a flat index in float32."""
+        storage = super().recognize(index)
+        return storage if storage in cls.storages else None
+
+    @classmethod
+    def suits(cls, size: int, dimension: int, storage: Storage) -> bool:
+        """See :meth:`FaissIndex.suits`; the CPU must compute in bfloat16, and the memory suffice."""
+        return super().suits(size, dimension, storage) and size * dimension <= cls._BANK_VALUES_LIMIT and has_bfloat16()
+
+    def nearest(self, queries: NDArray[np.float32], grid: tuple[int, int], width: int) -> Found:
+        """Find the nearest vector of each patch among its candidates; see :meth:`FaissIndex.nearest`."""
+        candidates = self._candidates_of(width).find(queries)
+        distances = exact_distances(queries, self.take(candidates))
+        best = distances.argmin(1)[:, None]
+        return np.take_along_axis(distances, best, 1)[:, 0], np.take_along_axis(candidates, best, 1)[:, 0]
+
+    def _candidates_of(self, width: int) -> BFloat16Candidates:
+        with self._lock:
+            made = self._candidates
+            if made is None or (made.count, made.threads) != (width, self.threads):
+                made = self._candidates = BFloat16Candidates(self.vectors, width, self.threads)
+            return made
+
+
+class IVFIndex(ApproximateIndex):
+    """Compares each query with the vectors in the nearest cells of a k-means partition.
+
+    The width is the number of cells.
+    """
+
+    kind, default_width, widths = "ivf", 16, (1, 2, 4, 8, 16, 32, 64, 128)
+
+    def __init__(self, index: faiss.IndexIVF) -> None:
+        super().__init__(index)
+        _map_directly(index)
+
+    @staticmethod
+    def _new(size: int, dimension: int, quantizer: int | None) -> faiss.Index:
+        centers, cells = faiss.IndexFlatL2(dimension), max(1, min(size // 8, round(2 * size**0.5)))
+        if quantizer is None:
+            index = faiss.IndexIVFFlat(centers, dimension, cells)
+        else:
+            index = faiss.IndexIVFScalarQuantizer(centers, dimension, cells, quantizer, faiss.METRIC_L2, False)
+        index.cp.min_points_per_centroid = 1  # k-means would warn, as a bank has few vectors for each cell
+        return index
+
+    @classmethod
+    def recognize(cls, index: faiss.Index) -> Storage | None:
+        """See :meth:`FaissIndex.recognize`; the cells must hold the vectors themselves."""
+        cells = (
+            isinstance(index, faiss.IndexIVF) and index.quantizer.metric_type == faiss.METRIC_L2 and not index.by_residual
+        )
+        return plain_storage(index) if cells else None
+
+    def _parameters(self, k: int, width: int) -> faiss.SearchParameters:
+        return faiss.SearchParametersIVF(nprobe=min(width, self.faiss.nlist))
+
+    def _search_all(self, queries: NDArray[np.float32], k: int) -> Found:
+        squares, indices = self.faiss.search(queries, k, params=self._parameters(k, self.faiss.nlist))
+        return np.sqrt(squares), indices
+
+
+class HNSWIndex(ApproximateIndex):
+    """Follows a graph from vector to vector, towards each query. Building it takes 0.05 to 0.5 ms a vector.
+
+    The width is the number of candidates that are kept on the way.
+    """
+
+    kind, default_width = "hnsw", 32
+    widths = (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)
+    _LINKS = 24  # neighbors of a vector in the graph
+    _BUILD_WIDTH, _LARGE_BUILD_WIDTH = 80, 200
+    _LARGE_GRAPH_VECTORS = 10_000  # in a graph of more, searches would lose their way
+
+    @classmethod
+    def _new(cls, size: int, dimension: int, quantizer: int | None) -> faiss.Index:
+        if quantizer is None:
+            index = faiss.IndexHNSWFlat(dimension, cls._LINKS)
+        else:
+            index = faiss.IndexHNSWSQ(dimension, quantizer, cls._LINKS)
+        index.hnsw.efConstruction = cls._BUILD_WIDTH if size < cls._LARGE_GRAPH_VECTORS else cls._LARGE_BUILD_WIDTH
+        return index
+
+    @classmethod
+    def recognize(cls, index: faiss.Index) -> Storage | None:
+        """See :meth:`FaissIndex.recognize`; the graph must be built over a flat index."""
+        if not isinstance(index, faiss.IndexHNSW) or index.metric_type != faiss.METRIC_L2:
+            return None
+        inner = cls._inner(index)
+        same = (inner.ntotal, inner.d) == (index.ntotal, index.d)
+        return FlatIndex.recognize(inner) if same else None
+
+    @staticmethod
+    def _inner(index: faiss.Index) -> faiss.Index:
+        return faiss.downcast_index(index.storage)
+
+    def _parameters(self, k: int, width: int) -> faiss.SearchParameters:
+        return faiss.SearchParametersHNSW(efSearch=max(width, k))
+
+
+def _map_directly(index: faiss.IndexIVF) -> None:
+    """Note in which cell each vector is, so that it can be read by its bank index.
 
     Raises:
-        ValueError: If ``index`` is none of its kinds.
+        UsageError: If the cells do not hold each vector once; then the file that the index comes from is damaged.
     """
-    dimension = vectors.shape[1]
-    quantizer = _QUANTIZERS.get(storage)
-    if index == "flat":
-        return faiss.IndexFlatL2(dimension) if quantizer is None else faiss.IndexScalarQuantizer(dimension, quantizer)
-    if index == "hnsw":
-        graph = (
-            faiss.IndexHNSWFlat(dimension, _LINKS) if quantizer is None else faiss.IndexHNSWSQ(dimension, quantizer, _LINKS)
-        )
-        graph.hnsw.efConstruction = _CONSTRUCTION if len(vectors) < _LARGE else _LARGE_CONSTRUCTION
-        return graph
-    if index == "ivf":
-        cells = faiss.IndexFlatL2(dimension)
-        count = max(1, min(len(vectors) // 8, round(2 * len(vectors) ** 0.5)))
-        partition = (
-            faiss.IndexIVFFlat(cells, dimension, count)
-            if quantizer is None
-            else faiss.IndexIVFScalarQuantizer(cells, dimension, count, quantizer, faiss.METRIC_L2, False)
-        )
-        partition.cp.min_points_per_centroid = 1  # or it warns of few points, which is what a bank has
-        return partition
-    msg = f"index must be one of {', '.join(get_args(IndexKind))}; got {index!r}."
-    raise ValueError(msg)
+    lists = index.invlists
+    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(index.nlist)]
+    if not np.array_equal(np.sort(np.concatenate(ids)), np.arange(index.ntotal)):
+        msg = f"The cells of the index do not hold each of its {index.ntotal} vectors once."
+        raise UsageError(msg)
+    index.set_direct_map_type(faiss.DirectMap.NoMap)  # what a file says of it is not trusted
+    index.make_direct_map()
 
 
-def view(index: faiss.Index) -> NDArray[np.float32]:
-    """The vectors (M, D) inside an index that keeps them in float32, not in cells: no copy, read-only."""
-    return np.asarray(_Storage(bank_file.storage(index), index))
-
-
-class _Storage:
-    """The vectors (M, D) inside a FAISS index as an array, so that the bank is held once. Keeps the index alive."""
-
-    def __init__(self, storage: faiss.IndexFlat, index: faiss.Index) -> None:
-        self._index = index
-        flat = faiss.rev_swig_ptr(storage.get_xb(), storage.ntotal * storage.d)
-        address = flat.__array_interface__["data"][0]
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (storage.ntotal, storage.d),
-            "typestr": np.dtype(np.float32).str,
-            "data": (address, True),  # read only
-        }
+KINDS: dict[IndexKind, type[FaissIndex]] = {index.kind: index for index in (FlatIndex, BFloat16Index, IVFIndex, HNSWIndex)}
+"""Every kind of index by its name. A file is read as the first kind that recognizes it."""

@@ -244,18 +244,15 @@ def _cache_folder(path: Path, cache: str | Path | bool) -> Path | None:
 
 def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     try:
-        bank = MemoryBank.load(path / BANK)
+        bank = MemoryBank.load(path / BANK, manifest.index.kind)
     except ValueError as error:
         raise BundleError(str(error)) from error
     found, expected = (len(bank), bank.dimension), (manifest.bank_size, manifest.embedding_dimension)
     if found != expected:
         msg = f"{path / BANK} holds vectors of shape {found}, the manifest says {expected}."
         raise BundleError(msg)
-    if (bank.index, bank.storage) != (manifest.index.kind, manifest.index.storage):
-        msg = (
-            f"{path / BANK} is a {bank.index} index of {bank.storage}, the manifest says {manifest.index.kind} of "
-            f"{manifest.index.storage}."
-        )
+    if bank.storage != manifest.index.storage:
+        msg = f"{path / BANK} holds vectors in {bank.storage}, the manifest says {manifest.index.storage}."
         raise BundleError(msg)
     try:
         if manifest.index.width:

@@ -1,10 +1,10 @@
-"""The memory bank's search: against its size, against flat search, and for wide embeddings.
+"""Search time of the memory bank against its size, next to that of a flat index.
 
     python tests/benchmarks/bank.py                 # real embeddings of solar cells, 10,000 to 1,000,000 x 152
     python tests/benchmarks/bank.py --data coreset  # the first 10,000 to 250,000 picks of all of them
     python tests/benchmarks/bank.py --data wide     # random clusters of wide_resnet50_2's shape, 16,000 and 160,000 x 1,536
 
-Queries are all patches of one image, which is not in the bank; times are medians of single images.
+Queries are all patches of one image, none of which is in the bank. Times are medians over images, one at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.cpu import cores
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
+from patchcore_plugin.scoring import ScoreRule
 
 IMAGES = 12
 
@@ -35,19 +36,20 @@ def timed(call) -> float:
 
 
 def real(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bank vectors in random order, and the patches of images that they are not from."""
+    """Bank vectors in random order, and patch embeddings (B, h, w, D) of images that none of them comes from."""
     points = elpv_embeddings(-(-largest // 1024) + IMAGES)
     images, points = points[: IMAGES * 1024].reshape(IMAGES, 32, 32, -1), points[IMAGES * 1024 :]
     return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))], images
 
 
 def coreset(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Picks of the coreset sampler in their order, of which any first ones are a coreset too."""
+    """Bank vectors in the order in which the sampler picks them, so that the first ones are a coreset at every size."""
     points, images = real((2624 - IMAGES) * 1024)
     return points[GreedyCoreset(ratio=largest / len(points)).fit(points)], images
 
 
 def wide(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of random clusters, 784 of them for each image."""
     points = clustered(largest + IMAGES * 784, 1536)
     return points[IMAGES * 784 :], points[: IMAGES * 784].reshape(IMAGES, 28, 28, -1)
 
@@ -61,10 +63,10 @@ DATA = {
 
 @click.command()
 @click.option("--data", type=click.Choice(list(DATA)), default="elpv", show_default=True)
-@click.option("--size", "sizes", type=int, multiple=True, help="Vectors; may be repeated.")
+@click.option("--size", "sizes", type=int, multiple=True, help="Number of bank vectors; may be repeated.")
 @click.option("--storage", type=click.Choice(["float32", "float16", "int8"]), default="float32", show_default=True)
 def main(data: str, sizes: tuple[int, ...], storage: str) -> None:
-    """Print search time and recall of the index that the measured choice takes, and of flat search."""
+    """Print the search time and recall of the index that the measured choice takes, and the time of a flat index."""
     embeddings, usual = DATA[data]
     sizes = sizes or usual
     points, images = embeddings(max(sizes))
@@ -76,7 +78,7 @@ def main(data: str, sizes: tuple[int, ...], storage: str) -> None:
         path = Path(folder) / "bank.faiss"
         for size in sizes:
             vectors = points[:size].numpy()
-            bank, trials = choose(vectors, images.numpy(), 9, storage=storage, threads=cores())
+            bank, trials = choose(vectors, images.numpy(), ScoreRule(), storage=storage, threads=cores())
             taken = next(trial for trial in trials if (trial.index, trial.width) == (bank.index, bank.width))
             flat = trials[0].milliseconds
             build = timed(lambda bank=bank, vectors=vectors: MemoryBank(vectors, bank.index, storage, num_neighbors=9))

@@ -58,7 +58,7 @@ def test_torch_export():
 
 @pytest.mark.parametrize(
     ("name", "format_version", "kind", "width"),
-    [("bundle-format-2", 2, "flat", 0), ("bundle-bfloat16", 3, "flat", 2), ("bundle-hnsw", 3, "hnsw", None)],
+    [("bundle-format-2", 2, "flat", 0), ("bundle-bfloat16", 3, "bfloat16", 2), ("bundle-hnsw", 3, "hnsw", None)],
 )
 def test_bundle(name, format_version, kind, width, tmp_path):
     bundle = Path(shutil.copytree(OLD / name, tmp_path / name))

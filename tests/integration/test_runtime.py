@@ -85,17 +85,17 @@ def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
 def test_bank_searched_in_bfloat16(bundle_copy, runtime, test_images, mode):
     """Scores are those of exact search, alone or among others."""
     manifest = json.loads((bundle_copy / MANIFEST).read_text("utf-8"))
-    assert (manifest["index"]["kind"], runtime.bank.width) == ("flat", 0)
-    manifest["index"]["width"] = 2
+    assert manifest["index"]["kind"] == runtime.bank.index == "flat"
+    manifest["index"] |= {"kind": "bfloat16", "width": 2}
     (bundle_copy / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-    in_bfloat16 = PatchcoreRuntime.load(bundle_copy, mode=mode, cache=False)
-    assert in_bfloat16.bank.width == 2
-    found = in_bfloat16.predict(test_images[:12])
+    approximate = PatchcoreRuntime.load(bundle_copy, mode=mode, cache=False)
+    assert (approximate.bank.index, approximate.bank.width) == ("bfloat16", 2)
+    found = approximate.predict(test_images[:12])
     for ours, expected in zip(found, runtime.predict(test_images[:12]), strict=True):
         assert ours.score == pytest.approx(expected.score, rel=1e-4)
         assert ours.verdict == expected.verdict
         assert np.mean(ours.patch_distances > expected.patch_distances * (1 + 1e-5)) < 0.01
-    assert [again.score for again in in_bfloat16.predict(test_images[:3])] == [answer.score for answer in found[:3]]
+    assert [again.score for again in approximate.predict(test_images[:3])] == [answer.score for answer in found[:3]]
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

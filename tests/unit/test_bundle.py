@@ -85,15 +85,25 @@ def test_file_of_another_model(bundle_copy):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"width": 17}, r"manifest\.json: width must be from 0 to 16 for the index 'flat' in float32, got 17"),
-        ({"kind": "ivf", "width": 128}, r"bank\.faiss is a flat index of float32, the manifest says ivf of float32"),
-        ({"storage": "int8"}, r"bank\.faiss is a flat index of float32, the manifest says flat of int8"),
+        ({"width": 17}, r"manifest\.json: width must be a whole number in \[1, 16\], got 17\. The index is 'bfloat16'"),
+        ({"kind": "ivf", "width": 128}, r"bank\.faiss is a flat index of float32, not one of the kind 'ivf'"),
+        ({"storage": "int8"}, r"bank\.faiss holds vectors in float32, the manifest says int8"),
     ],
 )
 def test_index_of_another_kind(bundle_copy, index, message):
     change_manifest(bundle_copy, index={"kind": "flat", "storage": "float32", **index})
     with pytest.raises(BundleError, match=message):
         PatchcoreRuntime.load(bundle_copy)
+
+
+def test_flat_index_with_a_width_is_read_as_bfloat16(bundle_copy):
+    """Earlier versions named the bfloat16 search so, for the bank and for each trial."""
+    trial = {"storage": "float32", "milliseconds": 1, "recall": 1, "error": 0, "good": True}
+    trials = [{"index": "flat", "width": 0, **trial}, {"index": "flat", "width": 3, **trial}]
+    change_manifest(bundle_copy, index={"kind": "flat", "storage": "float32", "width": 3, "trials": trials})
+    runtime = PatchcoreRuntime.load(bundle_copy)
+    assert (runtime.manifest.index.kind, runtime.bank.index, runtime.bank.width) == ("bfloat16", "bfloat16", 3)
+    assert [trial.index for trial in runtime.manifest.index.trials] == ["flat", "bfloat16"]
 
 
 def test_network_of_another_model(bundle_copy):

@@ -1,0 +1,169 @@
+"""Files of a memory bank, sound, damaged and made to harm."""
+
+from typing import get_args
+
+import faiss
+import numpy as np
+import pytest
+
+from patchcore_plugin.bundle import IndexKind
+from patchcore_plugin.memory_bank import MemoryBank
+
+BANKS = [("ivf", "float32"), ("hnsw", "float32"), ("flat", "float16"), ("ivf", "float16"), ("hnsw", "int8")]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bank.faiss"
+
+
+def write(path, index: faiss.Index) -> None:
+    path.write_bytes(faiss.serialize_index(index).tobytes())
+
+
+def test_save_and_load(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    path = tmp_path / "bänk.faiss"
+    MemoryBank(vectors).save(path)
+    loaded = MemoryBank.load(path)
+    np.testing.assert_array_equal(loaded.vectors, vectors)
+    assert (len(loaded), loaded.dimension) == (50, 7)
+
+
+@pytest.mark.parametrize(("index", "storage"), [("flat", "float32"), ("bfloat16", "float32"), *BANKS])
+def test_every_kind(index, storage, path, real_embeddings):
+    bank = MemoryBank(real_embeddings[::20], index, storage, num_neighbors=5)
+    bank.save(path)
+    loaded = MemoryBank.load(path, index)
+    assert (loaded.index, loaded.storage, loaded.width) == (index, storage, bank.width)
+    np.testing.assert_array_equal(loaded.vectors, bank.vectors)
+    np.testing.assert_array_equal(loaded.neighbors, bank.neighbors)
+    for ours, theirs in zip(loaded.search(real_embeddings[:500], 3), bank.search(real_embeddings[:500], 3), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert MemoryBank.load(path).index == ("flat" if index == "bfloat16" else index)
+
+
+def test_load_as_another_kind(path):
+    vectors = np.random.default_rng(0).normal(size=(50, 7))
+    MemoryBank(vectors, "hnsw").save(path)
+    for kind in set(get_args(IndexKind)) - {"hnsw"}:
+        with pytest.raises(ValueError, match=rf"bank\.faiss is a hnsw index of float32, not one of the kind '{kind}'"):
+            MemoryBank.load(path, kind)
+    MemoryBank(vectors, storage="float16").save(path)
+    with pytest.raises(ValueError, match="is a flat index of float16, not one of the kind 'bfloat16'"):
+        MemoryBank.load(path, "bfloat16")
+
+
+def test_mapped_into_memory(path, real_embeddings):
+    bank = MemoryBank(real_embeddings[::10], "hnsw", num_neighbors=3)
+    bank.save(path)
+    loaded = MemoryBank.load(path, mapped_from=1)
+    np.testing.assert_array_equal(loaded.search(real_embeddings[:500])[0], bank.search(real_embeddings[:500])[0])
+
+
+def test_saved_over_the_file_it_is_mapped_from(path, real_embeddings):
+    MemoryBank(real_embeddings[:500], num_neighbors=3).save(path)
+    bank = MemoryBank.load(path, mapped_from=1)
+    bank.save(path)
+    np.testing.assert_array_equal(MemoryBank.load(path, mapped_from=1).vectors, real_embeddings[:500])
+    np.testing.assert_array_equal(bank.vectors, real_embeddings[:500])
+    assert {file.name for file in path.parent.iterdir()} == {"bank.faiss", "bank.npy"}
+
+
+def test_no_neighbors_of_another_bank(path, real_embeddings):
+    MemoryBank(real_embeddings[:50], num_neighbors=3).save(path)
+    MemoryBank(real_embeddings[50:100]).save(path)
+    assert MemoryBank.load(path).neighbors is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not an index", b"IxF2" + b"\xff" * 60])
+def test_load_of_something_else(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bank\.faiss is not a readable FAISS index"):
+        MemoryBank.load(path)
+
+
+def test_load_of_a_truncated_bank(path):
+    MemoryBank(np.ones((100, 8))).save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"bank\.faiss is not a readable FAISS index"):
+        MemoryBank.load(path)
+
+
+def graph_over_another_metric() -> faiss.Index:
+    index = faiss.IndexHNSW(faiss.IndexFlatIP(4), 8)
+    index.metric_type = faiss.METRIC_L2
+    return index
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        faiss.IndexFlatIP(4),
+        faiss.IndexScalarQuantizer(4, faiss.ScalarQuantizer.QT_4bit),
+        faiss.IndexIVFFlat(faiss.IndexFlatIP(4), 4, 2),
+        faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(4), 4, 2, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2, True),
+        faiss.IndexHNSWPQ(4, 2, 8),
+        graph_over_another_metric(),
+    ],
+    ids=lambda index: type(index).__name__,
+)
+def test_load_of_an_index_that_no_bank_builds(path, index):
+    vectors = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    index.train(vectors)
+    index.add(vectors)
+    write(path, index)
+    with pytest.raises(ValueError, match="a memory bank is an L2 index of plain vectors: flat, bfloat16, ivf, hnsw"):
+        MemoryBank.load(path)
+
+
+def test_load_of_an_empty_or_poisoned_bank(path):
+    index = faiss.IndexFlatL2(2)
+    write(path, index)
+    with pytest.raises(ValueError, match="empty memory bank"):
+        MemoryBank.load(path)
+    index.add(np.full((1, 2), np.nan, np.float32))
+    write(path, index)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        MemoryBank.load(path)
+
+
+def test_cells_whose_ids_are_wrong(path, real_embeddings):
+    """The direct map of a file is not trusted, and cells that hold a vector twice are refused."""
+    MemoryBank(real_embeddings[:400], "ivf").save(path)
+    index = faiss.read_index(str(path))
+    wrong = np.random.default_rng(0).permutation(faiss.vector_to_array(index.direct_map.array))
+    faiss.copy_array_to_vector(wrong, index.direct_map.array)
+    write(path, index)
+    assert (faiss.vector_to_array(faiss.read_index(str(path)).direct_map.array) == wrong).all()
+    np.testing.assert_array_equal(MemoryBank.load(path).vectors, real_embeddings[:400])
+
+    lists = index.invlists
+    cell = next(cell for cell in range(index.nlist) if lists.list_size(cell) > 1)
+    ids = faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell))
+    ids[0] = ids[1]
+    write(path, index)
+    with pytest.raises(ValueError, match=r"bank\.faiss is damaged: .* do not hold each of its 400 vectors once"):
+        MemoryBank.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        lambda path: np.save(path, np.zeros((30, 3), np.float32)),
+        lambda path: np.save(path, np.zeros((29, 3), np.int32)),
+        lambda path: np.save(path, np.full((30, 3), 30, np.int32)),
+        lambda path: np.save(path, np.full((30, 3), -1, np.int32)),
+        lambda path: np.save(path, np.array([{}], object), allow_pickle=True),
+        lambda path: np.save(path, np.zeros((30, 3), np.int32)),
+        lambda path: np.savez(path.open("wb"), np.zeros((30, 3), np.int32)),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"(30, 3)", b"(30, 3000000000)")),
+    ],
+)
+def test_damaged_neighbors(path, damage):
+    MemoryBank(np.random.default_rng(0).normal(size=(30, 4)), num_neighbors=3).save(path)
+    damage(path.with_suffix(".npy"))
+    with pytest.raises(ValueError, match=r"bank\.npy"):
+        MemoryBank.load(path)
