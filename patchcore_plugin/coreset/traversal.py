@@ -1,121 +1,52 @@
 """Farthest-first traversal in batches: the engine of :class:`~patchcore_plugin.coreset.sampler.GreedyCoreset`.
 
-Every row knows its exact (float64) squared distance to the nearest centre. It only shrinks as centres are added, so it
-is an upper bound between two updates: the farthest rows become candidates, and picking goes on among them alone for as
-long as the best candidate lies farther than the farthest row outside. Then all rows are brought up to date with the
-whole batch of new centres. Picking among candidates is the same problem on fewer rows, so it is solved the same way,
-down to a few hundred rows.
+Every row knows its exact (float64) squared distance to the nearest center. The distance only shrinks as centers are added,
+so it is an upper bound between two updates: the farthest rows become candidates, and picking goes on among them alone for
+as long as the best candidate lies farther than the farthest row outside. Then all rows are brought up to date with the
+whole batch of new centers. Picking among candidates is the same problem on fewer rows, so it is solved the same way, down
+to a few hundred rows.
 
-Clusters that a new centre cannot reach (triangle inequality: it lies at least twice the cluster's radius from its
-centre) are left out of the update.
+Clusters that a new center cannot reach are left out of the update: by the triangle inequality, a center that lies at least
+twice the cluster's radius from the cluster's own center is nearer to none of its rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from patchcore_plugin.coreset.distances import Centres, Lens, Rows, candidates, padded, piece, product_type
+from patchcore_plugin.coreset.clusters import ClusterReach, OrderedCenters
+from patchcore_plugin.coreset.distances import Rows, candidates
+from patchcore_plugin.coreset.processes import Shards
+from patchcore_plugin.coreset.products import faster_dtype
+from patchcore_plugin.coreset.rounding import Rounding
 
-_MIN_CANDIDATES = 512
-_MAX_CANDIDATES = 16384
-_MAX_BATCH = 4096
-_PRUNE_FROM = 512  # centres; below, a cluster is too wide to be out of reach
-_PRUNE_BATCH = 64  # picks; fewer are not worth sorting the rows
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from patchcore_plugin.coreset.tuning import Tuning
+
+_WORTHLESS_SHARE = 0.85  # of all pairs of block and new center: pruning that leaves so many costs more than it saves
 
 
-class ClusterReach:
-    """Which new centres can lie nearer to some row of a block than the row's own centre.
+class _Candidates(NamedTuple):
+    """The farthest rows of one process or of all.
 
-    A new centre ``c`` is nearer to a row ``x`` of the cluster around ``a`` only if ``|c - a| < 2 |x - a|`` (Elkan 2003,
-    lemma 1). Rows are taken in an order that keeps each cluster, and clusters near each other, together.
-
-    Args:
-        rows: All rows, with their clusters.
-        rank: Place of each centre in that order (K,), int64.
-        vectors: Gives the centres of some numbers.
+    Attributes:
+        vectors: The rows (C, D).
+        distances: Their squared distances to the nearest center (C,), float64; -1 where a process has fewer rows.
+        numbers: Their numbers (C,), int64, through all processes.
+        owners: Numbers of their nearest centers (C,), int64; 0 where those are not kept.
+        outside: Largest squared distance of any other row; -1 for no other row.
     """
 
-    def __init__(self, rows: Rows, rank: torch.Tensor, vectors: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.lens = rows.lens
-        self.vectors = vectors
-        self.radius = torch.zeros(len(rank), device=rank.device)  # of the cluster at each place
-        keys = torch.arange(len(rows.points), device=rank.device)
-        for start in range(0, len(keys), 64 * rows.block):
-            numbers = keys[start : start + 64 * rows.block]
-            place = rank.index_select(0, rows.owner.index_select(0, numbers))
-            self.radius.scatter_reduce_(0, place, rows.distances(numbers), "amax")
-            numbers.add_(place << 32)
-        if keys.device.type == "cpu":
-            keys.numpy().sort()  # in place: torch's takes several times the memory
-        else:
-            keys = keys.sort().values
-        self.first = (keys[:: rows.block] >> 32).tolist()
-        self.last = [*(keys[rows.block - 1 :: rows.block] >> 32).tolist(), int(keys[-1] >> 32)][: len(self.first)]
-        self.order = keys.bitwise_and_(2**32 - 1)
-        self.centre_at = rank.argsort()
-        self.kept = 0
-
-    def within(self, block: int, centres: Centres) -> torch.Tensor:
-        """Numbers of the new centres within reach of a block's rows."""
-        lens = self.lens
-        places = padded(torch.arange(self.first[block], self.last[block] + 1, device=self.order.device))
-        rounded, squares, errors = lens.describe(self.vectors(self.centre_at.index_select(0, places)))
-        far = (2 * self.radius.index_select(0, places) + errors + centres.error).square_()
-        far += ((squares.sqrt() + centres.length).square_() + far) * lens.sums + lens.tiny
-        ones = torch.ones((len(places), lens.tail), dtype=lens.dtype, device=places.device)
-        left = torch.cat([rounded, lens.split(squares - far), ones], 1)
-        # |c - a|^2 - far^2 is negative within reach; rounding the result keeps its sign.
-        reached = torch.mm(left, centres.factor.T).view(lens.bits).amin(0)[: len(centres)] < 0
-        numbers = reached.nonzero().squeeze(1)
-        self.kept += len(numbers)
-        return numbers
-
-
-class Shards:
-    """The processes that share the rows of one traversal; without a group, this process alone."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.world = dist.get_world_size(group) if group is not None else 1
-        self.rank = dist.get_rank(group) if group is not None else 0
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Every process's tensor of the same shape, concatenated in order of rank."""
-        if self.world == 1:
-            return values
-        flat = values.contiguous().view(torch.uint8)  # any type, whatever the backend knows
-        parts = [torch.empty_like(flat) for _ in range(self.world)]
-        dist.all_gather(parts, flat, group=self.group)
-        return torch.cat(parts).view(values.dtype)
-
-    def merge(self, values: torch.Tensor) -> torch.Tensor:
-        """Tensor of which each process has some values, and zeros in place of the others'."""
-        if self.world > 1:
-            dist.all_reduce(values.view(torch.uint8), group=self.group)  # sums of bytes, all but one of them zero
-        return values
-
-    def from_first(self, values: torch.Tensor) -> torch.Tensor:
-        """The first process's tensor; the others pass one of the same shape to write to."""
-        if self.world > 1:
-            dist.broadcast(values, group_src=0, group=self.group)
-        return values
-
-
-def rows_of_all(points: torch.Tensor, numbers: torch.Tensor, shards: Shards) -> torch.Tensor:
-    """Rows (K, D) of all processes' ``points``, numbered through them in order of rank; the same in every process."""
-    if shards.world == 1:
-        return points.index_select(0, numbers)
-    counts = shards.gather(torch.tensor([len(points)], device=points.device))
-    numbers = numbers - counts[: shards.rank].sum()
-    rows = points.new_zeros((len(numbers), points.shape[1]))
-    mine = ((numbers >= 0) & (numbers < len(points))).nonzero().squeeze(1)
-    for part in mine.split(piece(points)):
-        rows[part] = points.index_select(0, numbers.index_select(0, part))
-    return shards.merge(rows)
+    vectors: torch.Tensor
+    distances: torch.Tensor
+    numbers: torch.Tensor
+    owners: torch.Tensor
+    outside: float
 
 
 class Traversal:
@@ -126,37 +57,41 @@ class Traversal:
 
     Args:
         points: This process's rows (N, D).
-        random_state: Seed of the starting row.
-        group: The processes; ``None`` for this one alone.
-        seeds: Centres (S, D) to start from instead of a row; they are no picks.
+        random_state: Seed of the starting row; ``None`` draws one.
+        tuning: Sizes of the parts of the work.
+        group: The processes; ``None`` for this process alone.
+        seeds: Centers (S, D) to start from instead of a row; they are no picks.
 
     Attributes:
         picks: Numbers of the picked rows (K,), int64, in order; rows are numbered through all processes by rank.
-        total: Rows of all processes.
+        total: Number of the rows of all processes.
     """
 
     def __init__(
         self,
         points: torch.Tensor,
         random_state: int | None,
+        tuning: Tuning,
         group: dist.ProcessGroup | None = None,
         seeds: torch.Tensor | None = None,
     ) -> None:
         self.shards = Shards(group)
+        self.tuning = tuning
         device = points.device
         counts = self.shards.gather(torch.tensor([len(points)], device=device)).tolist()
         self.total, self.offset = sum(counts), sum(counts[: self.shards.rank])
         seeds = points[:0] if seeds is None else seeds
+        rounding = _rounding([points, seeds], self.shards, tuning)
         # rows may belong to a seed, which has no number: then there are no clusters to keep
-        self.rows = Rows(points, _lens([points, seeds], self.shards), clusters=not len(seeds))
+        self.rows = Rows(points, rounding, tuning, clusters=not len(seeds))
         # More candidates mean fewer, larger updates; picking among a small share of the rows costs little beside them.
-        self.candidates = max(_MIN_CANDIDATES, min(_MAX_CANDIDATES, self.total // 32))
-        # The product of a block with more of them would take much memory beside few rows.
-        self.batch = max(_MIN_CANDIDATES, min(_MAX_BATCH, self.total // 200))
+        self.candidates = max(tuning.min_candidates, min(tuning.max_candidates, self.total // 32))
+        # The product of a block with a larger batch would take much memory beside few rows.
+        self.batch = max(tuning.min_candidates, min(tuning.max_batch, self.total // 200))
         self.picks = torch.empty(0, dtype=torch.int64, device=device)
-        self._vectors: list[torch.Tensor] = []  # the centres, where other processes' rows are among them
-        self._rank = self.picks
-        self._prune_from = _PRUNE_FROM
+        self._vectors: list[torch.Tensor] = []  # the centers, where other processes' rows are among them
+        self._rank = self.picks  # place of each center in an order that puts near ones together
+        self._pruning_centers = tuning.pruning_centers
         if len(seeds):
             for part in seeds.split(self.batch):
                 self.rows.update(part)
@@ -165,21 +100,17 @@ class Traversal:
             self._add(start, vector, torch.zeros_like(start))
 
     def _start(self, random_state: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row farthest along a random direction: random, but the same however the rows are shuffled."""
+        """Number (1,) and vector (1, D) of the row farthest along a random direction, however the rows are shuffled."""
         points = self.rows.points
-        generator = torch.Generator()
-        if random_state is None:
-            generator.seed()
-        else:
-            generator.manual_seed(int(random_state))
-        direction = torch.randn(points.shape[1], dtype=torch.float64, generator=generator).to(points.device)
+        direction = _random_direction(points.shape[1], random_state).to(points.device)
         slack = float(direction.abs().sum()) * (points.shape[1] + 16) * 2.0**-22
         number = torch.zeros(1, dtype=torch.int64, device=points.device)
         best = torch.full((1,), -math.inf, dtype=torch.float64, device=points.device)
         vector = points.new_zeros((1, points.shape[1]))
-        for start in range(0, len(points), piece(points)):
-            part = points[start : start + piece(points)]
-            along = self.rows.lens.full(part) @ direction.float()
+        piece = self.tuning.rows_of_piece(points.shape[1])
+        for start in range(0, len(points), piece):
+            part = points[start : start + piece]
+            along = self.rows.rounding.scaled(part) @ direction.float()
             # float32 finds the few rows that can be the farthest, float64 decides
             few = (along >= along.max() - slack).nonzero().squeeze(1)
             values = (part.index_select(0, few).double() * direction).sum(1)
@@ -192,94 +123,121 @@ class Traversal:
 
     @property
     def farthest(self) -> float:
-        """Largest squared distance of any row to its nearest centre."""
+        """Largest squared distance of any row to its nearest center."""
         mine = self.rows.nearest.max().view(1) if len(self.rows.nearest) else self.rows.nearest.new_zeros(1)
         return float(self.shards.gather(mine).max())
 
     def advance(self, wanted: int, floor: float) -> bool:
-        """One round: pick as many rows as the candidates allow; False when no row is left above ``floor``.
+        """One round: pick as many rows as the candidates allow.
 
         Args:
             wanted: Number of picks to stop at.
             floor: Squared distance at and below which no row is picked.
+
+        Returns:
+            Whether a row was picked; False when no row is left above ``floor``.
         """
-        rows, world = self.rows, self.shards.world
-        count = -(-self.candidates // world)
-        mine, outside = candidates(rows.nearest, count) if len(rows.nearest) else (self.picks[:0], -1.0)
-        facts = rows.nearest.new_full((count if world > 1 else len(mine), 4), -1)  # a shard may have fewer
-        facts[: len(mine), 0] = rows.nearest.index_select(0, mine)
-        facts[: len(mine), 1] = (mine + self.offset).double()  # whole numbers, exact below 2^53
-        facts[: len(mine), 2] = 0 if rows.owner is None else rows.owner.index_select(0, mine).double()
-        facts[:, 3] = outside
-        points = rows.points.new_zeros((len(facts), rows.points.shape[1]))
-        points[: len(mine)] = rows.points.index_select(0, mine)
-        facts, points = self.shards.gather(facts), self.shards.gather(points)
-        distances, outside = facts[:, 0].contiguous(), max(float(facts[:, 3].max()), floor)
-        if float(distances.max()) <= floor:
+        found = self._candidates()
+        if float(found.distances.max()) <= floor:
             return False
         limit = min(wanted - len(self.picks), self.batch)
-        batch = torch.full((limit + 1,), -1, dtype=torch.int64, device=points.device)
+        batch = torch.full((limit + 1,), -1, dtype=torch.int64, device=found.vectors.device)
         if self.shards.rank == 0:
-            few = Rows(points, rows.lens, distances).farthest(limit, outside)
+            rows = Rows(found.vectors, self.rows.rounding, self.tuning, found.distances)
+            few = rows.farthest(limit, max(found.outside, floor))
             if not len(few):  # the candidates tie with a row outside them: one plain pick, the first of the farthest
-                few = distances.argmax().view(1)
+                few = found.distances.argmax().view(1)
             batch[: len(few)] = few
         batch = self.shards.from_first(batch)
         batch = batch[batch >= 0]
-        chosen = facts.index_select(0, batch)
-        self._add(chosen[:, 1].long(), points.index_select(0, batch), chosen[:, 2].long())
+        self._add(*(values.index_select(0, batch) for values in (found.numbers, found.vectors, found.owners)))
         return True
 
+    def _candidates(self) -> _Candidates:
+        """The farthest rows of all processes."""
+        rows, world = self.rows, self.shards.world
+        count = -(-self.candidates // world)
+        mine, outside = candidates(rows.nearest, count) if len(rows.nearest) else (self.picks[:0], -1.0)
+        owners = torch.zeros_like(mine) if rows.owner is None else rows.owner.index_select(0, mine)
+        # One float64 matrix, so that one collective takes all; whole numbers below 2^53 are exact in it.
+        facts = rows.nearest.new_full((count if world > 1 else len(mine), 4), -1)
+        facts[: len(mine), :3] = torch.stack([rows.nearest.index_select(0, mine), mine + self.offset, owners], 1)
+        facts[:, 3] = outside
+        vectors = rows.points.new_zeros((len(facts), rows.points.shape[1]))
+        vectors[: len(mine)] = rows.points.index_select(0, mine)
+        distances, numbers, owners, outsides = self.shards.gather(facts).T.contiguous()
+        return _Candidates(self.shards.gather(vectors), distances, numbers.long(), owners.long(), float(outsides.max()))
+
     def _add(self, numbers: torch.Tensor, vectors: torch.Tensor, owners: torch.Tensor) -> None:
-        """Add centres, each with the number of the centre that its row belonged to."""
+        """Add centers.
+
+        Args:
+            numbers: Numbers of the picked rows (B,).
+            vectors: The rows (B, D).
+            owners: Numbers of the centers that the rows belonged to (B,).
+        """
         before = len(self.picks)
-        reach = None
-        if (
-            self.rows.owner is not None
-            and before >= self._prune_from
-            and len(numbers) >= _PRUNE_BATCH
-            and len(self.rows.points)
-        ):
-            reach = ClusterReach(self.rows, self._rank, self._centres)
+        reach = self._reach() if len(numbers) >= self.tuning.pruning_batch else None
         self.rows.update(vectors, before, reach)
-        if reach is not None and reach.kept > 0.85 * len(reach.first) * len(numbers):
-            self._prune_from = before + before // 2  # not worth its cost yet
+        if reach is not None and reach.compared > _WORTHLESS_SHARE * len(reach) * len(numbers):
+            self._pruning_centers = before + before // 2
         self.picks = torch.cat([self.picks, numbers])
         if self.shards.world > 1:
             self._vectors.append(vectors)
-        # A new centre stands next to the one that its row belonged to: this keeps near clusters together.
-        place = torch.cat(
-            [self._rank.double(), self._rank.index_select(0, owners).double() + 0.5 if before else owners.double()]
-        )
+        # A new center stands next to the one that its row belonged to: this keeps near clusters together.
+        places = self._rank.index_select(0, owners).double() + 0.5 if before else owners.double()
+        places = torch.cat([self._rank.double(), places])
         self._rank = torch.empty_like(self.picks)
-        self._rank[place.argsort(stable=True)] = torch.arange(len(self.picks), device=self.picks.device)
+        self._rank[places.argsort(stable=True)] = torch.arange(len(self.picks), device=self.picks.device)
 
-    def _centres(self, numbers: torch.Tensor) -> torch.Tensor:
-        if self.shards.world == 1:
-            return self.rows.points.index_select(0, self.picks.index_select(0, numbers))
-        if len(self._vectors) > 1:
+    def _reach(self) -> ClusterReach | None:
+        """Which new centers can matter to which rows; None where finding that out is not worth it."""
+        rows = self.rows
+        if rows.owner is None or not len(rows.points) or len(self.picks) < self._pruning_centers:
+            return None
+        matrix, of_center = rows.points, self.picks
+        if self.shards.world > 1:
             self._vectors = [torch.cat(self._vectors)]
-        return self._vectors[0].index_select(0, numbers)
+            matrix, of_center = self._vectors[0], torch.arange(len(self.picks), device=self.picks.device)
+        centers = OrderedCenters(self._rank, matrix, of_center)
+        return ClusterReach(rows.nearest, rows.owner, rows.block, centers, rows.rounding, self.tuning)
 
 
-def _lens(matrices: list[torch.Tensor], shards: Shards) -> Lens:
+def random_generator(random_state: int | None) -> torch.Generator:
+    """Generator by a seed; ``None`` draws the seed."""
+    generator = torch.Generator()
+    if random_state is None:
+        generator.seed()
+    else:
+        generator.manual_seed(int(random_state))
+    return generator
+
+
+def _random_direction(columns: int, random_state: int | None) -> torch.Tensor:
+    return torch.randn(columns, dtype=torch.float64, generator=random_generator(random_state))
+
+
+def _rounding(matrices: list[torch.Tensor], shards: Shards, tuning: Tuning) -> Rounding:
+    """How the rows of some matrices, those of all processes, enter products."""
     columns = matrices[0].shape[1]
-    facts = matrices[0].new_zeros((1, columns + 2), dtype=torch.float64)  # sums of the columns, rows, largest magnitude
-    for part in (part for matrix in matrices for part in matrix.split(piece(matrix)) if len(part)):
+    sums = matrices[0].new_zeros(columns, dtype=torch.float64)
+    count, largest = sums.new_zeros(1), sums.new_zeros(1)
+    piece = tuning.rows_of_piece(columns)
+    for part in (part for matrix in matrices for part in matrix.split(piece) if len(part)):
         wide = part if part.dtype == torch.float64 else part.float()
-        facts[0, :columns] += wide.sum(0)
-        facts[0, columns] += len(part)
-        facts[0, -1] = torch.maximum(facts[0, -1], torch.stack(wide.aminmax()).abs().amax())
-    facts = shards.gather(facts)
-    mean = (facts[:, :columns].sum(0) / facts[:, columns].sum()).float()
-    largest = float(facts[:, -1].max())
-    longest = (largest + float(mean.abs().max())) * math.sqrt(columns)
+        sums += wide.sum(0)
+        count += len(part)
+        largest = torch.maximum(largest, torch.stack(wide.aminmax()).abs().amax().double())
+    sums, count, largest = shards.gather(torch.cat([sums, count, largest])[None]).split([columns, 1, 1], 1)
+    mean = (sums.sum(0) / count.sum()).float()
+    largest = float(largest.max())
     if not math.isfinite(largest):
         msg = "embeddings hold NaN or infinite values; farthest-first distances are not defined on them."
         raise ValueError(msg)
+    longest = (largest + float(mean.abs().max())) * math.sqrt(columns)
     if not longest <= torch.finfo(torch.float32).max / 4:
         msg = f"embeddings hold values up to {largest:.3g}, too large for distances; scale them down first."
         raise ValueError(msg)
     # Powers of two that a float32 can hold
     scale = 2.0 ** max(-120, min(120, -math.frexp(longest)[1])) if longest else 1.0
-    return Lens(mean, scale, product_type(mean.device, columns, torch.get_num_threads()))
+    return Rounding(mean, scale, tuning.product_dtype or faster_dtype(mean.device, columns, torch.get_num_threads()))

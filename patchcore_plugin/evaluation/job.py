@@ -34,8 +34,9 @@ from patchcore_plugin.evaluation.metrics import image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.pictures import draw_pictures
 from patchcore_plugin.evaluation.plan import Job, component_class, component_parser
 from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE
-from patchcore_plugin.model.backbone import EMBEDDED, Backbone
+from patchcore_plugin.model.backbone import Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
+from patchcore_plugin.model.weights import PACKAGED
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -127,7 +128,7 @@ def _model(job: Job) -> AnomalibModule:
     """
     path, arguments = job.network["class_path"], job.network["init_args"]
     name = arguments.get("backbone")
-    if name not in EMBEDDED or issubclass(component_class(job.network), FaissPatchcore):
+    if name not in PACKAGED or issubclass(component_class(job.network), FaissPatchcore):
         return _build("model", job.network)
     net = Backbone(name, arguments.get("layers", ())).net
     # anomalib would download weights from a model hub. It builds timm's architecture instead, and our weights are copied.

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, get_args
 
 import torch
 from anomalib import PrecisionType
 
+from patchcore_plugin.checks import check_number
+from patchcore_plugin.coreset.sampler import BOUNDS as SAMPLER_BOUNDS
 from patchcore_plugin.model.pre_processing import Normalization
+
+BOUNDS: dict[str, dict[str, Any]] = {
+    "coreset_sampling_ratio": SAMPLER_BOUNDS["ratio"],
+    "coreset_radius": {**SAMPLER_BOUNDS["radius"], "optional": True},
+    "coreset_projection": {**SAMPLER_BOUNDS["projection"], "optional": True},
+    "random_state": {**SAMPLER_BOUNDS["random_state"], "optional": True},
+    "memory_budget": {
+        "low": 0, "closed": "right", "optional": True,
+        "hint": "4 lets the embeddings and the coreset take 4 GiB per process; leave it out to use the free memory.",
+    },
+}  # fmt: skip
+"""Bounds of the model's numbers, for :func:`patchcore_plugin.checks.check_number`."""
+
+
+def check_numbers(**values: Any) -> None:
+    """Check numbers by the names of their arguments.
+
+    Raises:
+        ValueError: If a value is outside its :data:`BOUNDS`.
+    """
+    for name, value in values.items():
+        check_number(name, value, **BOUNDS[name])
 
 
 def dtype_of_bank(precision: str | PrecisionType) -> torch.dtype:
-    """Type of the memory bank; a ValueError if ``precision`` names none."""
+    """Type of the memory bank's vectors; a ValueError if ``precision`` names none."""
     value = precision.value if isinstance(precision, PrecisionType) else str(precision).lower()
     dtypes = {"float32": torch.float32, "float16": torch.float16}
     if value not in dtypes:
@@ -42,27 +65,7 @@ def check_image_size(value: Any) -> tuple[int, int]:
 
 
 def check_normalization(value: Any) -> None:
-    """Raise a ValueError unless ``value`` names a normalisation."""
+    """Raise a ValueError unless ``value`` names a normalization."""
     if value not in get_args(Normalization):
         msg = f"normalization must be one of {', '.join(map(repr, get_args(Normalization)))}, got {value!r}."
-        raise ValueError(msg)
-
-
-def check_position_weight(value: Any) -> None:
-    """Raise a ValueError unless ``value`` is a finite distance of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        msg = (
-            f"position_weight must be a finite number of at least 0, got {value!r}. It is the distance, in feature units, "
-            "by which patches at opposite edges of the image differ through their place alone; 0 leaves the place out."
-        )
-        raise ValueError(msg)
-
-
-def check_smoothing(value: Any) -> None:
-    """Raise a ValueError unless ``value`` is a finite number of patches of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        msg = (
-            f"score_smoothing must be a finite number of at least 0, got {value!r}. It is the standard deviation of a "
-            "Gaussian, in patches: 1 smooths over about five by five of them, 0 not at all."
-        )
         raise ValueError(msg)

@@ -20,33 +20,27 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from patchcore_plugin.bundle.origins import Origins, locate_patches
-from patchcore_plugin.coreset.embedding_store import GIB, EmbeddingStore, check_budget
-from patchcore_plugin.coreset.sampler import (
-    GreedyCoreset,
-    check_count,
-    check_projection,
-    check_radius,
-    check_random_state,
-    check_ratio,
-)
+from patchcore_plugin.bundle.origins import Origins
+from patchcore_plugin.coreset.memory import GIB
+from patchcore_plugin.coreset.sampler import GreedyCoreset
 from patchcore_plugin.model.arguments import (
     check_image_size,
     check_normalization,
-    check_position_weight,
-    check_smoothing,
+    check_numbers,
     dtype_of_bank,
     dtype_of_embeddings,
 )
-from patchcore_plugin.model.backbone import weights_from_checkpoint
+from patchcore_plugin.model.collector import PatchCollector
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
-from patchcore_plugin.model.pre_processing import Normalization, build
+from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
-from patchcore_plugin.model.training_images import check_finite, expected_images, hold_out, own_images
+from patchcore_plugin.model.training_images import expected_images, hold_out
+from patchcore_plugin.model.weights import weights_from_checkpoint
+from patchcore_plugin.scoring import ScoreRule
 
 logger = logging.getLogger(__name__)
 
-_GRAPH_LIMIT = 2**30  # bytes of the memory bank in a graph; an ONNX file ends at 2 GiB
+_GRAPH_BANK_BYTES = 2**30  # of a memory bank in a graph, at most; an ONNX file ends at 2 GiB
 
 
 class FaissPatchcore(MemoryBankMixin, AnomalibModule):
@@ -61,9 +55,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         layers: Feature layers by timm's module names, shallow to deep (``"layer2"``, ``"blocks.2"``).
         pre_trained: Load the backbone's ImageNet weights.
         coreset_sampling_ratio: Share of the training patches that the memory bank keeps, in (0, 1].
-        num_neighbors: Neighbours that re-weight the image score (equation 7); 1 turns that off.
-        precision: ``"float32"`` or ``"float16"``: precision of the stored bank and, on an accelerator, of the backbone.
-            Distances are always float32.
+        num_neighbors: Neighbors that re-weight the image score (equation 7); 1 turns that off.
+        precision: ``"float32"`` or ``"float16"``: type of the memory bank's vectors in the model and, on an accelerator, of
+            the backbone's arithmetic. Distances are always float32. An exported bundle sets both anew: ``storage`` is the
+            type of its bank, ``precision`` the arithmetic of its network.
         pre_processor: anomalib pre-processor, or whether to use the default one.
         post_processor: anomalib post-processor, or whether to use the default one, which sets thresholds by defective
             images. :class:`patchcore_plugin.ConformalPostProcessor` needs none.
@@ -72,24 +67,21 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         backbone_weights: Local ``.pth`` or ``.safetensors`` file with the backbone's weights. Tensors only: nothing else
             in it is loaded. Wins over ``pre_trained``.
         random_state: Seed of the coreset's first patch: the same images give the same bank. ``None`` draws a new one.
-        coreset_radius: Keep as many patches as it takes for every training patch to lie within this distance of one of
-            them, instead of ``coreset_sampling_ratio``. In feature units; the log of any training tells the radius that
-            it reached.
+        coreset_radius: Largest distance of any training patch to the memory bank, in feature units, instead of
+            ``coreset_sampling_ratio``: the bank keeps as many patches as that takes. Start from the radius in the log of a
+            training.
         coreset_projection: Pick by randomly projected embeddings, for speed, with at most this relative error of squared
             distances, in (0, 1); anomalib's sampler does so with 0.9. ``None`` picks by the embeddings themselves.
         embedding_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: type in which training holds the embeddings. The
-            last two halve their memory. ``None`` takes the bank's.
+            last two halve their memory. ``None`` takes the bank's type.
         memory_budget: GiB that the embeddings and the coreset may take, per process. Where they need more, the coreset is
             kept up to date while embeddings come, at a somewhat larger radius. ``None`` takes most of the free memory.
         image_size: Height and width to which the default pre-processor resizes images, in pixels. ``None`` is 256 x 256.
-        normalization: How the default pre-processor normalises images: ``"imagenet"``, with ImageNet's mean and standard
-            deviation, as the paper and anomalib do with every backbone; or ``"backbone"``, with what the backbone's weights
-            were trained with, where timm knows that it was something else.
+        normalization: Mean and standard deviation by which the default pre-processor normalizes images. ``"imagenet"``
+            takes ImageNet's, as the paper and anomalib do with every backbone; ``"backbone"`` takes those that the
+            backbone's weights were trained with.
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the patch distances before the largest
-            becomes the image score. 0 is the paper's. The anomaly map is not touched by it.
-        position_weight: How much the place of a patch counts, for parts that always lie alike: the distance, in feature
-            units, by which patches at opposite edges of the image differ through their place alone. 0 is the paper's: a
-            patch may resemble a normal one from anywhere.
+            becomes the image score. 0 is the paper's. The anomaly map stays as it is.
 
     With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, all of them pick
     the coreset together, and every one gets the bank that a single process would have picked, as long as the embeddings
@@ -107,6 +99,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     """
 
     model: FaissPatchcoreModel
+    _patches: PatchCollector | None = None  # from the start of training to the memory bank
+
     held_out: torch.Tensor | None
     """Pre-processed normal images (B, 3, H, W), float16, that are not in the memory bank; None until validated."""
 
@@ -134,22 +128,18 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         normalization: Normalization = "imagenet",
         score_smoothing: float = 0,
-        position_weight: float = 0,
     ) -> None:
-        check_ratio(coreset_sampling_ratio)
-        if coreset_radius is not None:
-            check_radius("coreset_radius", coreset_radius)
-        if coreset_projection is not None:
-            check_projection("coreset_projection", coreset_projection)
-            if coreset_radius is not None:
-                msg = "coreset_radius is a distance of the embeddings themselves: leave coreset_projection out."
-                raise ValueError(msg)
-        if memory_budget is not None:
-            check_budget(memory_budget)
-        check_count("num_neighbors", num_neighbors)
-        check_random_state(random_state)
-        check_smoothing(score_smoothing)
-        check_position_weight(position_weight)
+        check_numbers(
+            coreset_sampling_ratio=coreset_sampling_ratio,
+            coreset_radius=coreset_radius,
+            coreset_projection=coreset_projection,
+            random_state=random_state,
+            memory_budget=memory_budget,
+        )
+        if coreset_radius is not None and coreset_projection is not None:
+            msg = "coreset_radius is a distance of the embeddings themselves: leave coreset_projection out."
+            raise ValueError(msg)
+        rule = ScoreRule(num_neighbors=num_neighbors, score_smoothing=score_smoothing)
         check_normalization(normalization)
         if image_size is not None:
             image_size = check_image_size(image_size)
@@ -157,7 +147,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             if pre_processor is not True:
                 msg = "image_size and normalization set up the default pre-processor: leave them out, or pre_processor."
                 raise ValueError(msg)
-            pre_processor = build(image_size, normalization=normalization, backbone=backbone)
+            pre_processor = build_pre_processor(image_size, normalization=normalization, backbone=backbone)
         dtype = dtype_of_bank(precision)
         self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
         if not isinstance(layers, str):
@@ -177,17 +167,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             layers=layers,
             backbone=backbone,
             pre_trained=pre_trained,
-            num_neighbors=num_neighbors,
             backbone_weights=backbone_weights,
             dtype=dtype,
-            score_smoothing=score_smoothing,
-            position_weight=position_weight,
+            rule=rule,
         )
-        self._embeddings: EmbeddingStore | None = None
-        self._seen = self._skipped = 0
-        self._sources: list[tuple[str, int, int]] = []  # path, and rows and columns of the patch grid
-        self.held_out: torch.Tensor | None = None
-        self.origins: Origins | None = None
+        self.held_out = None
+        self.origins = None
 
     @classmethod
     def configure_pre_processor(
@@ -195,7 +180,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         center_crop_size: tuple[int, int] | None = None,
     ) -> PreProcessor:
-        """Pre-processor of the paper: resize, crop the centre, normalise with ImageNet's statistics.
+        """Pre-processor of the paper: resize, crop the center, normalize with ImageNet's statistics.
 
         Args:
             image_size: Height and width after resizing, in pixels. ``None`` is 256 x 256.
@@ -204,7 +189,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             ValueError: If the crop is larger than the resized image.
         """
-        return build(image_size, center_crop_size)
+        return build_pre_processor(image_size, center_crop_size)
 
     @staticmethod
     def configure_optimizers() -> None:
@@ -212,7 +197,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     @staticmethod
     def configure_post_processor() -> PostProcessor:
-        """Thresholds and normalisation by anomalib's default post-processor."""
+        """Thresholds and normalization by anomalib's default post-processor."""
         return PostProcessor()
 
     @property
@@ -237,10 +222,21 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Start a new memory bank: training again replaces the old one."""
-        self._embeddings = self.held_out = self.origins = None
-        self._sources = []
-        self._seen = self._skipped = 0
+        self.held_out = self.origins = None
         self._is_fitted = torch.tensor([False], device=self.device)
+        radius = self.coreset_radius
+        self._patches = PatchCollector(
+            GreedyCoreset(
+                ratio=self.coreset_sampling_ratio if radius is None else None,
+                radius=radius,
+                random_state=self.random_state,
+                projection=self.coreset_projection,
+            ),
+            dtype=self.embedding_dtype,
+            expected_images=expected_images(self.trainer),
+            budget=None if self.memory_budget is None else self.memory_budget * GIB,
+            processes=self.trainer.num_devices,
+        )
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Collect the patch embeddings of the batch's normal images.
@@ -249,51 +245,14 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             ValueError: If the backbone gives NaN or infinite features, or the memory budget is far too small.
         """
         del args, kwargs
-        images, paths = batch.image, batch.image_path
-        use = torch.ones(len(images), dtype=torch.bool)
-        use[own_images(self.trainer.train_dataloader, self._seen, len(images)) :] = False
-        self._seen += len(images)
-        if batch.gt_label is not None:
-            anomalous = (batch.gt_label != 0).cpu()
-            self._skipped += int((anomalous & use).sum())
-            use &= ~anomalous
-        if not use.all():
-            images = images[use.to(images.device)]
-            paths = [path for path, used in zip(paths, use, strict=True) if used] if paths else None
+        images, paths = self._patches.select(batch, self.trainer.train_dataloader)
         if len(images):
-            embedding = self.model.embed(images)
-            check_finite(embedding, paths)
-            embedding = embedding.to(self.embedding_dtype)
-            if not embedding.to(self.model.memory_bank.dtype).isfinite().all():
-                msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
-                raise ValueError(msg)
-            if self._embeddings is None:
-                self._embeddings = self._new_store(embedding)
-            self._embeddings.append(embedding.reshape(-1, embedding.shape[-1]))
-            grid = embedding.shape[1:3]
-            self._sources += [(path and str(Path(path).absolute()), *grid) for path in paths or [""] * len(images)]
+            self._patches.add(self.model.embed(images), paths)
         # Lightning wants a loss. Nothing is learned from it: there is no optimizer.
         parameter = next(self.model.feature_extractor.parameters())
         if parameter.requires_grad:
             return parameter.sum() * 0
         return torch.zeros((), requires_grad=True, device=self.device)
-
-    def _new_store(self, embedding: torch.Tensor | None) -> EmbeddingStore:
-        """Store for the embeddings of this process's images; ``embedding`` (B, h, w, D) is the first batch, if any."""
-        images = 0 if embedding is None else expected_images(self.trainer)
-        radius = self.coreset_radius
-        return EmbeddingStore(
-            GreedyCoreset(
-                ratio=self.coreset_sampling_ratio if radius is None else None,
-                radius=radius,
-                random_state=self.random_state,
-                projection=self.coreset_projection,
-            ),
-            dtype=self.embedding_dtype,
-            expected_rows=images and images * embedding.shape[1] * embedding.shape[2],
-            budget=None if self.memory_budget is None else self.memory_budget * GIB,
-            processes=self.trainer.num_devices,
-        )
 
     def fit(self) -> None:
         """Reduce the collected embeddings to the coreset and make it the memory bank.
@@ -301,43 +260,31 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             MemoryBankError: If no embedding was collected.
         """
-        group = None
-        counts = torch.tensor([self._embeddings.rows if self._embeddings else 0, self._skipped], device=self.device)
-        if self._is_fitting() and self.trainer.world_size > 1:
-            group = torch.distributed.group.WORLD
-            torch.distributed.all_reduce(counts, group=group)
-        rows, skipped = counts.tolist()
-        if skipped and self.global_rank == 0:
-            logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", skipped)
-        if not rows and not self._is_fitting():
+        fitting = self._is_fitting()
+        if self._patches is None or not (fitting or self._patches.patches):
             return  # nothing was trained: scoring says so, and what to do
-        if not rows:
-            found = f" It has {skipped} anomalous ones." if skipped else ""
+        group = torch.distributed.group.WORLD if fitting and self.trainer.world_size > 1 else None
+        patches, anomalous = self._patches.totals(group, self.device)
+        if anomalous and self.global_rank == 0:
+            logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", anomalous)
+        if not patches:
+            found = f" It has {anomalous} anomalous ones." if anomalous else ""
             msg = (
                 f"The training set has no normal image, and PatchCore learns from normal images only.{found} Check the data "
                 "section of the config: normal_dir (or the data set's training split) must hold defect-free images."
             )
             raise MemoryBankError(msg)
-        store = self._embeddings or self._new_store(None)  # this process has none; others have
-        self._embeddings = None
-        self.model.memory_bank = store.bank(group).to(self.model.memory_bank)
-        self.model.covering_radius.fill_(store.radius_)
-        self.origins = self._origins(store.numbers_, group)
+        fitted = self._patches.reduce_to_bank(group)
+        self._patches = None
+        self.model.memory_bank = fitted.vectors.to(self.model.memory_bank)
+        self.model.covering_radius.fill_(fitted.radius)
+        self.origins = fitted.origins
         logger.info(
             "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
             len(self.model.memory_bank),
-            rows,
-            store.radius_,
+            patches,
+            fitted.radius,
         )
-
-    def _origins(self, numbers: torch.Tensor, group: torch.distributed.ProcessGroup | None) -> Origins | None:
-        """Where the patches of some numbers come from, which count the images of all processes by rank."""
-        shares = [self._sources]
-        if group is not None:
-            shares = [[] for _ in range(torch.distributed.get_world_size(group))]
-            torch.distributed.all_gather_object(shares, self._sources, group=group)
-        images, self._sources = [image for share in shares for image in share], []
-        return locate_patches(numbers.numpy(), images) if all(path for path, *_ in images) else None
 
     def on_validation_start(self) -> None:
         """Build the memory bank before the first validation.
@@ -346,10 +293,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             MemoryBankError: If validation starts before the training epoch has collected all its embeddings.
         """
         if self._is_fitting() and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            seen = self._embeddings.rows if self._embeddings else 0
             msg = (
-                f"Validation started in the middle of the training epoch, with a half-filled memory bank ({seen} embeddings "
-                "so far). PatchCore validates after the epoch: leave val_check_interval at 1.0."
+                "Validation started in the middle of the training epoch, with a half-filled memory bank "
+                f"({self._patches.patches} embeddings so far). PatchCore validates after the epoch: leave "
+                "val_check_interval at 1.0."
             )
             raise MemoryBankError(msg)
         self._refuse_half_filled()
@@ -367,9 +314,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def _refuse_half_filled(self) -> None:
-        if self._embeddings is not None and not self._is_fitting():
+        if self._patches is not None and self._patches.patches and not self._is_fitting():
             msg = (
-                f"The memory bank is half-filled: training collected {self._embeddings.rows} embeddings and ended before "
+                f"The memory bank is half-filled: training collected {self._patches.patches} embeddings and ended before "
                 "the coreset was built from them. Run the training to its end (Engine.fit)."
             )
             raise MemoryBankError(msg)
@@ -390,7 +337,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             checkpoint["origins"] = {"patches": patches, "images": self.origins.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find held-out images, the bank's origins and the kind of post-processor again; older checkpoints have none."""
+        """Restore held-out images, the bank's origins and the kind of post-processor; older checkpoints have none.
+
+        A checkpoint of version 0.1 may have a ``position_weight`` among its hyper parameters. The weight goes on from there,
+        into the checkpoints that this model is saved to.
+        """
         rate = checkpoint.get("anomalib_post_processor_config", {}).get("false_positive_rate")
         if rate is not None and type(self.post_processor) is PostProcessor:
             self._replace_post_processor(ConformalPostProcessor(rate))
@@ -398,6 +349,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.held_out = checkpoint.get("held_out")
         origins = checkpoint.get("origins")
         self.origins = origins and Origins(origins["patches"].numpy(), origins["images"])
+        self.model.position_weight = checkpoint.get("hyper_parameters", {}).get("position_weight", 0.0)
+        if self.model.position_weight:
+            self.hparams["position_weight"] = self.model.position_weight
 
     def _replace_post_processor(self, new: PostProcessor) -> None:
         if self._trainer is not None:  # to which the old one is attached already
@@ -418,7 +372,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if not size:
             msg = "The memory bank is empty: train the model before exporting it."
             raise MemoryBankError(msg)
-        if size > _GRAPH_LIMIT:
+        if size > _GRAPH_BANK_BYTES:
             msg = (
                 f"A memory bank of {len(self.model.memory_bank):,} vectors ({size / 2**20:,.0f} MiB) is too large for an "
                 "ONNX or OpenVINO graph, which compares every patch with every vector. Export a bundle, which searches it "

@@ -1,4 +1,4 @@
-"""The default pre-processor: size and normalisation of images."""
+"""The default pre-processor: size and normalization of images."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def build(
+def build_pre_processor(
     image_size: tuple[int, int] | None = None,
     center_crop_size: tuple[int, int] | None = None,
     normalization: Normalization = "imagenet",
     backbone: str = "",
 ) -> PreProcessor:
-    """Resize, crop the centre, normalise.
+    """Build a pre-processor that resizes images, crops their center and normalizes them.
 
     Args:
         image_size: Height and width after resizing, in pixels. ``None`` is 256 x 256.
         center_crop_size: Height and width of the crop, in pixels. ``None`` crops nothing.
-        normalization: ``"imagenet"`` takes ImageNet's mean and standard deviation, ``"backbone"`` what the weights of
+        normalization: ``"imagenet"`` takes ImageNet's mean and standard deviation, ``"backbone"`` those that the weights of
             ``backbone`` were trained with.
         backbone: timm model name; used by ``"backbone"`` alone.
 
     Raises:
-        ValueError: If the crop is larger than the resized image, or timm does not know the backbone's normalisation.
+        ValueError: If the crop is larger than the resized image, or timm does not know the backbone's normalization.
     """
     image_size = image_size or (256, 256)
     steps: list[nn.Module] = [Resize(image_size, antialias=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
     from anomalib.data.utils.tiler import Tiler
 
-# Rows of one block of the distance matrix on an accelerator: bounds its memory at 1024 x M values.
-_BLOCK_ROWS = 1024
+_DISTANCE_ROWS = 1024  # of a distance matrix on an accelerator: bounds its memory at 1024 x M values
 
 
 class MemoryBankError(PatchcoreError, ValueError):
@@ -42,16 +42,16 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         layers: Feature layers, shallow to deep. The first sets the resolution of the patch grid.
         backbone: timm model name, or one whose weights an installed package carries, as ``"efficientnet_lite0"``.
         pre_trained: Load ImageNet weights.
-        num_neighbors: Neighbours that re-weight the image score (equation 7).
         backbone_weights: Local weight file instead of ``pre_trained``.
-        dtype: Precision of the memory bank and, on an accelerator, of the backbone's arithmetic.
-        score_smoothing: Of the patch distances for the image score; see :func:`patchcore_plugin.scoring.scores.score`.
-        position_weight: Distance, in feature units, of patches at opposite edges of the image through their place alone.
+        dtype: Type of the memory bank and, on an accelerator, of the backbone's arithmetic.
+        rule: How patch distances become an image score; ``None`` is the paper's.
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
-        covering_radius: Largest distance of any training patch to the bank; NaN until fitted.
+        covering_radius: Largest distance of any training patch to the bank, in feature units; NaN until fitted.
         tiler: anomalib's tiler, set by its tiling callback.
+        position_weight: Distance, in feature units, by which patches at opposite edges of the image differ through their
+            position alone. 0 but in models that version 0.1 trained with this argument.
     """
 
     memory_bank: torch.Tensor
@@ -62,33 +62,25 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         layers: Sequence[str],
         backbone: str = "wide_resnet50_2",
         pre_trained: bool = True,
-        num_neighbors: int = 9,
         backbone_weights: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
-        score_smoothing: float = 0,
-        position_weight: float = 0,
+        rule: ScoreRule | None = None,
     ) -> None:
         super().__init__()
         self.tiler: Tiler | None = None
-        self.num_neighbors = num_neighbors
-        self.score_smoothing = score_smoothing
-        self.position_weight = position_weight
+        self.rule = rule or ScoreRule()
+        self.position_weight = 0.0
         self.layers = tuple(layers)
         self.feature_extractor = Backbone(backbone, layers, pre_trained, backbone_weights)
         self.register_buffer("memory_bank", torch.empty(0, dtype=dtype))
         self.register_buffer("covering_radius", torch.tensor(math.nan))
         self._faiss: tuple[torch.Tensor, int, MemoryBank] | None = None
 
-    @property
-    def rule(self) -> ScoreRule:
-        """How patch distances become an image score."""
-        return ScoreRule(self.num_neighbors, self.score_smoothing)
-
     def forward(self, images: torch.Tensor) -> torch.Tensor | InferenceBatch:
         """Embed or score pre-processed images.
 
         Args:
-            images: Normalised images (B, 3, H, W).
+            images: Normalized images (B, 3, H, W).
 
         Returns:
             In training mode the patch embeddings (B, h, w, D). Otherwise image scores ``pred_score`` (B,) and anomaly maps
@@ -103,7 +95,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         return self.score(embedding, images.shape[-2:])
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch embeddings (B, h, w, D) of normalised images (B, 3, H, W), in the memory bank's precision."""
+        """Patch embeddings (B, h, w, D) of normalized images (B, 3, H, W), in the memory bank's type."""
         tiles = self._tile(images).to(next(self.feature_extractor.parameters()).dtype)
         # A CPU computes float16 convolutions a hundred times slower than float32 ones: there only the bank is halved.
         half = self.memory_bank.dtype == torch.float16 and images.device.type != "cpu"
@@ -117,15 +109,15 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         if self.tiler:
             embedding = self._untile(embedding, self.tiler)
         if self.position_weight:
-            embedding = torch.cat([embedding, self._places(embedding)], dim=1)
+            embedding = torch.cat([embedding, self._positions(embedding)], dim=1)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
 
-    def _places(self, embedding: torch.Tensor) -> torch.Tensor:
+    def _positions(self, embedding: torch.Tensor) -> torch.Tensor:
         """Row and column (B, 2, h, w) of each patch, from 0 to ``position_weight`` across the image."""
         rows, columns = embedding.shape[-2:]
         axes = [(torch.arange(size, device=embedding.device) + 0.5) / size for size in (rows, columns)]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.position_weight
-        return places.to(embedding.dtype).expand(embedding.shape[0], -1, -1, -1)
+        positions = torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.position_weight
+        return positions.to(embedding.dtype).expand(embedding.shape[0], -1, -1, -1)
 
     def _tile(self, images: torch.Tensor) -> torch.Tensor:
         if self.tiler is None:
@@ -144,20 +136,21 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         return embedding[:, :, :rows, :columns]
 
     def score(self, embedding: torch.Tensor, size: Sequence[int], upsampling: str = "bilinear") -> InferenceBatch:
-        """Score patch embeddings (B, h, w, D); ``size`` is the height and width of the anomaly map in pixels."""
-        if not self.memory_bank.numel():
-            msg = (
-                "The memory bank is empty, so nothing can be scored. Train first (Engine.fit, or `anomalib train`), or load "
-                "a trained checkpoint (ckpt_path=...)."
-            )
-            raise MemoryBankError(msg)
-        if self.memory_bank.ndim != 2 or self.memory_bank.shape[1] != embedding.shape[-1]:
-            msg = (
-                f"The memory bank has shape {tuple(self.memory_bank.shape)}, but layers {list(self.layers)} give embeddings "
-                f"of {embedding.shape[-1]} values. It was built with another backbone or other layers: train again, or "
-                "restore the backbone and layers it was trained with."
-            )
-            raise MemoryBankError(msg)
+        """Score patch embeddings.
+
+        Args:
+            embedding: Patch embeddings (B, h, w, D).
+            size: Height and width of the anomaly maps, in pixels.
+            upsampling: As in :func:`patchcore_plugin.scoring.scores.anomaly_map`.
+
+        Returns:
+            What :meth:`forward` does in evaluation mode.
+
+        Raises:
+            MemoryBankError: If the bank is empty or was built with other features.
+            ValueError: If the embeddings hold NaN or infinite values.
+        """
+        self._check_bank(embedding)
         if not _is_traced() and not bool(embedding.isfinite().all()):
             msg = (
                 "The backbone gives NaN or infinite features for these images. With 16-bit precision features can overflow: "
@@ -176,11 +169,27 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             maps = anomaly_map(patch, (size[0], size[1]), upsampling)
         return InferenceBatch(pred_score=scores, anomaly_map=maps[:, None])
 
+    def _check_bank(self, embedding: torch.Tensor) -> None:
+        """Refuse a bank that is empty or does not go with embeddings (B, h, w, D)."""
+        if not self.memory_bank.numel():
+            msg = (
+                "The memory bank is empty, so nothing can be scored. Train first (Engine.fit, or `anomalib train`), or load "
+                "a trained checkpoint (ckpt_path=...)."
+            )
+            raise MemoryBankError(msg)
+        if self.memory_bank.ndim != 2 or self.memory_bank.shape[1] != embedding.shape[-1]:
+            msg = (
+                f"The memory bank has shape {tuple(self.memory_bank.shape)}, but layers {list(self.layers)} give embeddings "
+                f"of {embedding.shape[-1]} values. It was built with another backbone or other layers: train again, or "
+                "restore the backbone and layers it was trained with."
+            )
+            raise MemoryBankError(msg)
+
     def _support(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Distances (B, b) of patches (B, D) to the neighbours of bank vectors (B,)."""
+        """Distances (B, b) of patches (B, D) to the neighbors of bank vectors (B,)."""
         vectors = self.memory_bank.float()
-        _, neighbours = self._search(vectors[indices], min(self.num_neighbors, len(vectors)))
-        around = vectors[neighbours.reshape(-1)].reshape(*neighbours.shape, -1)
+        _, neighbors = self._search(vectors[indices], min(self.rule.num_neighbors, len(vectors)))
+        around = vectors[neighbors.reshape(-1)].reshape(*neighbors.shape, -1)
         return (queries[:, None] - around).square().sum(2).sqrt()
 
     def _search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,8 +199,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             return torch.from_numpy(distances), torch.from_numpy(indices)
         vectors = self.memory_bank.float()
         if _is_traced():
-            return _nearest(queries, vectors, k)
-        blocks = [_nearest(rows, vectors, k) for rows in queries.split(_BLOCK_ROWS)]
+            return nearest_by_product(queries, vectors, k)
+        blocks = [nearest_by_product(rows, vectors, k) for rows in queries.split(_DISTANCE_ROWS)]
         distances, indices = zip(*blocks, strict=True)
         return torch.cat(distances), torch.cat(indices)
 
@@ -211,19 +220,35 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         """Leave the FAISS bank out of pickles and copies: it is built again from the buffer."""
         return {**self.__dict__, "_faiss": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read torch exports (.pt) of version 0.1 too, which hold the score rule's fields one by one."""
+        if "rule" not in state:
+            known = {field.name for field in fields(ScoreRule)} & state.keys()
+            state = {"position_weight": 0.0, "rule": ScoreRule(**{name: state[name] for name in known}), **state}
+        super().__setstate__(state)
+
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _nearest(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the k nearest vectors by one matrix product; distances are taken again by differences, which lose no digits."""
+def nearest_by_product(queries: torch.Tensor, vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the nearest vectors by one matrix product; distances are taken again by differences, which lose no digits.
+
+    Args:
+        queries: Vectors (N, D), float32.
+        vectors: Vectors (M, D), float32, to search in.
+        k: Vectors to find for each query.
+
+    Returns:
+        Distances and indices (N, k) of the nearest vectors, nearest first.
+    """
     mean = vectors.mean(0)  # what both sides share would cost the product its digits
-    centred = vectors - mean
-    squared = centred.square().sum(1) - 2 * (queries - mean) @ centred.T  # without |query|^2, the same all along a row
+    centered = vectors - mean
+    squared = centered.square().sum(1) - 2 * (queries - mean) @ centered.T  # without |query|^2, the same all along a row
     indices = squared.argmin(1, keepdim=True) if k == 1 else squared.topk(k, dim=1, largest=False).indices
-    neighbours = vectors[indices.reshape(-1)].reshape(-1, k, vectors.shape[1])
-    distances = (queries[:, None] - neighbours).square().sum(2).sqrt()
+    found = vectors[indices.reshape(-1)].reshape(-1, k, vectors.shape[1])
+    distances = (queries[:, None] - found).square().sum(2).sqrt()
     if k == 1:
         return distances, indices
     distances, order = distances.sort(dim=1)

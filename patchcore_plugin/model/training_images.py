@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import DistributedSampler
 
-# Normal images of the validation set that a checkpoint keeps, 400 KB each at 256 x 256, and bytes of all of them.
-_HELD_OUT, _HELD_OUT_BYTES = 32, 2**25
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import Trainer
+
+_HELD_OUT_IMAGES, _HELD_OUT_BYTES = 32, 2**25  # that a checkpoint keeps, at most; an image of 256 x 256 has 400 KB
 
 
 def expected_images(trainer: Trainer) -> int | None:
@@ -24,9 +26,15 @@ def expected_images(trainer: Trainer) -> int | None:
 
 
 def own_images(loader: Any, seen: int, size: int) -> int:
-    """How many of this process's next ``size`` training images are its own, after ``seen`` others.
+    """How many of this process's next images are its own.
 
-    A distributed sampler makes all processes' shares equally large, and repeats images for that. They come last.
+    A distributed sampler makes the shares of all processes equally large, and repeats images for that. The repeated images
+    come last.
+
+    Args:
+        loader: The data loader of the images.
+        seen: Images that this process has got before.
+        size: Number of the next images.
     """
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
@@ -36,10 +44,14 @@ def own_images(loader: Any, seen: int, size: int) -> int:
 
 
 def check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
-    """Refuse embeddings (B, h, w, D) that are NaN or infinite, by the names of their images.
+    """Refuse embeddings that are NaN or infinite, and name their images.
+
+    Args:
+        embedding: Patch embeddings (B, h, w, D).
+        paths: Paths of the B images, if they have any.
 
     Raises:
-        ValueError: If any is.
+        ValueError: If any embedding is NaN or infinite.
     """
     bad = (~embedding.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
@@ -53,11 +65,14 @@ def check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
 
 
 def hold_out(kept: torch.Tensor | None, normal: torch.Tensor) -> torch.Tensor | None:
-    """Some normal images, by which an export chooses index and precision: those kept, and of these what there is room for.
+    """Append normal images to the held-out images until there are enough. An export measures on them.
 
     Args:
-        kept: Pre-processed images (B, 3, H, W), float16, or None.
-        normal: Further ones, of any type. Without a resize to one size, those of another size are left out.
+        kept: Pre-processed held-out images (B, 3, H, W), float16; None for none yet.
+        normal: Further images, of any type. Images of another size than the first are left out.
+
+    Returns:
+        The held-out images.
     """
     if not len(normal):
         return kept
@@ -66,6 +81,6 @@ def hold_out(kept: torch.Tensor | None, normal: torch.Tensor) -> torch.Tensor | 
         kept = normal[:0]
     if normal.shape[1:] != kept.shape[1:]:
         return kept
-    room = min(_HELD_OUT, max(1, _HELD_OUT_BYTES // normal[0].nbytes)) - len(kept)
-    with torch.autocast("cpu", enabled=False):  # of bfloat16, which refuses to join float16 images
+    room = min(_HELD_OUT_IMAGES, max(1, _HELD_OUT_BYTES // normal[0].nbytes)) - len(kept)
+    with torch.autocast("cpu", enabled=False):  # autocast to bfloat16 refuses to join float16 images
         return torch.cat([kept, normal[: max(room, 0)]])

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from patchcore_plugin.checks import check_number
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
@@ -37,10 +39,22 @@ class ScoreRule:
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the distances before their largest
             becomes the image score: a defect covers several patches, and a single patch that stands out is often chance. 0
             turns smoothing off, as in the paper.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     num_neighbors: int = 9
     score_smoothing: float = 0
+
+    def __post_init__(self) -> None:
+        check_number("num_neighbors", self.num_neighbors, 1, whole=True)
+        check_number(
+            "score_smoothing",
+            self.score_smoothing,
+            0,
+            hint="1 smooths over about five by five patches, 0 not at all.",
+        )
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:

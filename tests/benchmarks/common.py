@@ -16,7 +16,7 @@ from rich.progress import track
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.coreset import GreedyCoreset
-from patchcore_plugin.coreset.distances import product_type
+from patchcore_plugin.coreset.products import faster_dtype
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.images import find_images
@@ -33,7 +33,7 @@ def heading(*packages: str, columns: int = 152) -> str:
     """
     names = ("patchcore-plugin", "anomalib", "torch", *packages)
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    product = str(product_type(torch.device("cpu"), columns, torch.get_num_threads())).removeprefix("torch.")
+    product = str(faster_dtype(torch.device("cpu"), columns, torch.get_num_threads())).removeprefix("torch.")
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, {product} products"
     return f"{versions}; {machine}"
 

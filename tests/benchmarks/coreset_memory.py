@@ -49,7 +49,7 @@ def ours(path: str, rows: int, size: int, dtype: str, budget: float | None = Non
     store = EmbeddingStore(GreedyCoreset(size=size), dtype=getattr(torch, dtype), expected_rows=rows, budget=budget)
     for batch in batches(path, rows):
         store.append(batch)
-    return store.bank()
+    return store.reduce_to_bank()
 
 
 def anomalib(path: str, rows: int, size: int, dtype: str) -> torch.Tensor:

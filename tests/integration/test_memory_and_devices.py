@@ -150,22 +150,6 @@ def test_budget_far_too_small(cells, tmp_path):
         fit(make_model(memory_budget=1e-6), cells, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ({"coreset_radius": -1}, "coreset_radius must be a finite number of at least 0, got -1"),
-        ({"coreset_radius": "wide"}, "coreset_radius must be a finite number"),
-        ({"coreset_projection": 1}, "coreset_projection must be a number between 0 and 1, got 1"),
-        ({"coreset_projection": 0.5, "coreset_radius": 3}, "leave coreset_projection out"),
-        ({"embedding_dtype": "int8"}, "embedding_dtype must be one of 'float32', 'float16', 'bfloat16' or None, got 'int8'"),
-        ({"memory_budget": 0}, "memory_budget must be a number of GiB above 0, got 0"),
-    ],
-)
-def test_wrong_arguments(argument, message):
-    with pytest.raises(ValueError, match=message):
-        make_model(**argument)
-
-
 SCRIPT = """
 import os, sys, torch
 from helpers.training import folder_datamodule, make_engine, make_model

@@ -11,6 +11,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from helpers.training import ROOT
+from lightning.pytorch import Trainer
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.export import export_bundle
@@ -21,7 +22,7 @@ IMAGES = sorted((OLD / "images").iterdir())
 CHECKPOINTS = ["model.ckpt", "position_weight.ckpt"]
 
 
-def load(name: str) -> FaissPatchcore:
+def load(name: str | Path) -> FaissPatchcore:
     return FaissPatchcore.load_from_checkpoint(OLD / name, map_location="cpu").eval()
 
 
@@ -49,6 +50,14 @@ def test_checkpoint(name):
 def test_checkpoint_is_exported(name, tmp_path):
     export_bundle(load(name), tmp_path / "bundle", "cells", index="flat")
     assert_bundle_scores(tmp_path / "bundle", name)
+
+
+def test_position_weight_survives_saving(tmp_path):
+    """The argument is gone, so the weight travels from checkpoint to checkpoint."""
+    trainer = Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.connect(load("position_weight.ckpt"))
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert_model_scores(load(tmp_path / "again.ckpt"), "position_weight.ckpt")
 
 
 def test_torch_export():

@@ -273,9 +273,9 @@ def test_crop_and_other_sizes(cells, tmp_path, test_images):
     assert [answer.verdict == "anomalous" for answer in answers] == labels
 
 
-def test_size_normalization_smoothing_and_position_travel(cells, tmp_path, test_images):
+def test_size_normalization_and_smoothing_travel(cells, tmp_path, test_images):
     """From the arguments to checkpoint, bundle and anomalib's own export: the same scores everywhere."""
-    model = make_model(image_size=[160, 192], normalization="backbone", score_smoothing=1.5, position_weight=20)
+    model = make_model(image_size=[160, 192], normalization="backbone", score_smoothing=1.5)
     engine = make_engine(tmp_path)
     engine.fit(model, datamodule=folder_datamodule(cells))
     loaded = FaissPatchcore.load_from_checkpoint(engine.best_model_path).eval()
@@ -286,7 +286,7 @@ def test_size_normalization_smoothing_and_position_travel(cells, tmp_path, test_
     assert (scores < unsmoothed).all(), "the map is smoothed by half a patch alone"
     runtime = PatchcoreRuntime.load(export_bundle(loaded, tmp_path / "bundle"))
     assert runtime.manifest.preprocessing.mean == (0.5, 0.5, 0.5)
-    assert runtime.manifest.embedding_dimension == 40 + 112 + 2
+    assert runtime.manifest.embedding_dimension == 40 + 112
     answers = runtime.predict(test_images[::10])
     np.testing.assert_allclose([answer.score for answer in answers], scores, rtol=1e-3)
     np.testing.assert_allclose([answer.anomaly_map for answer in answers], maps, rtol=1e-3)

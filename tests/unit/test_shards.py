@@ -6,38 +6,47 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from patchcore_plugin.coreset import GreedyCoreset, distances, traversal
+from patchcore_plugin.coreset import GreedyCoreset
+from patchcore_plugin.coreset.clusters import ClusterReach
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
+from patchcore_plugin.coreset.processes import Shards, rows_of_all
+from patchcore_plugin.coreset.tuning import Tuning
+
+# Several rounds, blocks and clusters on small data
+SMALL = Tuning(
+    block_rows=128, segment_columns=8, padding_columns=16, piece_values=2048, min_candidates=64, pruning_centers=8,
+    pruning_batch=1,
+)  # fmt: skip
 
 
 def work(rank: int, folder: str, name: str, world: int) -> None:
+    """What one process finds, in a file."""
     torch.set_num_threads(1)
-    # Several rounds, blocks and clusters on small data
-    traversal._MIN_CANDIDATES, traversal._PRUNE_FROM, traversal._PRUNE_BATCH = 64, 8, 1
-    distances._BLOCK, distances._SEGMENT, distances._PAD, distances._PIECE = 128, 8, 16, 2048
     left_out = []
-    within = traversal.ClusterReach.within
+    within = ClusterReach.within
 
-    def counted(reach: traversal.ClusterReach, block: int, centres: distances.Centres) -> torch.Tensor:
-        numbers = within(reach, block, centres)
-        left_out.append(len(centres) - len(numbers))
-        return numbers
+    def counted(reach, block, centers):
+        near = within(reach, block, centers)
+        left_out.append(len(centers) - len(near))
+        return near
 
-    traversal.ClusterReach.within = counted
+    ClusterReach.within = counted
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     rows = torch.from_numpy(np.load(f"{folder}/{rank}.npy"))
     try:
         if name in ("store", "streamed"):
             budget = {"store": None, "streamed": 1500 * 200}[name]
-            store = EmbeddingStore(GreedyCoreset(ratio=0.1, progress=False), expected_rows=len(rows), budget=budget)
+            sampler = GreedyCoreset(ratio=0.1, progress=False, tuning=SMALL)
+            store = EmbeddingStore(sampler, expected_rows=len(rows), budget=budget)
             for part in rows.split(400) if len(rows) else ():
                 store.append(part)
-            found = {"bank": store.bank(dist.group.WORLD), "radius": store.radius_, "numbers": store.numbers_}
+            found = {"bank": store.reduce_to_bank(dist.group.WORLD), "radius": store.radius_, "numbers": store.numbers_}
             found["reductions"] = store.reductions
         else:
-            sampler = GreedyCoreset(size=200, progress=False, projection=0.9 if name == "projection" else None)
+            projection = 0.9 if name == "projection" else None
+            sampler = GreedyCoreset(size=200, progress=False, projection=projection, tuning=SMALL)
             found = {"picks": sampler.fit(rows, dist.group.WORLD), "radius": sampler.radius_}
-            found["bank"] = sampler.sample(rows, dist.group.WORLD)
+            found["bank"] = rows_of_all(rows, found["picks"], Shards(dist.group.WORLD), SMALL)
     except ValueError as error:
         found = {"error": str(error)}
     found["left out"] = sum(left_out)
@@ -56,8 +65,8 @@ def together(folder, shards: list[np.ndarray], name: str = "sampler") -> list[di
 @pytest.fixture(scope="module")
 def points() -> np.ndarray:
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(12, 24)) * 4
-    return (centres[rng.integers(0, 12, 5000)] + rng.normal(size=(5000, 24))).astype(np.float32)
+    centers = rng.normal(size=(12, 24)) * 4
+    return (centers[rng.integers(0, 12, 5000)] + rng.normal(size=(5000, 24))).astype(np.float32)
 
 
 @pytest.mark.parametrize("cuts", [[2500], [4990], [0], [100, 3000]], ids=str)
@@ -67,7 +76,7 @@ def test_same_picks_on_every_process_however_uneven(points, cuts, tmp_path):
     shards = np.split(points, cuts)
     for shard, found in zip(shards, together(tmp_path, shards), strict=True):
         assert torch.equal(found["picks"], picks)
-        assert found["left out"] > 100 or len(shard) < 1000  # clusters out of reach of a new centre
+        assert found["left out"] > 100 or len(shard) < 1000  # clusters out of reach of a new center
         assert torch.equal(found["bank"], torch.from_numpy(points)[picks])
         assert found["radius"] == pytest.approx(alone.radius_, rel=1e-12)
 
@@ -104,7 +113,7 @@ def test_bad_values_in_one_process_stop_all(points, tmp_path):
 def test_store_of_a_process_without_rows(points, tmp_path):
     store = EmbeddingStore(GreedyCoreset(ratio=0.1, progress=False), expected_rows=len(points))
     store.append(torch.from_numpy(points))
-    bank = store.bank()
+    bank = store.reduce_to_bank()
     for found in together(tmp_path, [points, points[:0]], "store"):
         assert torch.equal(found["bank"], bank)
         assert found["radius"] == pytest.approx(store.radius_)
