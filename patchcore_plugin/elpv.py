@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from patchcore_plugin.errors import MissingPackageError
+
 TRAIN_SHARE = 0.7
 """Share of the normal cells that are for training."""
 
@@ -31,13 +33,13 @@ def lay_out(root: Path, kind: Literal["mono", "poly"] = "mono", seed: int = SEED
         Number of images in each subfolder.
 
     Raises:
-        ImportError: If the package elpv-dataset is not installed.
+        MissingPackageError: If the package elpv-dataset is not installed.
     """
     try:
         data = files("elpv_dataset") / "data"
     except ModuleNotFoundError as error:
         msg = "The demo's images come with the package elpv-dataset, which is not installed: pip install elpv-dataset"
-        raise ImportError(msg) from error
+        raise MissingPackageError(msg) from error
     rows = list(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True))
     cells = [(path, float(probability)) for path, probability, crystal, *_ in rows if crystal == kind]
     sound = sorted(path for path, probability in cells if probability == 0)

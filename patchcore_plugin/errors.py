@@ -13,3 +13,7 @@ class PatchcoreError(Exception):
 
 class UsageError(PatchcoreError, ValueError):
     """An argument, or the data that an argument names, does not fit; the message names it and what would fit."""
+
+
+class MissingPackageError(PatchcoreError, ImportError):
+    """A package that only a part of this one needs is not installed; the message says how to install it."""

@@ -47,13 +47,44 @@ def register() -> list[type]:
 
 
 def run_anomalib(arguments: list[str]) -> Any:
-    """Run anomalib's command line with every plugin's models registered; returns its ``AnomalibCLI``."""
+    """Run anomalib's command line with the models of every plugin registered.
+
+    Args:
+        arguments: What follows ``anomalib`` on the command line.
+
+    Returns:
+        The ``AnomalibCLI`` that ran.
+
+    Raises:
+        Exception: What the run raised. Where a model's class refused its arguments, its own exception, instead of
+            jsonargparse's, which prints the whole configuration.
+    """
     register()
     from anomalib.cli.cli import AnomalibCLI
     from anomalib.loggers import configure_logger
+    from anomalib.models.components import AnomalibModule
+
+    class RegisteredCLI(AnomalibCLI):
+        def instantiate_classes(self) -> None:
+            refusals = []
+
+            def instantiate(model: type, *args: Any, **kwargs: Any) -> AnomalibModule:
+                try:
+                    return model(*args, **kwargs)
+                except Exception as error:
+                    refusals.append(error)
+                    raise
+
+            self.parser.add_instantiator(instantiate, AnomalibModule)
+            try:
+                super().instantiate_classes()
+            except ValueError:
+                if refusals:
+                    raise refusals[0] from None
+                raise
 
     configure_logger()
-    return AnomalibCLI(arguments)
+    return RegisteredCLI(arguments)
 
 
 def _make_direct_subclass(model: type, base: type) -> bool:

@@ -158,16 +158,15 @@ def describe_versions(*packages: str) -> dict[str, str]:
 
 
 def copy_files(path: str | Path, manifest: Manifest, target: str | Path) -> None:
-    """Copy the files of a bundle that another folder lacks; those that the folder has already stay as they are.
+    """Copy the files that the manifest of a bundle lists.
 
     Args:
         path: Folder of the bundle.
-        manifest: Manifest of the bundle, which lists the files.
+        manifest: Manifest of the bundle.
         target: Folder to copy to.
     """
     for name in manifest.files:
-        if not (Path(target) / name).exists():
-            shutil.copyfile(Path(path) / name, Path(target) / name)
+        shutil.copyfile(Path(path) / name, Path(target) / name)
 
 
 @contextmanager

@@ -135,23 +135,35 @@ def make_thumbnails(paths: Sequence[str | Path], preprocessing: Preprocessing) -
         preprocessing: The model's resize and crop.
 
     Returns:
-        Thumbnails (K, h, w, 3), u8, RGB: as large as the network's input, and at most 256 pixels a side.
+        Thumbnails (K, h, w, 3), u8, RGB, as of :func:`make_thumbnail`.
 
     Raises:
         BundleError: If an image file is missing.
         ImageError: If an image cannot be read.
     """
-    shape, crop = _thumbnail_shape(preprocessing), preprocessing.crop_box.corners
-    thumbnails = np.empty((len(paths), *shape, 3), np.uint8)
+    thumbnails = np.empty((len(paths), *_thumbnail_shape(preprocessing), 3), np.uint8)
     for thumbnail, path in zip(thumbnails, paths, strict=True):
         try:
-            image = Image.fromarray(read_image(path))
+            thumbnail[:] = make_thumbnail(read_image(path), preprocessing)
         except FileNotFoundError as error:
             msg = f"There is no thumbnail without the image: {path} is missing. Put it back, or leave thumbnails out."
             raise BundleError(msg) from error
-        resized = image.resize(preprocessing.resize[::-1], Image.Resampling.BILINEAR).crop(crop)
-        thumbnail[:] = np.asarray(resized.resize(shape[::-1], Image.Resampling.BILINEAR))
     return thumbnails
+
+
+def make_thumbnail(image: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Make a small copy of the part of an image that the network sees.
+
+    Args:
+        image: RGB image (H, W, 3), u8.
+        preprocessing: The model's resize and crop.
+
+    Returns:
+        Thumbnail (h, w, 3), u8, RGB: as large as the network's input, and at most 256 pixels a side.
+    """
+    resized = Image.fromarray(image).resize(preprocessing.resize[::-1], Image.Resampling.BILINEAR)
+    seen = resized.crop(preprocessing.crop_box.corners)
+    return np.asarray(seen.resize(_thumbnail_shape(preprocessing)[::-1], Image.Resampling.BILINEAR))
 
 
 def _thumbnail_shape(preprocessing: Preprocessing) -> tuple[int, int]:

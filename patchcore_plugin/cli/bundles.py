@@ -1,8 +1,10 @@
-"""Commands about a bundle: ``patchcore validate``, ``patchcore info`` and ``patchcore explain``."""
+"""Commands about a bundle: ``patchcore info``, ``validate``, ``predict``, ``explain``, ``benchmark`` and ``pack``."""
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,62 +14,29 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from patchcore_plugin.cli.common import plain_errors
+from patchcore_plugin.cli.common import print_trials, progress_bar, step_bars
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from patchcore_plugin.bundle import Manifest, Scale
+    from patchcore_plugin.operations.validation import ValidationReport
+    from patchcore_plugin.runtime import Prediction
+    from patchcore_plugin.runtime.explain import Reason
+
+_PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold"
+
+_bundle = click.argument("bundle", type=click.Path(path_type=Path))
+_folder = click.argument("folder", type=click.Path(path_type=Path))
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of sample images to give a verdict on.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@plain_errors
-def validate(bundle: Path, images: Path | None, as_json: bool) -> None:
-    """Check a BUNDLE before it is put to use on this machine.
-
-    Looks at manifest, checksums, network and bank; compares the scores of its self-test with those of the machine that wrote
-    it; measures the time of an image; and gives verdicts on sample images. Ends with exit code 1 if anything failed.
-
-    A self-test's score may differ by 0.2 % with a network in f32 (other CPUs round otherwise), and by 5 % in bf16 or int8
-    (not every CPU has their arithmetic, and those that do round it differently).
-    """
-    from patchcore_plugin.images import find_images
-    from patchcore_plugin.operations.validation import validate_bundle
-
-    samples = () if images is None else find_images(images)
-    with Console(stderr=True).status("Validate") as status:
-        report = validate_bundle(bundle, samples, lambda step: status.update(f"Validate: {step}"))
-    if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), "ok": report.ok, **asdict(report)}, indent=2))
-    else:
-        table = Table("check", "result", "")
-        for check in report.checks:
-            table.add_row(check.name, {"failed": "[red]failed[/red]"}.get(check.result, check.result), check.detail)
-        console = Console()
-        console.print(table)
-        if images and report.images:
-            table = Table("image", "score", "threshold", "verdict")
-            for row in report.images:
-                number = [f"{row[name]:.4g}" if row.get(name) is not None else "" for name in ("score", "threshold")]
-                table.add_row(
-                    str(Path(str(row["image"])).relative_to(images)),
-                    *number,
-                    str(row.get("error") or row.get("verdict") or "none"),
-                )
-            console.print(table)
-        click.echo(f"{bundle} is {'fit for use' if report.ok else 'NOT fit for use'} on this machine.")
-    if not report.ok:
-        sys.exit(1)
-
-
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@plain_errors
+@_bundle
 def info(bundle: Path) -> None:
-    """Say what a BUNDLE is: model, memory bank, thresholds, where it comes from. Its manifest.json has every detail."""
+    """Show what a BUNDLE is.
+
+    Prints its model, memory bank, thresholds, files and origin. Its manifest.json has every detail.
+    """
     from patchcore_plugin.bundle import read_manifest, version_of
 
     manifest = read_manifest(bundle)
@@ -75,32 +44,30 @@ def info(bundle: Path) -> None:
     for name, text in _summary(manifest, version_of(bundle)):
         table.add_row(name, text)
     Console().print(table)
+    if manifest.index.trials or manifest.precision_trials:
+        click.echo("Measured when the bundle was written:")
+        print_trials(manifest)
 
 
 def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
-    from patchcore_plugin.bundle import ORIGINS, THUMBNAILS
+    from patchcore_plugin.bundle import FILES, ORIGINS, THUMBNAILS
 
     recipe, index = manifest.preprocessing, manifest.index
     yield "name", manifest.name
     yield "version", f"{version} (format {manifest.format_version})"
     yield "created", f"{manifest.created:%Y-%m-%d %H:%M %Z}"
     yield "backbone", f"{manifest.backbone}, layers {', '.join(manifest.layers)}, in {manifest.precision}"
-    for trial in manifest.precision_trials:
-        yield "", f"{trial.precision}: {trial.milliseconds:.2f} ms, mean error of scores {trial.error:.2%} when exported"
-    crop = "" if recipe.crop is None else f", of which the middle {recipe.crop[1]} x {recipe.crop[0]}"
-    yield "input", f"resized to {recipe.resize[1]} x {recipe.resize[0]} pixels{crop}; {_times(manifest.grid)} patches"
+    crop = "" if recipe.crop is None else f", of which the middle {_width_by_height(recipe.crop)}"
+    patches = f"{_width_by_height(manifest.grid)} patches"
+    yield "input", f"resized to {_width_by_height(recipe.resize)} pixels{crop}; {patches}"
     radius = "unknown" if manifest.covering_radius is None else f"{manifest.covering_radius:.4g}"
     yield "memory bank", f"{manifest.bank_size:,} x {manifest.embedding_dimension}, covering radius {radius}"
     yield "index", f"{index.kind} in {index.storage}" + (f", width {index.width}" if index.width else "")
-    for trial in index.trials:
-        if (trial.index, trial.width) == (index.kind, index.width):
-            found = f"recall@1 {trial.recall:.4f}, error {trial.error:.1e} at the 99.9th percentile"
-            yield "", f"{trial.milliseconds:.2f} ms an image, {found} when exported"
     smoothed = f", smoothed by {manifest.score_smoothing:g} patches" if manifest.score_smoothing else ""
-    weighted = f", re-weighted by {manifest.num_neighbors} neighbours" if manifest.num_neighbors > 1 else ""
+    weighted = f", re-weighted by {manifest.num_neighbors} neighbors" if manifest.num_neighbors > 1 else ""
     yield "image score", f"largest patch distance{smoothed}{weighted}"
-    yield "image threshold", _scale(manifest.image)
-    yield "pixel threshold", _scale(manifest.pixel)
+    yield "image threshold", _threshold(manifest.image)
+    yield "pixel threshold", _threshold(manifest.pixel)
     if manifest.calibration is None:
         yield "calibration", "none: no p-values, no drift"
     else:
@@ -112,23 +79,121 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     for update in manifest.lineage:
         yield "update", f"{update.date:%Y-%m-%d}: {update.images} images added {update.vectors} vectors to {update.parent}"
     for name, file in manifest.files.items():
-        yield name, f"{file.bytes / 2**20:.2f} MiB"
+        yield name, f"{FILES[name].content}, {file.bytes / 2**20:.2f} MiB"
     yield "written with", ", ".join(f"{package} {number}" for package, number in manifest.versions.items())
 
 
-def _times(size: tuple[int, int]) -> str:
+def _width_by_height(size: tuple[int, int]) -> str:
+    """A height and a width, as a user reads them."""
     return f"{size[1]} x {size[0]}"
 
 
-def _scale(scale: Scale) -> str:
-    if scale.threshold is None:
+def _threshold(scale: Scale) -> str:
+    """The threshold that verdicts go by, and what it was made of."""
+    from patchcore_plugin.scoring.thresholds import raw_threshold
+
+    threshold = raw_threshold(scale)
+    if threshold is None:
         return "none: the model was never validated"
-    seen = "" if scale.minimum is None else f", scores seen {scale.minimum:.4g} to {scale.maximum:.4g}"
-    return f"{scale.threshold:.4g}{seen}, sensitivity {scale.sensitivity:g}"
+    if scale.minimum is None or scale.maximum is None:
+        return f"{threshold:.4g}"
+    moved = "" if scale.sensitivity == 0.5 else f", moved from {scale.threshold:.4g} by sensitivity {scale.sensitivity:g}"
+    return f"{threshold:.4g}{moved}; scores from {scale.minimum:.4g} to {scale.maximum:.4g} are normalized to a length of 1"
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@_bundle
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of sample images to give a verdict on.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def validate(bundle: Path, images: Path | None, as_json: bool) -> None:
+    """Check a BUNDLE before it is used on this machine.
+
+    Checks manifest, checksums, network and memory bank; compares the scores of the self-test with those of the machine
+    that wrote the bundle; measures the time of an image; and gives verdicts on sample images. Ends with exit code 1 if a
+    check fails.
+
+    A score of the self-test may differ by 0.2 % with a network in f32 (other CPUs round otherwise), and by 5 % in bf16 or
+    int8 (CPUs without this arithmetic compute in another, and those with it round it differently).
+    """
+    from patchcore_plugin.images import find_images
+    from patchcore_plugin.operations.validation import validate_bundle
+
+    samples = () if images is None else find_images(images)
+    with step_bars() as progress:
+        report = validate_bundle(bundle, samples, progress)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), "ok": report.ok, **asdict(report)}, indent=2))
+    else:
+        _print_validation(report, images)
+        click.echo(f"{bundle} is {'fit for use' if report.ok else 'NOT fit for use'} on this machine.")
+    if not report.ok:
+        sys.exit(1)
+
+
+def _print_validation(report: ValidationReport, folder: Path | None) -> None:
+    console = Console()
+    table = Table("check", "result", "")
+    for check in report.checks:
+        table.add_row(check.name, {"failed": "[red]failed[/red]"}.get(check.result, check.result), check.detail)
+    console.print(table)
+    if folder and report.images:
+        table = Table("image", "score", "threshold", "verdict")
+        for row in report.images:
+            numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("score", "threshold")]
+            verdict = str(row.get("error") or row.get("verdict") or "none")
+            table.add_row(str(Path(str(row["image"])).relative_to(folder)), *numbers, verdict)
+        console.print(table)
+
+
+@click.command()
+@_bundle
+@_folder
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("predictions"),
+    show_default=True,
+    help="Folder for results.csv and heatmaps.",
+)
+@click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
+def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
+    """Score every image below FOLDER with a BUNDLE.
+
+    Writes results.csv (one row per image) and heatmaps/*.png, named as the images with .png added. An image that cannot be
+    read has the reason in the column error; the others are scored, and the command ends with exit code 1.
+    """
+    from patchcore_plugin.images import find_images
+    from patchcore_plugin.runtime import PatchcoreRuntime
+
+    runtime = PatchcoreRuntime.load(bundle)
+    images = [path for path in find_images(folder) if output.resolve() not in path.resolve().parents]
+    output.mkdir(parents=True, exist_ok=True)
+    failed = anomalous = 0
+    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file, progress_bar() as bar:
+        table = csv.DictWriter(file, ["image", *_PREDICTION_COLUMNS, "error"])
+        table.writeheader()
+        outcomes = bar.track(runtime.stream_outcomes(images), total=len(images), description="Predict")
+        for path, (pixels, _, prediction, error) in zip(images, outcomes, strict=True):
+            name = path.relative_to(folder)
+            if prediction is None:
+                failed += 1
+                table.writerow({"image": name.as_posix(), "error": str(error)})
+                continue
+            anomalous += prediction.verdict == "anomalous"
+            values = {column: getattr(prediction, column) for column in _PREDICTION_COLUMNS}
+            table.writerow({"image": name.as_posix(), **values})
+            if heatmaps:
+                target = output / "heatmaps" / name.with_name(f"{name.name}.png")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                runtime.heatmap(pixels, prediction).save(target)
+    click.echo(f"{len(images)} images: {anomalous} anomalous, {failed} unreadable. Results: {output / 'results.csv'}")
+    if failed:
+        sys.exit(1)
+
+
+@click.command()
+@_bundle
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "--output",
@@ -136,36 +201,96 @@ def _scale(scale: Scale) -> str:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for a picture of the crops.",
 )
-@plain_errors
 def explain(bundle: Path, image: Path, output: Path | None) -> None:
-    """Say why an IMAGE has its verdict: the nearest normal patch of each anomalous region, and its distance.
+    """Show why an IMAGE has its verdict.
 
-    A patch is named by row and column in the patch grid, from 0. With --output, IMAGE.explain.png shows what is around each
-    anomalous patch on the left and, where the bundle was exported with --thumbnails, around the normal one on the right.
+    Prints the nearest normal patch of each anomalous region, and its distance. A patch is named by its row and column in
+    the patch grid, from 0. With --output, IMAGE.explain.png shows the surroundings of each anomalous patch on the left and,
+    if the bundle was exported with --thumbnails, those of the normal patch on the right.
     """
     from patchcore_plugin.runtime import PatchcoreRuntime
     from patchcore_plugin.runtime.explain import draw
 
     runtime = PatchcoreRuntime.load(bundle)
     prediction, reasons = runtime.explain(image)
-    threshold = "none" if prediction.threshold is None else f"{prediction.threshold:.4g}"
-    click.echo(f"{image}: {prediction.verdict or 'no verdict'}, score {prediction.score:.4g}, threshold {threshold}")
-    table = Table("region in the image", "patch", "nearest normal patch", "there at", "distance")
-    for reason in reasons:
-        region, nearest = reason.region, reason.nearest
-        where = "none: the farthest patch"
-        if region is not None:
-            where = f"{region.width} x {region.height} at {region.left}, {region.top}"
-        of = f"vector {nearest.vector}" if nearest.image is None else f"{nearest.image}, {nearest.row}, {nearest.column}"
-        box = "" if nearest.box is None else f"{nearest.box.left}, {nearest.box.top}"
-        table.add_row(where, f"{reason.row}, {reason.column}", of, box, f"{nearest.distance:.4g}")
-    Console().print(table)
+    _print_explanation(image, prediction, reasons)
     if runtime.origins is None:
-        click.echo("The bundle does not say where its vectors come from. Train and export the model again to know.")
+        click.echo("The bundle does not know which images its vectors come from. A model that is trained again knows.")
     elif runtime.origins.thumbnails is None:
-        click.echo("The normal patches can be shown where the bundle was exported with --thumbnails.")
+        click.echo("Export the model with --thumbnails to see the normal patches.")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         target = output / f"{image.name}.explain.png"
         draw(reasons).save(target)
         click.echo(f"Crops: {target}")
+
+
+def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Reason]) -> None:
+    threshold = "none" if prediction.threshold is None else f"{prediction.threshold:.4g}"
+    click.echo(f"{image}: {prediction.verdict or 'no verdict'}, score {prediction.score:.4g}, threshold {threshold}")
+    table = Table("region in the image", "patch", "nearest normal patch", "there at", "distance")
+    for reason in reasons:
+        region, nearest = reason.region, reason.nearest
+        place = "none: the farthest patch"
+        if region is not None:
+            place = f"{region.width} x {region.height} at {region.left}, {region.top}"
+        normal = f"vector {nearest.vector}"
+        if nearest.image is not None:
+            normal = f"{nearest.image}, {nearest.row}, {nearest.column}"
+        box = "" if nearest.box is None else f"{nearest.box.left}, {nearest.box.top}"
+        table.add_row(place, f"{reason.row}, {reason.column}", normal, box, f"{nearest.distance:.4g}")
+    Console().print(table)
+
+
+@click.command()
+@_bundle
+@_folder
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to work with.  [default: all cores]")
+@click.option("--limit", type=click.IntRange(min=2), default=200, show_default=True, help="Largest number of images.")
+def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> None:
+    """Measure where the time of a BUNDLE goes.
+
+    Scores the images below FOLDER on this machine, and prints the time of each stage and the images per second.
+    """
+    from patchcore_plugin.images import find_images
+    from patchcore_plugin.operations import benchmark as measure
+    from patchcore_plugin.runtime import PatchcoreRuntime
+
+    images = find_images(folder)[:limit]
+    images *= -(-30 // len(images))  # the median of fewer says little
+    runtime = PatchcoreRuntime.load(bundle, threads=threads)
+    manifest = runtime.manifest
+    click.echo(
+        f"{manifest.name}: {manifest.backbone} in {manifest.precision}, {manifest.bank_size:,} x "
+        f"{manifest.embedding_dimension} bank ({manifest.index.kind}, {manifest.index.storage}); {runtime.threads} threads, "
+        f"{len(images)} images"
+    )
+    times = measure.stages(runtime, images)
+    table = Table("stage", "median ms", "90 % below")
+    for stage, spent in {**times, "all": list(map(sum, zip(*times.values(), strict=True)))}.items():
+        median, high = (sorted(spent)[int(len(spent) * share)] for share in (0.5, 0.9))
+        table.add_row(stage, f"{median:.2f}", f"{high:.2f}")
+    Console().print(table)
+    for mode in ("latency", "throughput"):
+        runtime = PatchcoreRuntime.load(bundle, mode=mode, threads=threads)
+        click.echo(f"{measure.images_per_second(runtime, images):.0f} images/s in mode {mode}")
+
+
+@click.command()
+@_bundle
+def pack(bundle: Path) -> None:
+    """Put a BUNDLE into BentoML's model store.
+
+    `bentoml serve` and `bentoml build` find it there.
+    """
+    import bentoml
+
+    from patchcore_plugin.bundle import MANIFEST, copy_files, read_manifest, verify
+
+    manifest = read_manifest(bundle)
+    verify(bundle, manifest)
+    labels = {"model": manifest.name, "backbone": manifest.backbone, "format_version": str(manifest.format_version)}
+    with bentoml.models.create("patchcore", labels=labels) as stored:
+        copy_files(bundle, manifest, stored.path)
+        shutil.copyfile(bundle / MANIFEST, Path(stored.path) / MANIFEST)
+    click.echo(f"Packed as {stored.tag}. Serve it: bentoml serve patchcore_plugin.bento.service:PatchcoreService")

@@ -1,35 +1,131 @@
-"""What the commands of ``patchcore`` share."""
+"""What the commands of ``patchcore`` share: errors as sentences, choices of options, progress, tables of trials."""
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from patchcore_plugin.errors import PatchcoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
+
+    from rich.progress import TaskID
+
+    from patchcore_plugin import progress
+    from patchcore_plugin.bundle import Manifest
+
+_EXTRAS = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo", "psutil": "demo"}
+"""The extra that installs a package; ``train`` installs every other."""
 
 
-def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors that a user can mend into one sentence instead of a traceback."""
+class PlainGroup(click.Group):
+    """A group whose commands end with one sentence and exit code 1 on any error that a user can mend.
 
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ModuleNotFoundError as error:
-            missing = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo", "psutil": "demo"}
-            extra = missing.get(error.name or "", "train")
-            msg = f"{error}. This command needs more than the base install: pip install 'patchcore-plugin[{extra}]'"
-            raise click.ClickException(msg) from error
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            raise click.ClickException(str(error)) from error
+    A bug keeps its traceback, and so does every error with ``--debug``. Help lists the commands in the order of their
+    addition.
+    """
 
-    return run
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands."""
+        del ctx
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
+        with plain_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn errors that a user can mend, and those of files, into a sentence of the command line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).split(".")[0]
+        if package == __name__.split(".")[0]:
+            raise
+        extra = _EXTRAS.get(package, "train")
+        msg = f"{error}. This command needs more than the base install: pip install 'patchcore-plugin[{extra}]'"
+        raise click.ClickException(msg) from error
+    except PatchcoreError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        raise click.ClickException(f"{error.filename}: {error.strerror}" if named else str(error)) from error
+
+
+class ManifestChoice(click.Choice):
+    """A choice among the values that a type of the bundle's manifest allows.
+
+    The manifest is imported when the values are needed, so that ``patchcore --help`` does not wait for it.
+
+    Args:
+        type_name: Name of a ``Literal`` in :mod:`patchcore_plugin.bundle`.
+        *more: Values of the option beside them.
+    """
+
+    def __init__(self, type_name: str, *more: str) -> None:
+        self.type_name, self.more, self.case_sensitive = type_name, more, True
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:
+        """The values, in the order of the help text."""
+        from patchcore_plugin import bundle
+
+        return (*self.more, *get_args(getattr(bundle, self.type_name)))
 
 
 def progress_bar() -> Progress:
-    """A bar with count and remaining time."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """A bar with count and remaining time, on a terminal alone; it disappears when the work is done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def step_bars() -> Iterator[progress.Progress]:
+    """A bar for each step that a long function reports."""
+    with progress_bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                for task in bar.tasks:  # a step ends when the next one begins
+                    bar.update(task.id, completed=task.total)
+                tasks[step] = bar.add_task(step.capitalize())
+            bar.update(tasks[step], completed=done, total=total)
+
+        yield report
+
+
+def print_trials(manifest: Manifest) -> None:
+    """Print what was measured when a bundle was written: the indexes and the network's precisions that were tried."""
+    index = manifest.index
+    if index.trials:
+        table = Table("index", "storage", "width", "ms an image", "recall@1", "error at 99.9 %", "of storage", "")
+        for trial in index.trials:
+            taken = (trial.index, trial.width) == (index.kind, index.width)
+            table.add_row(
+                trial.index, trial.storage, str(trial.width or ""), f"{trial.milliseconds:.2f}", f"{trial.recall:.4f}",
+                f"{trial.error:.1e}", f"{trial.storage_error:.1e}", "taken" if taken else "" if trial.good else "too far",
+            )  # fmt: skip
+        Console().print(table)
+    if manifest.precision_trials:
+        table = Table("precision", "ms an image", "rank correlation", "mean error", "")
+        for trial in manifest.precision_trials:
+            taken = trial.precision == manifest.precision
+            table.add_row(
+                trial.precision, f"{trial.milliseconds:.2f}", f"{trial.correlation:.4f}", f"{trial.error:.2%}",
+                "taken" if taken else "" if trial.good else "too far from f32",
+            )  # fmt: skip
+        Console().print(table)

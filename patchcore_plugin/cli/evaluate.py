@@ -14,8 +14,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from patchcore_plugin.cli.common import plain_errors
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -46,7 +44,6 @@ _PRINTED = (
     metavar="PATTERN",
     help="Run only the jobs DATA SET/MODEL/SEED that match, as in 'ELPV*/*/0'. May be given several times.",
 )
-@plain_errors
 def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     """Compare models on data sets, over several seeds.
 

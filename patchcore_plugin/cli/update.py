@@ -10,12 +10,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from patchcore_plugin.cli.common import plain_errors, progress_bar
+from patchcore_plugin.cli.common import progress_bar, step_bars
+from patchcore_plugin.errors import UsageError
 
 if TYPE_CHECKING:
-    from patchcore_plugin.operations.update import Report
+    from patchcore_plugin.operations.update import UpdateReport
 
-_SHOWN = 20  # held-out images in the table
+_TABLE_ROWS_LIMIT = 20
 
 
 @click.command()
@@ -24,23 +25,24 @@ _SHOWN = 20  # held-out images in the table
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the new bundle.")
 @click.option(
     "--holdout",
+    metavar="N",
     type=click.IntRange(min=2),
     default=5,
     show_default=True,
-    help="Every so many-th new image, by name, stays out of the bank and judges the update.",
+    help="Hold out every N-th new image, by file name, to measure the update.",
 )
 @click.option(
     "--test",
     type=click.Path(path_type=Path),
     help="Folder of old test images, good/ and defective/: prints the image AUROC before and after.",
 )
-@plain_errors
 def update(bundle: Path, new_normals: Path, output: Path, holdout: int, test: Path | None) -> None:
-    """Extend a BUNDLE by NEW_NORMALS, a folder of normal images that it gives false alarms for.
+    """Extend a BUNDLE by new normal images, without training.
 
-    Needs no training. The bundle stays as it is; a new one is written, which knows what it was made from. Every image of the
-    folder must be normal: a defect among them would no longer be found. Thresholds that were calibrated by normal images
-    are set again; those that validation set with defective ones stay.
+    NEW_NORMALS is a folder of normal images that the bundle gives false alarms for. Each of them must be normal: a defect in
+    one of them would no longer be found. The bundle stays as it is; a new one is written, which records what it was made
+    from. Thresholds that come from normal images are set again; those that come from a validation set with defective images
+    stay.
     """
     from patchcore_plugin.images import find_images
     from patchcore_plugin.operations.update import update_bundle
@@ -48,14 +50,7 @@ def update(bundle: Path, new_normals: Path, output: Path, holdout: int, test: Pa
     images = find_images(new_normals)
     labelled = None if test is None else _labelled(test)
     started = time.perf_counter()
-    with progress_bar() as bar:
-        tasks: dict[str, object] = {}
-
-        def progress(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = bar.add_task(step)
-            bar.update(tasks[step], completed=done, total=total)
-
+    with step_bars() as progress:
         report = update_bundle(bundle, images, output, holdout, progress)
     spent = time.perf_counter() - started
     _print(report)
@@ -65,20 +60,20 @@ def update(bundle: Path, new_normals: Path, output: Path, holdout: int, test: Pa
     click.echo(f"Updated in {spent:.1f} s. New bundle: {output}")
 
 
-def _print(report: Report) -> None:
+def _print(report: UpdateReport) -> None:
     step = report.update
     click.echo(
-        f"{step.vectors:,} vectors of {step.images} images went into the bank, which has {report.bank_size:,} now; every "
-        f"patch of them lies within {report.radius:.4g}."
+        f"{step.images} images added {step.vectors:,} vectors to the memory bank, which has {report.bank_size:,} now. Every "
+        f"patch of these images lies within {report.radius:.4g} of the bank."
     )
     table = Table("held-out image", "score before", "after", "verdict before", "after")
     order = sorted(range(len(report.names)), key=lambda number: -report.before[number].score)
-    for number in order[:_SHOWN]:
+    for number in order[:_TABLE_ROWS_LIMIT]:
         before, after = report.before[number], report.after[number]
         verdicts = (before.verdict or "none", after.verdict or "none")
         table.add_row(Path(report.names[number]).name, f"{before.score:.4g}", f"{after.score:.4g}", *verdicts)
-    if len(order) > _SHOWN:
-        table.add_row(f"and {len(order) - _SHOWN} more", "", "", "", "")
+    if len(order) > _TABLE_ROWS_LIMIT:
+        table.add_row(f"and {len(order) - _TABLE_ROWS_LIMIT} more", "", "", "", "")
     Console().print(table)
     before, after = report.false_alarms
     click.echo(f"False alarms among the {len(report.names)} held-out images: {before} before, {after} after.")
@@ -92,7 +87,7 @@ def _labelled(folder: Path) -> tuple[list[Path], list[bool]]:
     kinds = [image.relative_to(folder).parts[0] for image in images]
     if not {"good", "defective"} <= set(kinds):
         msg = f"{folder} must hold the folders good and defective with images; it has {', '.join(sorted(set(kinds)))}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     chosen = [
         (image, kind == "defective") for image, kind in zip(images, kinds, strict=True) if kind in ("good", "defective")
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,22 +11,27 @@ import openvino as ov
 
 from patchcore_plugin.bundle import BundleError, PrecisionTrial
 from patchcore_plugin.cpu import has_bfloat16
+from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Literal
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle import Precision
     from patchcore_plugin.memory_bank import MemoryBank
+    from patchcore_plugin.progress import Progress
     from patchcore_plugin.scoring import ScoreRule
 
 logger = logging.getLogger(__name__)
 
-CORRELATION = 0.99
-"""Least rank correlation of image scores with f32's, for a precision to be taken."""
+LEAST_RANK_CORRELATION = 0.99
+"""Least rank correlation of image scores with those of f32, for a precision to be taken."""
 
-ERROR = 0.02
+LARGEST_MEAN_ERROR = 0.02
 """Largest mean relative error of image scores against f32, for a precision to be taken."""
 
 _REPETITIONS = 5
@@ -35,27 +39,28 @@ _REPETITIONS = 5
 
 def choose_precision(
     path: Path,
-    precision: str,
+    precision: Precision | Literal["auto"],
     bank: MemoryBank,
     images: Sequence[NDArray[np.uint8]],
     rule: ScoreRule,
-    progress: Callable[[str], object],
-) -> tuple[str, list[PrecisionTrial]]:
-    """Take the fastest precision whose image scores are near enough to f32's, and leave its network at ``path``.
+    progress: Progress = no_progress,
+) -> tuple[Precision, list[PrecisionTrial]]:
+    """Choose the fastest precision whose image scores are near those of f32, and leave its network at ``path``.
 
     Args:
-        path: The f32 network.
+        path: The f32 network. Where int8 is chosen, it is replaced.
         precision: ``"auto"``, or the only one to consider besides f32.
         bank: The memory bank.
         images: Normal images (H, W, 3), u8, RGB, that are not in the bank.
         rule: How the model scores images.
-        progress: Called with what is done next.
+        progress: Called as each step begins.
 
     Returns:
-        The precision, and what was measured; nothing was where only f32 was asked for.
+        The precision, and what was measured: nothing, where only f32 was asked for.
 
     Raises:
-        BundleError: If there are no images to measure or to calibrate on, or int8 is asked for and NNCF is not installed.
+        BundleError: If there are no images to measure or to calibrate on, if int8 is asked for and NNCF is not installed,
+            or if the network cannot be used in the precision asked for.
     """
     if precision == "f32":
         return "f32", []
@@ -63,19 +68,7 @@ def choose_precision(
         msg = f"precision {precision!r} is measured on normal images, and the checkpoint keeps none. Give some (--images)."
         raise BundleError(msg)
     files = _candidates(path, precision, images, progress)
-    trials, reference = [], None
-    for name, file in files.items():
-        progress(f"precision {name}")
-        try:
-            milliseconds, scores = _measure(Network(file, name), bank, images[1::2] or images, rule)
-        except (RuntimeError, ValueError) as error:  # it does not compile, or gives NaN
-            if name in (precision, "f32"):
-                msg = f"The network cannot be used in {name}: {error}"
-                raise BundleError(msg) from error
-            logger.warning("The network cannot be used in %s: %s", name, error)
-            continue
-        reference = scores if reference is None else reference
-        trials.append(_compared(name, milliseconds, scores, reference))
+    trials = _measure(files, precision, bank, images[1::2] or images, rule, progress)
     if precision == "auto":
         chosen = min((trial for trial in trials if trial.good), key=lambda trial: trial.milliseconds).precision
     else:
@@ -83,21 +76,21 @@ def choose_precision(
         if not trials[-1].good:
             logger.warning("Image scores in %s are not near those of f32: see the table.", chosen)
     if "int8" in files:
-        _settle(files["int8"], path, take=chosen == "int8")
+        _replace_or_delete(path, files["int8"], replace=chosen == "int8")
     return chosen, trials
 
 
 def _candidates(
-    path: Path, precision: str, images: Sequence[NDArray[np.uint8]], progress: Callable[[str], object]
-) -> dict[str, Path]:
-    """The network of each precision to measure."""
-    files = {"f32": path}
+    path: Path, precision: Precision | Literal["auto"], images: Sequence[NDArray[np.uint8]], progress: Progress
+) -> dict[Precision, Path]:
+    """The network file of each precision to measure, f32 first."""
+    files: dict[Precision, Path] = {"f32": path}
     if precision == "bf16" or (precision == "auto" and has_bfloat16()):
         files["bf16"] = path
     if precision in ("auto", "int8"):
-        progress("int8")
+        progress("quantize to int8", 0, 1)
         try:
-            files["int8"] = _quantized(path, images[::2])  # the others judge it
+            files["int8"] = _quantized(path, images[::2])  # the other images measure it
         except ModuleNotFoundError as error:
             if precision == "int8":
                 msg = "int8 is made by NNCF, which is not installed: pip install 'patchcore-plugin[quantize]'"
@@ -107,12 +100,37 @@ def _candidates(
 
 
 def _measure(
+    files: dict[Precision, Path],
+    asked: Precision | Literal["auto"],
+    bank: MemoryBank,
+    images: Sequence[NDArray[np.uint8]],
+    rule: ScoreRule,
+    progress: Progress,
+) -> list[PrecisionTrial]:
+    """A trial of each precision that can be used, f32 first."""
+    trials, reference = [], None
+    for precision, file in files.items():
+        progress(f"precision {precision}", 0, 1)
+        try:
+            milliseconds, scores = _run(Network(file, precision), bank, images, rule)
+        except (RuntimeError, ValueError) as error:  # OpenVINO cannot compile it, or it gives NaN
+            if precision in (asked, "f32"):
+                msg = f"The network cannot be used in {precision}: {error}"
+                raise BundleError(msg) from error
+            logger.warning("The network cannot be used in %s: %s", precision, error)
+            continue
+        reference = scores if reference is None else reference
+        trials.append(_trial(precision, milliseconds, scores, reference))
+    return trials
+
+
+def _run(
     network: Network, bank: MemoryBank, images: Sequence[NDArray[np.uint8]], rule: ScoreRule
 ) -> tuple[float, NDArray[np.float32]]:
-    """Median milliseconds of an image's embeddings, and all images' scores."""
+    """Median milliseconds for the embeddings of an image, and all images' scores."""
     times, scores, embedder = [], [], network.embedder()
     for image in images:
-        embedding = embedder.embed(image)  # the first of its size takes longer
+        embedding = embedder.embed(image)  # the first image of a size takes longer
         for _ in range(_REPETITIONS):
             started = time.perf_counter()
             embedder.embed(image)
@@ -121,23 +139,23 @@ def _measure(
     return 1000 * float(np.median(times)), np.concatenate(scores)
 
 
-def _compared(
-    precision: str, milliseconds: float, scores: NDArray[np.float32], reference: NDArray[np.float32]
+def _trial(
+    precision: Precision, milliseconds: float, scores: NDArray[np.float32], reference: NDArray[np.float32]
 ) -> PrecisionTrial:
     correlation = _rank_correlation(scores, reference)
     error = float(np.mean(np.abs(scores - reference)) / max(float(np.mean(reference)), 1e-12))
-    good = correlation >= CORRELATION and error <= ERROR
+    good = correlation >= LEAST_RANK_CORRELATION and error <= LARGEST_MEAN_ERROR
     return PrecisionTrial(precision=precision, milliseconds=milliseconds, correlation=correlation, error=error, good=good)
 
 
 def _rank_correlation(scores: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """Spearman's; 1 where there is nothing to rank."""
+    """Spearman's rank correlation; 1 where there is nothing to rank."""
     ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (scores, reference)]
     return 1.0 if len(scores) < 2 else float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
 
 
 def _quantized(path: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
-    """The network in int8, calibrated on ``images``, beside the f32 one; pre-processing stays as it is."""
+    """Write the network in int8, calibrated on the images, beside the f32 one. Pre-processing stays as it is."""
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level would change everybody's handlers
@@ -146,7 +164,7 @@ def _quantized(path: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
         nncf.Dataset([image[None] for image in images]),
         subset_size=len(images),
         ignored_scope=nncf.IgnoredScope(
-            # In int8, OpenVINO pads the pooling of neighbourhoods with something else than zero: borders would be far off.
+            # OpenVINO's int8 pooling of neighborhoods does not pad with zeros, which spoils the patches at the border.
             types=["AvgPool"],
             subgraphs=[nncf.Subgraph(inputs=[INPUT], outputs=[NORMALIZED])],
             validate=False,
@@ -157,10 +175,10 @@ def _quantized(path: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
     return file
 
 
-def _settle(file: Path, path: Path, *, take: bool) -> None:
-    """Move the int8 network to ``path``, or remove it."""
+def _replace_or_delete(path: Path, candidate: Path, *, replace: bool) -> None:
+    """Put the candidate's network in place of the one at ``path``, or delete it."""
     for suffix in (".xml", ".bin"):
-        if take:
-            file.with_suffix(suffix).replace(path.with_suffix(suffix))
+        if replace:
+            candidate.with_suffix(suffix).replace(path.with_suffix(suffix))
         else:
-            file.with_suffix(suffix).unlink()
+            candidate.with_suffix(suffix).unlink()

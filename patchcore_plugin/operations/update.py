@@ -1,11 +1,10 @@
-"""The operator's remedy for false alarms: a bundle is extended by new normal images, without training and without torch."""
+"""The operator's remedy for false alarms: extend a bundle by new normal images, without training and without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,36 +24,41 @@ from patchcore_plugin.bundle import (
     version_of,
     write_manifest,
 )
-from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnails
+from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnail
+from patchcore_plugin.checks import check_number
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.memory_bank.growth import farthest_first
+from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction, self_test
 from patchcore_plugin.scoring import Scores, anomaly_map
 from patchcore_plugin.scoring.conformal import extend_calibration, set_thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    Progress = Callable[[str, int, int], object]
+    from patchcore_plugin.progress import Progress
+    from patchcore_plugin.scoring import ScoreRule
 
-_MEASURED = 64  # held-out images to measure the index with, at most
+_MEASURED_IMAGES_LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Report:
+class UpdateReport:
     """What an update did.
 
     Attributes:
-        update: What the new bundle says of it.
-        bank_size: Vectors of the new bank.
-        radius: That new patches were covered within, in feature units.
-        names: Held-out images.
-        before: Their predictions by the old bundle.
-        after: Their predictions by the new one.
+        update: The step that the new bundle records.
+        bank_size: Number of vectors of the new bank.
+        radius: Covering radius of the bank, which new patches lie within too, in feature units.
+        names: Paths of the held-out images.
+        before: Predictions of the held-out images by the old bundle.
+        after: Predictions of the held-out images by the new bundle.
     """
 
     update: Update
@@ -66,64 +70,48 @@ class Report:
 
     @property
     def false_alarms(self) -> tuple[int, int]:
-        """Held-out images that were called anomalous, before and after."""
+        """Number of held-out images that were called anomalous, before and after."""
         before, after = (sum(answer.verdict == "anomalous" for answer in each) for each in (self.before, self.after))
         return before, after
 
 
 def update_bundle(
-    path: Path,
-    images: Sequence[Path],
-    output: Path,
-    holdout: int = 5,
-    progress: Progress = lambda step, done, total: None,
-) -> Report:
+    path: Path, images: Sequence[Path], output: Path, holdout: int = 5, progress: Progress = no_progress
+) -> UpdateReport:
     """Write a bundle's successor, whose memory bank knows new normal images too.
 
     The bank is extended as it was built: farthest patch first, from the present vectors, until every patch of the new images
-    lies within the covering radius that the bundle records. Some of the images stay out of the bank, to tell what the
-    update is worth on images that it has not seen.
+    lies within the covering radius that the bundle records. Some of the images stay out of the bank, to measure what the
+    update does for images that it has not seen. Every image is decoded and embedded once.
 
     Args:
-        path: The bundle to start from; it is not changed.
+        path: Bundle to start from; it is not changed.
         images: New normal images.
         output: Folder of the new bundle.
-        holdout: Of the images, in order of their names, every so many-th is held out; the last, where there are fewer.
-        progress: Called with a step, and how much of it is done.
+        holdout: Sort the images by file name, and hold out every ``holdout``-th (the last one if there are fewer).
+        progress: Called as the steps go on.
 
     Raises:
         BundleError: If the bundle is damaged, or does not record its covering radius; or if ``output`` exists.
         ImageError: If an image cannot be read.
-        ValueError: If there are fewer than two images, or ``holdout`` is below 2.
+        UsageError: If there are fewer than two images, or ``holdout`` is below 2.
     """
-    if holdout < 2:
-        msg = f"holdout must be at least 2, got {holdout}: 5 keeps every fifth image out of the bank."
-        raise ValueError(msg)
-    if len(images) < 2:
-        msg = f"An update needs at least two new normal images, got {len(images)}: one goes into the bank, one is held out."
-        raise ValueError(msg)
-    images = sorted(images, key=lambda image: (image.name, str(image)))
-    held_out = images[holdout - 1 :: holdout] or images[-1:]
-    added = [image for image in images if image not in held_out]
+    check_number("holdout", holdout, 2, whole=True, hint="5 keeps every fifth image out of the bank.")
+    added, held_out = _divide(images, holdout)
     old = PatchcoreRuntime.load(path)
-    radius = old.manifest.covering_radius
-    if radius is None:
-        msg = (
-            f"{path} does not record the covering radius of its memory bank, up to which it would be extended: an older "
-            "version trained the model. Train again, with the new images among the normal ones; the export then records it."
-        )
-        raise BundleError(msg)
+    radius = _covering_radius(old)
     with atomic_folder(output) as draft:
-        patches, numbers = _uncovered(old, added, radius, progress)
-        picks = farthest_first(*patches, radius, progress)
-        vectors, numbers = patches[0][picks], numbers[picks]
-        bank, index = _grown(old, vectors, held_out, progress)
+        copy_files(path, old.manifest, draft)  # what follows writes some of them anew
+        patches = _find_uncovered(old, added, radius, progress)
+        picks = farthest_first(patches.embeddings, patches.distances, radius, progress)
+        embeddings, before = _predict(old, held_out, progress)
+        bank, index = _grow_bank(old, patches.embeddings[picks], embeddings, progress)
         bank.save(draft / BANK)
         if old.origins is not None:
-            _origins(old, numbers, added).write(draft)
-        copy_files(path, old.manifest, draft)
-        step = Update(parent=version_of(path), date=datetime.now(timezone.utc), images=len(added), vectors=len(vectors))
-        image, pixel, calibration = recalibrated(old.manifest, _scores(old, bank, held_out, progress))
+            _grow_origins(old, patches, picks, added).write(draft)
+        scores = _score(bank, embeddings, old.rule)
+        image, pixel, calibration = recalibrate(old.manifest, scores)
+        step = Update(parent=version_of(path), date=datetime.now(timezone.utc), images=len(added), vectors=len(picks))
         manifest = old.manifest.model_copy(
             update={
                 "format_version": FORMAT_VERSION,
@@ -139,20 +127,24 @@ def update_bundle(
             }
         )
         write_manifest(draft, manifest)
+        progress("self-test", 0, 1)
         self_test.record(draft)
-    before, after = old.predict(held_out), PatchcoreRuntime.load(output).predict(held_out)
-    return Report(step, len(bank), radius, [str(image) for image in held_out], before, after)
+    after = [Prediction.of(scores, number, answer.size, manifest) for number, answer in enumerate(before)]
+    return UpdateReport(step, len(bank), radius, [str(image) for image in held_out], before, after)
 
 
-def recalibrated(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Calibration | None]:
-    """Image and pixel scale of the new bundle, and its calibration.
+def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Calibration | None]:
+    """Extend the calibration by the held-out images, and set the thresholds again.
 
-    A calibration by normal images is extended by the held-out ones, and sets the thresholds again. A threshold that
-    validation set with defective images cannot be set again without them: it stays.
+    Without a calibration by normal images both scales stay: a threshold that comes from a validation set with defective
+    images cannot be set again without them.
 
     Args:
-        manifest: The old bundle's.
+        manifest: Manifest of the old bundle.
         held_out: Scores of the held-out images with the new bank.
+
+    Returns:
+        Image scale, pixel scale and calibration of the new bundle.
     """
     if manifest.calibration is None:
         return manifest.image, manifest.pixel, None
@@ -163,60 +155,109 @@ def recalibrated(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Ca
     return *set_thresholds(calibration), calibration
 
 
-def _uncovered(
-    runtime: PatchcoreRuntime, images: Sequence[Path], radius: float, progress: Progress
-) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32]], NDArray[np.int64]]:
-    """Patches that lie farther than the radius from the bank: embeddings and distances; and their numbers in all images."""
+def _divide(images: Sequence[Path], holdout: int) -> tuple[list[Path], list[Path]]:
+    """Images for the bank, and held-out ones."""
+    if len(images) < 2:
+        msg = f"An update needs at least two new normal images, got {len(images)}: one goes into the bank, one is held out."
+        raise UsageError(msg)
+    images = sorted(images, key=lambda image: (image.name, str(image)))
+    held_out = images[holdout - 1 :: holdout] or images[-1:]
+    return [image for image in images if image not in held_out], held_out
+
+
+def _covering_radius(runtime: PatchcoreRuntime) -> float:
+    radius = runtime.manifest.covering_radius
+    if radius is None:
+        msg = (
+            f"{runtime.path} does not record the covering radius of its memory bank, up to which it would be extended: an "
+            "older version trained the model. Train again, with the new images among the normal ones; the export then "
+            "records it."
+        )
+        raise BundleError(msg)
+    return radius
+
+
+class _Patches(NamedTuple):
+    """Patches of the added images that lie farther from the bank than its covering radius.
+
+    Attributes:
+        embeddings: Their embeddings (K, D), float32.
+        distances: Distance of each to the nearest bank vector (K,), float32.
+        numbers: Number of each (K,), counted image by image and row by row.
+        thumbnails: Thumbnail of each image that has such a patch, by its path; empty where the bundle has no thumbnails.
+    """
+
+    embeddings: NDArray[np.float32]
+    distances: NDArray[np.float32]
+    numbers: NDArray[np.int64]
+    thumbnails: dict[str, NDArray[np.uint8]]
+
+
+def _find_uncovered(runtime: PatchcoreRuntime, images: Sequence[Path], radius: float, progress: Progress) -> _Patches:
     exact = MemoryBank(runtime.bank.vectors)
-    points, distances, numbers = [], [], []
+    small = runtime.origins is not None and runtime.origins.thumbnails is not None
+    embeddings, distances, numbers, thumbnails = [], [], [], {}
     for place, image in enumerate(images):
-        progress("Embed", place, len(images))
-        embedding = runtime.embed([read_image(image)])
-        patches = embedding.reshape(-1, embedding.shape[-1])
+        progress("embed new images", place, len(images))
+        pixels = read_image(image)
+        patches = runtime.embed([pixels])[0]
+        patches = patches.reshape(-1, patches.shape[-1])
         distance = exact.search(patches)[0][:, 0]
         far = np.flatnonzero(distance > radius)
-        points.append(patches[far])
+        embeddings.append(patches[far])
         distances.append(distance[far])
         numbers.append(far + place * len(patches))
-    progress("Embed", len(images), len(images))
-    return (np.concatenate(points), np.concatenate(distances)), np.concatenate(numbers)
+        if small and len(far):
+            thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)
+    return _Patches(np.concatenate(embeddings), np.concatenate(distances), np.concatenate(numbers), thumbnails)
 
 
-def _grown(
-    runtime: PatchcoreRuntime, vectors: NDArray[np.float32], held_out: Sequence[Path], progress: Progress
+def _predict(
+    runtime: PatchcoreRuntime, images: Sequence[Path], progress: Progress
+) -> tuple[NDArray[np.float32], list[Prediction]]:
+    """Embeddings (B, h, w, D) and predictions of images."""
+    embeddings, predictions = [], []
+    for outcome in runtime.stream_outcomes(images):
+        if outcome.error is not None:
+            raise outcome.error
+        embeddings.append(outcome.embedding)
+        predictions.append(outcome.prediction)
+        progress("score held-out images", len(predictions), len(images))
+    return np.stack(embeddings), predictions
+
+
+def _grow_bank(
+    runtime: PatchcoreRuntime, vectors: NDArray[np.float32], embeddings: NDArray[np.float32], progress: Progress
 ) -> tuple[MemoryBank, Index]:
-    """The bank with more vectors, and what its index does on held-out images: the same kind, at least as wide, or exact."""
-    progress("Index", 0, 1)
-    measured = np.concatenate([runtime.embed([read_image(image)]) for image in held_out[:_MEASURED]])
+    """The bank with more vectors, and what its index does on held-out images: the same kind, at least as wide, or exact.
+
+    The bank is built anew: a graph that is mapped from a file cannot grow, nor can the range of int8.
+    """
     index = runtime.manifest.index
-    # built anew: a graph mapped from a file cannot grow, nor can the range of int8
     bank, trials = choose(
         np.concatenate([runtime.bank.vectors, vectors]),
-        measured,
+        embeddings[:_MEASURED_IMAGES_LIMIT],
         runtime.rule,
         index.kind,
         index.storage,
-        threads=runtime.threads,
+        lambda step: progress(step, 0, 1),
+        runtime.threads,
         least=index.width,
     )
-    progress("Index", 1, 1)
     return bank, Index(kind=bank.index, storage=bank.storage, width=bank.width, trials=trials)
 
 
-def _origins(runtime: PatchcoreRuntime, numbers: NDArray[np.int64], images: Sequence[Path]) -> Origins:
-    old, grid = runtime.origins, runtime.manifest.grid
-    if not len(numbers):
-        return old
-    new = locate_patches(numbers, [(str(image), *grid) for image in images])
-    if old.thumbnails is not None:
-        new = Origins(new.patches, new.images, make_thumbnails(new.images, runtime.manifest.preprocessing))
-    return old.join(new)
+def _grow_origins(runtime: PatchcoreRuntime, patches: _Patches, picks: NDArray[np.int64], images: Sequence[Path]) -> Origins:
+    if not len(picks):
+        return runtime.origins
+    grid = runtime.manifest.grid
+    added = locate_patches(patches.numbers[picks], [(str(image), *grid) for image in images])
+    if patches.thumbnails:
+        added = replace(added, thumbnails=np.stack([patches.thumbnails[image] for image in added.images]))
+    return runtime.origins.join(added)
 
 
-def _scores(runtime: PatchcoreRuntime, bank: MemoryBank, images: Sequence[Path], progress: Progress) -> Scores:
-    """Raw scores of images with the new bank."""
-    found = []
-    for place, image in enumerate(images, 1):
-        found.append(bank.score(runtime.embed([read_image(image)]), runtime.rule))
-        progress("Score", place, len(images))
+def _score(bank: MemoryBank, embeddings: NDArray[np.float32], rule: ScoreRule) -> Scores:
+    """Raw scores of images by a bank, one image at a time, as serving computes them."""
+    found = [bank.score(embedding[None], rule) for embedding in embeddings]
     return Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from patchcore_plugin.bundle import BundleError, read_manifest, verify, version_of
+from patchcore_plugin.bundle import read_manifest, verify, version_of
+from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.images import ImageError
+from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, self_test
 
 if TYPE_CHECKING:
@@ -17,13 +19,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from patchcore_plugin.bundle import Manifest
+    from patchcore_plugin.progress import Progress
 
-_RUNS = 30  # of one image, for its latency
+_LATENCY_RUNS = 30
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check of a bundle.
 
     Attributes:
         name: ``"manifest"``, ``"files"``, ``"network and bank"``, ``"self-test"``, ``"latency"`` or ``"images"``.
@@ -36,25 +39,25 @@ class Check:
     detail: str
 
 
-@dataclass
-class Report:
+@dataclass(frozen=True)
+class ValidationReport:
     """What a validation found.
 
     Attributes:
-        checks: In order.
+        checks: The checks, in order.
         version: The bundle's version; None without a readable manifest.
         deviations: Relative difference of each self-test score from the manifest's; None without a self-test.
-        tolerance: Greatest that is accepted; see :data:`patchcore_plugin.runtime.self_test.TOLERANCE`.
-        milliseconds: Median and 95th percentile of the time for one image, pre-processing, network and search.
+        tolerance: Largest deviation that is accepted; see :data:`patchcore_plugin.runtime.self_test.TOLERANCE`.
+        milliseconds: Median and 95th percentile of the time for one image: pre-processing, network and search.
         images: For each sample image its score, threshold and verdict, or the error that it cannot be read by.
     """
 
-    checks: list[Check] = field(default_factory=list)
-    version: str | None = None
-    deviations: list[float] | None = None
-    tolerance: float | None = None
-    milliseconds: dict[str, float] | None = None
-    images: list[dict[str, str | float | None]] = field(default_factory=list)
+    checks: list[Check]
+    version: str | None
+    deviations: list[float] | None
+    tolerance: float | None
+    milliseconds: dict[str, float] | None
+    images: list[dict[str, str | float | None]]
 
     @property
     def ok(self) -> bool:
@@ -62,105 +65,113 @@ class Report:
         return all(check.result != "failed" for check in self.checks)
 
 
-def validate_bundle(path: Path, images: Sequence[Path] = (), progress: Callable[[str], object] = lambda _: None) -> Report:
+def validate_bundle(path: Path, images: Sequence[Path] = (), progress: Progress = no_progress) -> ValidationReport:
     """Check a bundle from its manifest to its answers.
 
     Args:
         path: The bundle's folder.
         images: Sample images to give a verdict on.
-        progress: Called with the name of the next check.
+        progress: Called as each check begins.
 
     Returns:
-        The report. Nothing is raised for a damaged bundle: that is what it says.
+        The report. A damaged bundle raises nothing: the report says what is wrong with it.
     """
-    validation = _Validation(path, images)
-    report = validation.report
-    for name, step in {
-        "manifest": validation.read,
-        "files": validation.compare,
-        "network and bank": validation.load,
-        "self-test": validation.reproduce,
-        "latency": validation.measure,
-        "images": validation.judge,
-    }.items():
-        if not report.ok and not hasattr(validation, "runtime"):
-            report.checks.append(Check(name, "skipped", "a check before it failed"))
-            continue
-        progress(name)
-        try:
-            report.checks.append(Check(name, "ok", step()))
-        except _Skipped as reason:
-            report.checks.append(Check(name, "skipped", str(reason)))
-        except (ValueError, RuntimeError, OSError) as error:
-            report.checks.append(Check(name, "failed", str(error)))
-    return report
+    checks: list[Check] = []
+
+    def run(name: str, check: Callable[..., _Finding], *needed: Any) -> Any:
+        """Run a check on what earlier checks found, and return what it found."""
+        progress(name, 0, 1)
+        finding = _find(check, *needed)
+        checks.append(Check(name, finding.result, finding.detail))
+        return finding.value
+
+    manifest = run("manifest", _check_manifest, path)
+    intact = run("files", _check_files, path, manifest)
+    runtime = run("network and bank", _check_loading, path, intact)
+    deviations = run("self-test", _check_self_test, runtime)
+    milliseconds = run("latency", _check_latency, runtime)
+    rows = run("images", _check_images, runtime, images)
+    return ValidationReport(
+        checks=checks,
+        version=manifest and version_of(path),
+        deviations=deviations,
+        tolerance=deviations and self_test.TOLERANCE[manifest.precision],
+        milliseconds=milliseconds,
+        images=rows or [],
+    )
 
 
-class _Skipped(Exception):  # noqa: N818 - it is no error
-    """There is nothing to check; the message says why."""
+class _Finding(NamedTuple):
+    """What a check found: a sentence, its result, and a value that later checks and the report need; None without one."""
+
+    detail: str
+    value: Any = None
+    result: Literal["ok", "failed", "skipped"] = "ok"
 
 
-class _Validation:
-    """The checks. Each returns what it found, or raises."""
+def _find(check: Callable[..., _Finding], *needed: Any) -> _Finding:
+    if any(value is None for value in needed):
+        return _Finding("a check before it failed", result="skipped")
+    try:
+        return check(*needed)
+    except (PatchcoreError, OSError, RuntimeError) as error:  # the last are OpenVINO's and FAISS's
+        return _Finding(str(error), result="failed")
 
-    manifest: Manifest
-    runtime: PatchcoreRuntime  # once it is loaded
 
-    def __init__(self, path: Path, images: Sequence[Path]) -> None:
-        self.path, self.images, self.report = path, images, Report()
+def _check_manifest(path: Path) -> _Finding:
+    manifest = read_manifest(path)
+    return _Finding(f"{manifest.name}, version {version_of(path)}, format {manifest.format_version}", manifest)
 
-    def read(self) -> str:
-        self.manifest = read_manifest(self.path)
-        self.report.version = version_of(self.path)
-        return f"{self.manifest.name}, version {self.report.version}, format {self.manifest.format_version}"
 
-    def compare(self) -> str:
-        verify(self.path, self.manifest)
-        return f"{len(self.manifest.files)} files, {self.manifest.total_bytes / 2**20:.1f} MiB, match their checksums"
+def _check_files(path: Path, manifest: Manifest) -> _Finding:
+    verify(path, manifest)
+    size = manifest.total_bytes / 2**20
+    return _Finding(f"{len(manifest.files)} files, {size:.1f} MiB, match their checksums", manifest)
 
-    def load(self) -> str:
-        self.runtime = PatchcoreRuntime.load(self.path, cache=False)
-        shape = f"{self.manifest.bank_size:,} x {self.manifest.embedding_dimension}"
-        return f"network in {self.manifest.precision}, bank of {shape}"
 
-    def reproduce(self) -> str:
-        found = self.report.deviations = self_test.deviations(self.runtime)
-        if found is None:
-            msg = "an older version wrote the bundle, without a self-test; export the model again to have one"
-            raise _Skipped(msg)
-        tolerance = self.report.tolerance = self_test.TOLERANCE[self.manifest.precision]
-        said = f"{len(found)} scores, off by {max(found):.1e} at most (tolerance {tolerance:g})"
-        if not max(found) <= tolerance:
-            msg = f"{said}: this machine does not compute what the one that wrote the bundle did"
-            raise BundleError(msg)
-        return said
+def _check_loading(path: Path, manifest: Manifest) -> _Finding:
+    runtime = PatchcoreRuntime.load(path, cache=False)
+    shape = f"{manifest.bank_size:,} x {manifest.embedding_dimension}"
+    return _Finding(f"network in {manifest.precision}, bank of {shape}", runtime)
 
-    def measure(self) -> str:
-        picture, times = self_test.pictures()[:1], []
-        for _ in range(_RUNS):
-            started = time.perf_counter()
-            self.runtime.predict(picture)
-            times.append(1000 * (time.perf_counter() - started))
-        median, high = (round(float(value), 3) for value in np.percentile(times, [50, 95]))
-        self.report.milliseconds = {"median": median, "95 % below": high}
-        return f"{median:.1f} ms for one image, 95 % below {high:.1f} ms ({self.runtime.threads} threads, {_RUNS} runs)"
 
-    def judge(self) -> str:
-        if not self.images:
-            msg = "none given"
-            raise _Skipped(msg)
-        rows = self.report.images
-        for image in self.images:
-            try:
-                (answer,) = self.runtime.predict([image])
-            except (ImageError, OSError) as error:
-                rows.append({"image": str(image), "error": str(error)})
-            else:
-                about = {"score": answer.score, "threshold": answer.threshold, "verdict": answer.verdict}
-                rows.append({"image": str(image), **about})
-        unreadable = sum("error" in row for row in rows)
-        anomalous = sum(row.get("verdict") == "anomalous" for row in rows)
-        said = f"{len(rows)} images: {anomalous} anomalous, {unreadable} unreadable"
-        if unreadable:
-            raise ValueError(said)
-        return said
+def _check_self_test(runtime: PatchcoreRuntime) -> _Finding:
+    deviations = self_test.deviations(runtime)
+    if deviations is None:
+        detail = "an older version wrote the bundle, without a self-test; export the model again to have one"
+        return _Finding(detail, result="skipped")
+    tolerance = self_test.TOLERANCE[runtime.manifest.precision]
+    detail = f"{len(deviations)} scores, off by {max(deviations):.1e} at most (tolerance {tolerance:g})"
+    if max(deviations) <= tolerance:
+        return _Finding(detail, deviations)
+    return _Finding(f"{detail}: this machine computes other scores than the one that wrote it", deviations, "failed")
+
+
+def _check_latency(runtime: PatchcoreRuntime) -> _Finding:
+    picture, times = self_test.pictures()[:1], []
+    for _ in range(_LATENCY_RUNS):
+        started = time.perf_counter()
+        runtime.predict(picture)
+        times.append(1000 * (time.perf_counter() - started))
+    median, high = (round(float(value), 3) for value in np.percentile(times, [50, 95]))
+    runs = f"{runtime.threads} threads, {_LATENCY_RUNS} runs"
+    detail = f"{median:.1f} ms for one image, 95 % below {high:.1f} ms ({runs})"
+    return _Finding(detail, {"median": median, "95 % below": high})
+
+
+def _check_images(runtime: PatchcoreRuntime, images: Sequence[Path]) -> _Finding:
+    if not images:
+        return _Finding("none given", result="skipped")
+    rows = [{"image": str(image), **_judge(runtime, image)} for image in images]
+    unreadable = sum("error" in row for row in rows)
+    anomalous = sum(row.get("verdict") == "anomalous" for row in rows)
+    detail = f"{len(rows)} images: {anomalous} anomalous, {unreadable} unreadable"
+    return _Finding(detail, rows, "failed" if unreadable else "ok")
+
+
+def _judge(runtime: PatchcoreRuntime, image: Path) -> dict[str, str | float | None]:
+    try:
+        (prediction,) = runtime.predict([image])
+    except (ImageError, OSError) as error:
+        return {"error": str(error)}
+    return {"score": prediction.score, "threshold": prediction.threshold, "verdict": prediction.verdict}

@@ -1,23 +1,30 @@
 """The command line, run as a user runs it: the stock ``anomalib``, and ours."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
+from click.testing import CliRunner, Result
 from helpers.training import LAYERS
 from PIL import Image
 
 from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.cli import main
 
 SCRIPTS = Path(sys.executable).parent
+CONFIGS = files("patchcore_plugin.configs")
 
 
 def run(*arguments, cwd=None, check=True) -> subprocess.CompletedProcess:
+    """Run a console script in a process of its own."""
     command = [str(SCRIPTS / str(arguments[0])), *map(str, arguments[1:])]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False)
     if check:
@@ -25,8 +32,29 @@ def run(*arguments, cwd=None, check=True) -> subprocess.CompletedProcess:
     return result
 
 
+def call(*arguments) -> Result:
+    """Run ``patchcore`` in this process, which has imported torch already."""
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def in_one_process(code: str, cwd: Path, *arguments) -> list:
+    """Run Python code that imports anomalib; returns the JSON in its last line of output."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def words(text: str) -> str:
+    """A text without line breaks and frames."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def auroc(output: str) -> float:
     return float(re.search(r"image_AUROC\s*│\s*([\d.]+)", output)[1])
+
+
+# Training, by anomalib.
 
 
 @pytest.mark.slow
@@ -34,115 +62,266 @@ def test_stock_anomalib_trains_config(elpv, tmp_path):
     """Image AUROC with the stock executable, on all of ELPV's monocrystalline cells; elpv.yaml's is that of the demo."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "elpv").symlink_to(elpv)
-    result = run("anomalib", "train", "--config", files("patchcore_plugin.configs") / "best.yaml", cwd=tmp_path)
+    result = run("anomalib", "train", "--config", CONFIGS / "best.yaml", cwd=tmp_path)
     assert auroc(result.stdout) >= 0.958
     assert list(tmp_path.glob("results/FaissPatchcore/best/*/weights/lightning/model.ckpt"))
 
 
-def test_stock_anomalib_needs_no_registration(cells, tmp_path):
+@pytest.fixture(scope="module")
+def few_cells(cells, tmp_path_factory) -> Path:
+    """Every third test image, as these trainings are for the command line."""
+    root = tmp_path_factory.mktemp("few cells")
+    shutil.copytree(cells / "train", root / "train")
+    for kind in ("good", "defective"):
+        (root / "test" / kind).mkdir(parents=True)
+        for image in sorted((cells / "test" / kind).iterdir())[::3]:
+            shutil.copy(image, root / "test" / kind)
+    return root
+
+
+def test_stock_anomalib_needs_no_registration(few_cells, tmp_path):
     """The small twin: one line of the config, ``class_path: patchcore_plugin.FaissPatchcore``, is enough."""
-    path = files("patchcore_plugin.configs") / "best.yaml"
-    result = run("anomalib", "train", "--config", path, "--data.init_args.root", cells, cwd=tmp_path)
+    result = run("anomalib", "train", "--config", CONFIGS / "best.yaml", "--data.init_args.root", few_cells, cwd=tmp_path)
     assert auroc(result.stdout) > 0.9
 
 
-def test_short_names_and_export(cells, tmp_path, test_images):
-    """``patchcore train --model FaissPatchcore``, then export and predict, as in the README."""
+def test_train_by_short_name_and_export(few_cells, tmp_path):
+    """``patchcore train --model FaissPatchcore``, then export, as in the README."""
     result = run(
         "patchcore", "train", "--model", "FaissPatchcore", "--model.backbone", "efficientnet_lite0",
         "--model.layers", f"[{','.join(LAYERS)}]", "--model.coreset_sampling_ratio", "0.02", "--model.visualizer", "false",
-        "--data", "Folder", "--data.name", "cells", "--data.root", cells, "--data.normal_dir", "train/good",
+        "--data", "Folder", "--data.name", "cells", "--data.root", few_cells, "--data.normal_dir", "train/good",
         "--data.normal_test_dir", "test/good", "--data.abnormal_dir", "test/defective", "--data.num_workers", "0",
         "--data.val_split_mode", "same_as_test",
         cwd=tmp_path,
     )  # fmt: skip
     assert auroc(result.stdout) > 0.9
     (checkpoint,) = tmp_path.glob("results/FaissPatchcore/cells/v0/weights/lightning/model.ckpt")
+    result = run("patchcore", "export", checkpoint, "out/bundle", cwd=tmp_path)
+    assert "Bundle: out/bundle" in result.stdout
+    assert read_manifest(tmp_path / "out/bundle").name == "bundle"
 
-    assert "Bundle: out/bundle" in run("patchcore", "export", checkpoint, "out/bundle", cwd=tmp_path).stdout
-    again = run("patchcore", "export", checkpoint, "out/bundle", cwd=tmp_path, check=False)
-    assert again.returncode == 1
-    assert "exists already. Choose another folder, or pass --overwrite" in " ".join(again.stderr.split())
-    run("patchcore", "export", checkpoint, "out/bundle", "--overwrite", "--name", "cells v2", cwd=tmp_path)
 
+STOCK = """
+import contextlib, io, json, sys
+from anomalib.cli.cli import AnomalibCLI
+
+def printed(config):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        AnomalibCLI(["fit", "--config", config, "--print_config"])
+    return output.getvalue()
+
+print(json.dumps([printed(config) for config in sys.argv[1:]]))
+"""
+
+
+def contains(whole, part) -> bool:
+    """Whether every value of nested dictionaries and lists is at the same place in others."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(contains(whole.get(name), value) for name, value in part.items())
+    if isinstance(part, list):
+        return len(whole) == len(part) and all(map(contains, whole, part))
+    return whole == part
+
+
+def test_configs_are_understood(tmp_path):
+    """By stock anomalib, which takes over each value and fills in those that a config leaves out."""
+    paths = [file for file in CONFIGS.iterdir() if file.suffix == ".yaml" and file.name != "evaluate.yaml"]
+    assert len(paths) == 6
+    for path, printed in zip(paths, in_one_process(STOCK, tmp_path, *paths), strict=True):
+        found, given = yaml.safe_load(printed), yaml.safe_load(path.read_text())
+        assert contains(found, given), path
+        assert {"random_state", "coreset_projection"} <= set(found["model"]["init_args"])
+
+
+OURS = """
+import json, sys
+from click.testing import CliRunner
+from patchcore_plugin.cli import main
+
+def outcome(arguments):
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.output, type(result.exception).__name__
+
+print("\\n" + json.dumps([outcome(arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+def test_arguments_of_a_training(cells, tmp_path):
+    """What a user sees of anomalib's commands: help, a short model name, one sentence where an argument is wrong."""
+    config = (CONFIGS / "elpv.yaml").read_text().replace("patchcore_plugin.FaissPatchcore", "FaissPatchcore")
+    (tmp_path / "short.yaml").write_text(config)
+    train = ["fit", "--config", "short.yaml", "--data.init_args.root", str(cells)]
+    wrong = {
+        "coreset_sampling_ratio must be": ["--model.init_args.coreset_sampling_ratio", "2"],
+        "has no layer 'nowhere'. Its feature layers: blocks.0": ["--model.init_args.layers", "[nowhere]"],
+        "Option 'surprise' is not accepted": ["--model.init_args.surprise", "1"],
+        "absent/train/good": ["--data.init_args.root", "absent"],
+        "All split ratios must be between 0 and 1": [
+            "--data.init_args.val_split_mode", "from_train", "--data.init_args.val_split_ratio", "3",
+        ],
+        "No supported gpu backend found": ["--trainer.accelerator", "gpu"],
+    }  # fmt: skip
+    commands = [["train", "--help"], [*train, "--print_config"], *([*train, *arguments] for arguments in wrong.values())]
+    (helped, printed, *refused) = in_one_process(OURS, tmp_path, json.dumps(commands))
+    assert helped[0] == 0
+    assert "--model" in helped[1]
+    assert printed[0] == 0
+    assert yaml.safe_load(printed[1][printed[1].index("seed_everything") :])["model"]["class_path"].endswith(
+        ".FaissPatchcore"
+    )
+    for (code, output, error), message in zip(refused, wrong, strict=True):
+        assert code in (1, 2)
+        assert message in words(output)
+        assert error == "SystemExit", "a sentence and an exit code, no traceback"
+        assert len(words(output[output.rindex("rror:") :])) < 1000
+    assert not (tmp_path / "results").exists()
+
+
+# Bundles.
+
+
+def test_export_does_not_overwrite(trained, tmp_path):
+    options = ["--index", "flat"]
+    assert call("export", trained.checkpoint, tmp_path / "bundle", *options).exit_code == 0
+    manifest = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    again = call("export", trained.checkpoint, tmp_path / "bundle", *options)
+    assert again.exit_code == 1
+    assert "exists already. Choose another folder, or pass --overwrite" in words(again.stderr)
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == manifest
+    assert call("export", trained.checkpoint, tmp_path / "bundle", *options, "--overwrite", "--name", "v2").exit_code == 0
+    assert read_manifest(tmp_path / "bundle").name == "v2"
+
+
+def test_choices_of_an_export(trained, tmp_path, cells):
+    """What was measured is printed and kept, and ``info`` prints it again; what was asked for is taken."""
+    exported = call("export", trained.checkpoint, tmp_path / "auto")
+    assert exported.exit_code == 0, exported.output
+    manifest = read_manifest(tmp_path / "auto")
+    (taken,) = (row for row in table_rows(exported.stdout) if row[-1] == "taken")
+    assert taken[0] == manifest.index.kind
+    assert taken in table_rows(call("info", tmp_path / "auto").stdout)
+
+    options = ["--index", "ivf", "--storage", "float16", "--precision", "auto", "--images", cells / "test/good"]
+    exported = call("export", trained.checkpoint, tmp_path / "asked", *options)
+    assert exported.exit_code == 0, exported.output
+    manifest = read_manifest(tmp_path / "asked")
+    assert (manifest.index.kind, manifest.index.storage) == ("ivf", "float16")
+    assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
+    assert [row[0] for row in table_rows(exported.stdout) if row[-1] == "taken"] == ["ivf", manifest.precision]
+    assert {file.name for file in (tmp_path / "asked").iterdir()} == {"manifest.json", *manifest.files}
+
+
+def table_rows(output: str) -> list[list[str]]:
+    """Cells of the tables in an output, row by row."""
+    rows = (re.split("[│┃]", line)[1:-1] for line in output.splitlines())
+    return [[cell.strip() for cell in row] for row in rows if row]
+
+
+def test_benchmark(bundle, cells):
+    result = call("benchmark", bundle, cells / "test/good", "--limit", "5", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    times = {stage: (float(median), float(high)) for stage, median, high in table_rows(result.stdout)[1:]}
+    assert list(times) == ["decode", "preprocess", "backbone", "search", "map", "all"]
+    assert all(median <= high for median, high in times.values())
+    assert max(median for stage, (median, _) in times.items() if stage != "all") < times["all"][0]
+    rates = dict(re.findall(r"(\d+) images/s in mode (\w+)", result.stdout))
+    assert set(rates.values()) == {"latency", "throughput"}
+    assert min(map(int, rates)) > 0
+
+
+@pytest.fixture
+def line(test_images, tmp_path) -> Path:
+    """A folder of images of several kinds, one of them broken."""
     images = tmp_path / "line 1"
     (images / "sub").mkdir(parents=True)
     shutil.copy(test_images[0], images / "a.png")
     Image.open(test_images[-1]).convert("RGB").resize((400, 200)).save(images / "sub" / "b.jpg")
     (images / "broken.png").write_bytes(b"no image")
-    result = run("patchcore", "predict", "out/bundle", images, "--output", "answers", cwd=tmp_path, check=False)
+    return images
+
+
+def test_predict(bundle, runtime, line, tmp_path):
+    result = run("patchcore", "predict", bundle, line, "--output", "answers", cwd=tmp_path, check=False)
     assert result.returncode == 1, "an unreadable image must not pass unseen"
-    assert "3 images" in result.stdout
-    assert "1 unreadable" in result.stdout
+    assert "3 images: 2 anomalous, 1 unreadable. Results: answers/results.csv" in words(result.stdout)
     rows = list(csv.DictReader((tmp_path / "answers" / "results.csv").open()))
     assert [row["image"] for row in rows] == ["a.png", "broken.png", "sub/b.jpg"]
-    assert float(rows[0]["score"]) > float(rows[0]["threshold"])
-    assert rows[0]["verdict"] == "anomalous"
-    assert "cannot be read as an image" in rows[1]["error"]
-    assert Image.open(tmp_path / "answers" / "heatmaps" / "a.png.png").size == (300, 300)
-    assert Image.open(tmp_path / "answers" / "heatmaps" / "sub" / "b.jpg.png").size == (400, 200)
-    (images / "broken.png").unlink()
+    assert "cannot be read as an image" in rows[1].pop("error")
+    assert set(rows[1].values()) == {"broken.png", ""}
+    for row, answer in zip(rows[::2], runtime.predict([line / "a.png", line / "sub" / "b.jpg"]), strict=True):
+        assert float(row["score"]) == pytest.approx(answer.score, rel=1e-6)
+        assert float(row["normalized_score"]) == pytest.approx(answer.normalized_score, rel=1e-5)
+        assert (float(row["threshold"]), row["verdict"]) == (answer.threshold, answer.verdict)
+        assert (row["p_value"], row["error"]) == ("", "")
+    for name, size in {"a.png.png": (300, 300), "sub/b.jpg.png": (400, 200)}.items():
+        assert Image.open(tmp_path / "answers" / "heatmaps" / name).size == size
+    assert len(list((tmp_path / "answers" / "heatmaps").rglob("*.*"))) == 2
+
+
+def test_predict_into_its_own_folder(bundle, line, monkeypatch):
+    """The heatmaps of the first run are no images to score."""
+    (line / "broken.png").unlink()
+    monkeypatch.chdir(line)
     for _ in range(2):
-        result = run("patchcore", "predict", "../out/bundle", ".", cwd=images)
-        assert "2 images" in result.stdout, "the heatmaps of the first run are no images to score"
-    shutil.rmtree(images / "predictions")
-    run("patchcore", "predict", "out/bundle", images, "--output", "plain", "--no-heatmaps", cwd=tmp_path)
+        result = call("predict", bundle, ".")
+        assert result.exit_code == 0, result.output
+        assert "2 images" in result.stdout
+    assert [file.name for file in (line / "predictions").iterdir() if file.is_file()] == ["results.csv"]
+
+
+def test_predict_decodes_each_image_once(bundle, line, tmp_path, monkeypatch):
+    """Once, heatmap and verdict together; without heatmaps there is no more than the table."""
+    opened, original = Counter(), Image.open
+
+    def count(source, *arguments, **options):
+        opened[Path(source).name] += 1
+        return original(source, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    assert call("predict", bundle, line, "--output", tmp_path / "answers").exit_code == 1
+    assert opened == {"a.png": 1, "broken.png": 1, "b.jpg": 1}
+    assert call("predict", bundle, line, "--output", tmp_path / "plain", "--no-heatmaps").exit_code == 1
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["results.csv"]
 
 
-def test_choices_of_an_export(trained, tmp_path, cells):
-    """What was measured is printed and kept; what was asked for is taken."""
-    result = run("patchcore", "export", trained.checkpoint, "auto", cwd=tmp_path)
-    assert "recall@1" in result.stdout
-    assert "taken" in result.stdout
-    manifest = read_manifest(tmp_path / "auto")
-    assert [
-        trial for trial in manifest.index.trials if (trial.index, trial.width) == (manifest.index.kind, manifest.index.width)
-    ]
-    options = ["--index", "ivf", "--storage", "float16", "--precision", "auto", "--images", cells / "test/good"]
-    result = run("patchcore", "export", trained.checkpoint, "asked", *options, cwd=tmp_path)
-    assert "rank correlation" in result.stdout
-    manifest = read_manifest(tmp_path / "asked")
-    assert (manifest.index.kind, manifest.index.storage) == ("ivf", "float16")
-    assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
-    assert {file.name for file in (tmp_path / "asked").iterdir()} == {"manifest.json", *manifest.files}
-    result = run("patchcore", "benchmark", "asked", cells / "test/good", "--limit", "5", "--threads", "1", cwd=tmp_path)
-    for word in ("decode", "preprocess", "backbone", "search", "map", "images/s in mode throughput"):
-        assert word in result.stdout
-
-
-def test_short_name_in_a_config(cells, tmp_path):
-    """A config may say ``class_path: FaissPatchcore`` where our command registers first."""
-    text = (files("patchcore_plugin.configs") / "elpv.yaml").read_text()
-    (tmp_path / "short.yaml").write_text(text.replace("patchcore_plugin.FaissPatchcore", "FaissPatchcore"))
-    run("patchcore", "fit", "--config", "short.yaml", "--data.init_args.root", cells, cwd=tmp_path)
-    assert list(tmp_path.glob("results/FaissPatchcore/elpv/v0/weights/lightning/model.ckpt"))
-
-
-@pytest.mark.parametrize("config", ["folder.yaml", "mvtec_ad.yaml", "visa.yaml", "elpv.yaml", "best.yaml"])
-def test_configs_are_understood(config, tmp_path):
-    result = run(
-        "anomalib", "fit", "--config", files("patchcore_plugin.configs") / config, "--print_config", cwd=tmp_path
-    )  # fmt: skip
-    assert "patchcore_plugin" in result.stdout
+# Help and errors.
 
 
 def test_help():
-    for arguments, words in {
-        ("--help",): ["train", "export", "predict", "pack", "demo"],
-        ("predict", "--help"): ["BUNDLE", "FOLDER", "results.csv"],
-        ("export", "--help"): ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images", "--thumbnails"],
-        ("validate", "--help"): ["BUNDLE", "--images", "--json", "exit code 1"],
-        ("explain", "--help"): ["BUNDLE", "IMAGE", "--output"],
-        ("update", "--help"): ["BUNDLE", "NEW_NORMALS", "--holdout", "--test"],
-        ("benchmark", "--help"): ["BUNDLE", "FOLDER", "--threads"],
-        ("demo", "--help"): ["--data-only", "Safe to run again"],
-        ("train", "--help"): ["--model", "--config"],
+    for command, texts in {
+        "--help": ["train", "export", "predict", "pack", "demo", "--debug"],
+        "predict": ["BUNDLE", "FOLDER", "results.csv"],
+        "export": ["CHECKPOINT", "--overwrite", "--index", "--precision", "--images", "--thumbnails"],
+        "validate": ["BUNDLE", "--images", "--json", "exit code 1"],
+        "explain": ["BUNDLE", "IMAGE", "--output"],
+        "update": ["BUNDLE", "NEW_NORMALS", "--holdout N", "--test"],
+        "benchmark": ["BUNDLE", "FOLDER", "--threads"],
+        "demo": ["--data-only", "Safe to run again"],
     }.items():
-        output = run("patchcore", *arguments).stdout
-        for word in words:
-            assert word in output
+        output = words(call(command, "--help").stdout)
+        assert [text for text in texts if text not in output] == []
+    assert run("patchcore", "-h").stdout == call("--help").stdout.replace("Usage: main", "Usage: patchcore")
     assert re.search(r"patchcore, version \d", run("patchcore", "--version").stdout)
+
+
+def test_export_offers_what_a_manifest_may_say():
+    """Every index, storage and precision, and no other."""
+    from typing import get_args
+
+    from patchcore_plugin.bundle import IndexKind, Precision, Storage
+
+    output = words(call("export", "--help").stdout)
+    for option, kinds in {
+        "index": ("auto", *get_args(IndexKind)),
+        "storage": get_args(Storage),
+        "precision": ("auto", *get_args(Precision)),
+    }.items():
+        assert f"--{option} [{'|'.join(kinds)}]" in output
+        refused = call("export", __file__, "bundle", f"--{option}", "surprise")
+        assert refused.exit_code == 2
+        assert all(repr(kind) in refused.stderr for kind in kinds)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +330,72 @@ def test_help():
         (["predict", "absent", "."], "no bundle folder absent"),
         (["predict", "{bundle}", "absent"], "no folder absent"),
         (["predict", "{bundle}", "{bundle}"], "holds no image"),
+        (["explain", "{bundle}", "absent.png"], "absent.png: No such file or directory"),
+        (["predict", "{bundle}", "{cells}", "--output", "{bundle}/manifest.json"], "manifest.json: File exists"),
         (["export", "absent.ckpt", "bundle"], "does not exist"),
         (["export", "{bundle}/manifest.json", "out"], "not a checkpoint"),
         (["pack", "absent"], "no bundle folder absent"),
         (["surprise"], "No such command"),
     ],
 )
-def test_errors_are_one_sentence(bundle, tmp_path, arguments, message):
-    result = run("patchcore", *(part.format(bundle=bundle) for part in arguments), cwd=tmp_path, check=False)
-    assert result.returncode != 0
-    assert message in " ".join(result.stderr.replace("│", " ").split())
-    assert "Traceback" not in result.stderr + result.stdout
+def test_errors_are_one_sentence(bundle, cells, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = call(*(part.format(bundle=bundle, cells=cells) for part in arguments))
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert message in words(result.stderr)
     assert not list(tmp_path.iterdir())
+
+
+BROKEN = """
+from patchcore_plugin.cli import main
+from patchcore_plugin.errors import PatchcoreError
+
+@main.command()
+def broken():
+    {statement}
+
+main(prog_name="patchcore")
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "sentence"),
+    [
+        ("raise PatchcoreError('The bundle is missing.')", "Error: The bundle is missing.\n"),
+        ("open('absent/file')", "Error: absent/file: No such file or directory\n"),
+        ("raise OSError('The disk is full.')", "Error: The disk is full.\n"),
+        ("import bentoml_absent", None),
+        ("raise ValueError('a bug')", None),
+        ("raise RuntimeError('a bug')", None),
+        ("import patchcore_plugin.absent", None),
+    ],
+)
+def test_bugs_keep_their_traceback(tmp_path, statement, sentence):
+    """A user's error is a sentence; a bug is a traceback; with --debug every error is one."""
+    command = [sys.executable, "-c", BROKEN.format(statement=statement)]
+    for options in ([], ["--debug"]):
+        result = subprocess.run([*command, *options, "broken"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        if sentence and not options:
+            assert result.stderr == sentence
+        else:
+            assert "Traceback (most recent call last)" in result.stderr
+            assert "in broken" in result.stderr
+
+
+def test_missing_extra(tmp_path):
+    """A package that is not installed is named together with the extra that brings it."""
+    code = "import sys; sys.modules['bentoml'] = None\nfrom patchcore_plugin.cli import main; main(prog_name='patchcore')"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "pack", "bundle"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "pip install 'patchcore-plugin[serve]'" in words(result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+# The demo.
 
 
 def test_demo_lays_out_the_data_alone(tmp_path):

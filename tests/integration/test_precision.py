@@ -7,7 +7,7 @@ from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
 from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export import export_bundle
-from patchcore_plugin.export.precision import CORRELATION, ERROR
+from patchcore_plugin.export.precision import LARGEST_MEAN_ERROR, LEAST_RANK_CORRELATION
 from patchcore_plugin.images import read_image
 
 nncf = pytest.importorskip("nncf", reason="the extra quantize is not installed")
@@ -20,13 +20,13 @@ def test_auto(trained, runtime, test_images, tmp_path):
     assert set(trials) == {"f32", "int8"} | ({"bf16"} if has_bfloat16() else set())
     assert (trials["f32"].correlation, trials["f32"].error) == (1, 0)
     for trial in trials.values():
-        assert trial.good == (trial.correlation >= CORRELATION and trial.error <= ERROR)
+        assert trial.good == (trial.correlation >= LEAST_RANK_CORRELATION and trial.error <= LARGEST_MEAN_ERROR)
     taken = trials[bundle.manifest.precision]
     assert taken.good
     assert taken.milliseconds == min(trial.milliseconds for trial in trials.values() if trial.good)
     expected = np.array([answer.score for answer in runtime.predict(test_images[:10])])
     scores = np.array([answer.score for answer in bundle.predict(test_images[:10])])
-    assert np.mean(np.abs(scores - expected) / expected) < 2 * ERROR
+    assert np.mean(np.abs(scores - expected) / expected) < 2 * LARGEST_MEAN_ERROR
 
 
 def test_bfloat16(trained, runtime, test_images, tmp_path):

@@ -15,7 +15,7 @@ from patchcore_plugin.runtime import self_test
 
 def call(*arguments) -> tuple[int, str]:
     result = CliRunner().invoke(main, list(map(str, arguments)))
-    return result.exit_code, result.output
+    return result.exit_code, result.stdout + result.stderr
 
 
 def validated(*arguments) -> tuple[int, dict]:
@@ -113,7 +113,7 @@ def test_info(bundle):
         f"{manifest.bank_size:,} x 152",
         manifest.index.kind,
         f"{manifest.image.threshold:.4g}",
-        "largest patch distance, re-weighted by 9 neighbours",
+        "largest patch distance, re-weighted by 9 neighbors",
         "none: no p-values, no drift",
     ):
         assert text in output

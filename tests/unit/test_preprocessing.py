@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from patchcore_plugin.bundle import Preprocessing
-from patchcore_plugin.export.export import with_preprocessing
+from patchcore_plugin.export.preprocessing_graph import with_preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

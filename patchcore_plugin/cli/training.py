@@ -1,0 +1,148 @@
+"""Commands that need torch: ``patchcore train``, ``fit``, ``test``, ``export`` and ``demo``."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from pickle import UnpicklingError  # the exception alone
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patchcore_plugin.cli.common import ManifestChoice, print_trials, step_bars
+from patchcore_plugin.errors import PatchcoreError, UsageError
+
+if TYPE_CHECKING:
+    from patchcore_plugin.model.lightning_model import FaissPatchcore
+
+
+def _anomalib_command(name: str, summary: str) -> click.Command:
+    """The command of anomalib's that has this name."""
+
+    @click.command(
+        name,
+        short_help=summary,
+        help=f"{summary} Arguments are anomalib's own; short model names of plugins work too.",
+        add_help_option=False,  # anomalib's help lists the arguments
+        context_settings={"ignore_unknown_options": True},
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> None:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from patchcore_plugin.registry import run_anomalib
+
+        try:
+            run_anomalib([name, *arguments])
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
+            if isinstance(error, PatchcoreError) or _is_raised_by_the_model(error):
+                raise
+            # anomalib's and Lightning's way to say that an argument or a data set does not fit
+            raise UsageError(str(error)) from error
+
+    return command
+
+
+def _is_raised_by_the_model(error: Exception) -> bool:
+    """Whether an error came out of this package's model or sampler, rather than out of anomalib around them."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.startswith(("patchcore_plugin.model", "patchcore_plugin.coreset")) for module in modules)
+
+
+train = _anomalib_command("train", "Fit a model, then test it, with anomalib.")
+fit = _anomalib_command("fit", "Fit a model with anomalib.")
+test = _anomalib_command("test", "Test a model with anomalib.")
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the model in the bundle.  [default: the bundle folder's name]")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@click.option(
+    "--index",
+    type=ManifestChoice("IndexKind", "auto"),
+    default="auto",
+    show_default=True,
+    help="Index of the memory bank. auto takes the fastest on this machine that finds what exact search finds.",
+)
+@click.option(
+    "--storage",
+    type=ManifestChoice("Storage"),
+    default="float32",
+    show_default=True,
+    help="Number format of the memory bank's vectors.",
+)
+@click.option(
+    "--precision",
+    type=ManifestChoice("Precision", "auto"),
+    default="f32",
+    show_default=True,
+    help="Arithmetic of the network. auto takes the fastest on this machine whose scores are near those of f32.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of normal images that were not trained on, to measure on.  [default: some of the validation set]",
+)
+@click.option(
+    "--thumbnails",
+    is_flag=True,
+    help="Put small pictures of the training images into the bundle, to show beside an anomaly. Each takes up to 192 KiB "
+    "in the bundle and in memory.",
+)
+def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) -> None:
+    """Write a trained model as a bundle.
+
+    CHECKPOINT is the .ckpt file that training wrote (results/FaissPatchcore/.../weights/lightning/model.ckpt). BUNDLE is
+    the folder to write.
+    """
+    from patchcore_plugin.bundle import read_manifest
+    from patchcore_plugin.export import export_bundle
+    from patchcore_plugin.images import find_images
+
+    normal = None if images is None else find_images(images)
+    model = _read_checkpoint(checkpoint)
+    with step_bars() as progress:
+        export_bundle(model, bundle, images=normal, progress=progress, **options)
+    print_trials(read_manifest(bundle))
+    click.echo(f"Bundle: {bundle}")
+
+
+def _read_checkpoint(path: Path) -> FaissPatchcore:
+    from patchcore_plugin.model.lightning_model import FaissPatchcore
+
+    try:
+        return FaissPatchcore.load_from_checkpoint(path, map_location="cpu")
+    except PatchcoreError:
+        raise
+    except (KeyError, UnpicklingError, EOFError, RuntimeError, TypeError) as error:
+        msg = f"{path} is not a checkpoint of FaissPatchcore: {error}"
+        raise UsageError(msg) from error
+
+
+@click.command()
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("patchcore-demo"),
+    show_default=True,
+    help="Folder for everything that the demo writes.",
+)
+@click.option("--data-only", is_flag=True, help="Only write the images into datasets/elpv, for configs/elpv.yaml.")
+def demo(folder: Path, data_only: bool) -> None:
+    """Train, export and serve on real solar-cell images.
+
+    The service is asked about some of the images, and a figure shows its answers. Needs no network; takes a few minutes on
+    two cores. Safe to run again: it trains anew and replaces its own results.
+    """
+    if data_only:
+        from patchcore_plugin.elpv import lay_out
+
+        root = Path("datasets", "elpv")
+        for name, count in lay_out(root).items():
+            click.echo(f"{count:4d} images in {root / name}")
+    else:
+        from patchcore_plugin import demo as steps
+
+        steps.run(folder)
