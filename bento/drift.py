@@ -1,60 +1,63 @@
-"""Drift of production, told from what the service answers."""
+"""Drift of production, found from what the service answers."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from math import log10
 from typing import TYPE_CHECKING
 
 from patchcore_plugin.scoring.drift import ALARM_LEVEL, DriftMonitor
 
-from .schemas import Drift, Drifts, ModelDrift
+from .logs import logger
+from .schemas import DriftReport, DriftStatus, ModelDrift
 
 if TYPE_CHECKING:
-    from patchcore_plugin.runtime import Prediction
-
     from .metrics import Metrics
+    from .scorer import Scored
 
-logger = logging.getLogger("patchcore.service")
 
+class DriftMonitors:
+    """One drift monitor for each model that has answered. A new version of a model begins with a new monitor.
 
-class Watch:
-    """A monitor for each model that has answered; another version of it starts anew.
-
-    It stands in the process that answers, not beside the network, which may be in another one.
+    The monitors belong to the process that answers, also where another process scores.
 
     Args:
-        metrics: Where the evidence is shown.
+        metrics: Metrics that show the evidence.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._monitors: dict[str, tuple[str, DriftMonitor | None]] = {}
+        self._monitors: dict[str, tuple[str, DriftMonitor | None]] = {}  # by model: version and monitor
         self._lock = threading.Lock()
 
-    def feed(self, model: str, version: str, prediction: Prediction) -> None:
-        """Take an answer into account."""
-        with self._lock:
-            known, monitor = self._monitors.get(model, (None, None))
-            if known != version:
-                calibration = prediction.manifest.calibration
-                monitor = None if calibration is None else DriftMonitor(calibration)
-                self._monitors[model] = version, monitor
+    def update(self, scored: Scored) -> None:
+        """Take an image of production into account."""
+        model, prediction = scored.model, scored.prediction
+        monitor = self._monitor_of(scored)
         if monitor is None:
             return
         if monitor.update(prediction.score, prediction.mean_distance):
             logger.warning("Production has drifted from what the model %s was calibrated on: %s", model, monitor.state.what)
         self._metrics.drifted.labels(model=model).set(monitor.drifted)
-        self._metrics.drift.labels(model=model).set(log10(max(monitor.evidence, 1)) / log10(ALARM_LEVEL))
+        self._metrics.drift_evidence.labels(model=model).set(log10(max(monitor.evidence, 1)) / log10(ALARM_LEVEL))
 
-    def describe(self) -> Drifts:
-        """What the monitors have found."""
+    def _monitor_of(self, scored: Scored) -> DriftMonitor | None:
+        """The model's monitor; None if the model has no calibration."""
+        with self._lock:
+            version, monitor = self._monitors.get(scored.model, (None, None))
+            if version != scored.version:
+                calibration = scored.prediction.manifest.calibration
+                monitor = None if calibration is None else DriftMonitor(calibration)
+                self._monitors[scored.model] = scored.version, monitor
+        return monitor
+
+    def report(self) -> DriftReport:
+        """The state of all monitors."""
         with self._lock:
             monitors = dict(self._monitors)
-        return Drifts(
+        return DriftReport(
             models=[
-                ModelDrift(model=model, version=version, drift=None if monitor is None else Drift(**vars(monitor.state)))
+                ModelDrift(model=model, version=version, drift=monitor and DriftStatus.model_validate(monitor.state))
                 for model, (version, monitor) in monitors.items()
             ]
         )

@@ -1,38 +1,52 @@
-"""Prometheus metrics, beside BentoML's own at /metrics."""
+"""Prometheus metrics of the service, which BentoML shows beside its own at /metrics."""
 
 from __future__ import annotations
 
-_TENTHS = tuple(step / 20 for step in range(1, 21))
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+SCORE_BUCKETS = tuple(step / 20 for step in range(1, 21))
+SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
-    """What is counted. To be made once in a process, after BentoML has named the folder that processes share."""
+    """The metrics of one process.
 
-    def __init__(self) -> None:
-        from prometheus_client import Counter, Gauge, Histogram  # sees PROMETHEUS_MULTIPROC_DIR only when imported here
+    Make them once in a process, after BentoML has named the folder that its processes share.
 
+    Args:
+        registry: Registry to add the metrics to; by default the process's own.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        # At its import, the package reads the name of the shared folder from the environment.
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+
+        add = {"registry": registry or REGISTRY}
         self.scores = Histogram(
-            "patchcore_normalized_score", "Image scores; the threshold is at 0.5", ["model"], buckets=_TENTHS
+            "patchcore_normalized_score", "Image scores; the threshold is at 0.5", ["model"], buckets=SCORE_BUCKETS, **add
         )
-        self.verdicts = Counter("patchcore_verdicts", "Images by verdict", ["model", "verdict"])
-        self.stages = Histogram("patchcore_stage_seconds", "Time of each stage of an image", ["stage"], buckets=_SECONDS)
-        self.images = Histogram(
-            "patchcore_request_images", "Images of a request", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        self.verdicts = Counter("patchcore_verdicts", "Images by verdict", ["model", "verdict"], **add)
+        self.stages = Histogram(
+            "patchcore_stage_seconds", "Time of each stage of an image", ["stage"], buckets=SECONDS_BUCKETS, **add
         )
-        self.queue = Gauge("patchcore_requests_inside", "Requests being worked on or waiting", multiprocess_mode="livesum")
-        self.loads = Counter("patchcore_model_loads", "Bundles loaded, refused or dropped", ["model", "result"])
-        self.rejected = Counter("patchcore_rejected", "Requests and images without an answer, by code", ["code"])
-        # Each process watches its own share of the images: what is shown is the one that is surest.
+        self.images = Histogram("patchcore_request_images", "Images of a request", buckets=IMAGES_BUCKETS, **add)
+        self.requests = Gauge("patchcore_requests_inside", "Requests in work or waiting", multiprocess_mode="livesum", **add)
+        self.loads = Counter(
+            "patchcore_model_loads", "Bundles that were loaded, refused or dropped", ["model", "result"], **add
+        )
+        self.problems = Counter("patchcore_rejected", "Requests and images without an answer, by code", ["code"], **add)
+        # Each process sees its own share of the images. The largest value is that of the process with the most evidence.
         self.drifted = Gauge(
-            "patchcore_drifted",
-            "1 while production counts as drifted, else 0",
-            ["model"],
-            multiprocess_mode="livemax",
+            "patchcore_drifted", "1 while production has drifted, else 0", ["model"], multiprocess_mode="livemax", **add
         )
-        self.drift = Gauge(
+        self.drift_evidence = Gauge(
             "patchcore_drift_evidence",
-            "Logarithm of the evidence of drift, in units of the threshold's",
+            "Logarithm of the evidence of drift; 1 is the alarm level",
             ["model"],
             multiprocess_mode="livemax",
+            **add,
         )

@@ -1,194 +1,222 @@
-"""The service's door: queue, key, limits of size and time for a request; and what is written down of it afterwards."""
+"""ASGI middleware of the service: one class for each concern."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import re
 import secrets
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+
+from .logs import logger
+from .problems import ProblemError, problem_response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from pydantic import SecretStr
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from .metrics import Metrics
-    from .settings import Settings
-
-logger = logging.getLogger("patchcore.service")
-
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = ("/ui", "/docs.json")  # the page asks for the key itself
+_KEYLESS_PATHS = ("/ui", "/docs.json")  # the page asks its user for the key
 
 
-class ProblemError(Exception):
-    """A request that is answered with a problem.
-
-    Args:
-        status: HTTP status.
-        code: What is wrong, in a word that stays the same.
-        detail: What is wrong, in a sentence.
-        headers: Of the answer.
-    """
-
-    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.code, self.detail, self.headers = status, code, detail, headers
-
-
-def problem(status: int, code: str, detail: str, request_id: str) -> dict[str, Any]:
-    """A problem as it is answered."""
-    return {"status": status, "code": code, "detail": detail, "request_id": request_id}
-
-
-def problem_response(scope: Scope, error: ProblemError) -> JSONResponse:
-    """The answer that says what is wrong, and a note of it for the log."""
-    scope["state"]["code"] = error.code
-    content = problem(error.status, error.code, error.detail, scope["state"]["request_id"])
-    return JSONResponse(content, error.status, error.headers, media_type="application/problem+json")
-
-
-class Door:
-    """ASGI middleware around the service's own routes.
+class HttpMiddleware:
+    """Base class of middleware that handles HTTP requests, and passes everything else on.
 
     Args:
-        app: They.
-        settings: Limits and key.
-        metrics: Gives the metrics, which exist once the process has started.
+        app: The wrapped ASGI application.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Callable[[], Metrics]) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
-        self._inside = 0
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in, or answer why not."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:12]
-        scope.setdefault("state", {}).update(request_id=request_id, code=None, status=None)
-        started = time.perf_counter()
+        """Handle a request, or pass it on."""
+        handle = self.handle if self.applies_to(scope) else self.app
+        await handle(scope, receive, send)
 
-        async def answer(message: Message) -> None:
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return scope["type"] == "http"
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        raise NotImplementedError
+
+
+class PostMiddleware(HttpMiddleware):
+    """Base class of middleware that handles POST requests alone, which are those that score images."""
+
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return scope["type"] == "http" and scope["method"] == "POST"
+
+
+class RequestIdMiddleware(HttpMiddleware):
+    """Gives every request an id, its own from the header X-Request-ID or a new one, and returns the id in that header."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:12]
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                scope["state"]["status"] = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
-        try:
-            await self._let_in(scope, headers, receive, answer)
-        except Exception:
-            logger.exception("request %s failed", request_id)
-            if scope["state"]["status"] is not None:
-                raise  # half an answer has gone out
-            failed = ProblemError(500, "internal", "Something went wrong inside; the log says what.")
-            await problem_response(scope, failed)(scope, receive, answer)
-        finally:
-            self._note(scope, 1000 * (time.perf_counter() - started))
+        await self.app(scope, receive, send_with_id)
 
-    async def _let_in(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        working = scope["method"] == "POST"
+
+class AccessLogMiddleware(HttpMiddleware):
+    """Writes a line to the log for every request. A route adds fields to the line in ``request.state.log``."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        started, state = time.perf_counter(), scope["state"]
+        state.update(status=None, code=None, log={})
+
+        async def send_and_note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                state["status"] = message["status"]
+            await send(message)
+
         try:
-            self._check(scope, headers, working=working)
-        except ProblemError as error:
-            await problem_response(scope, error)(scope, receive, send)
-            return
-        if not working:
+            await self.app(scope, receive, send_and_note)
+        finally:
+            line = {
+                "request_id": state["request_id"],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": state["status"],
+                "milliseconds": round(1000 * (time.perf_counter() - started), 1),
+                **({"code": state["code"]} if state["code"] else {}),
+                **state["log"],
+            }
+            with contextlib.suppress(Exception):  # a full disk behind the log is no reason to fail a request
+                logger.info("request", extra={"fields": line})
+
+
+class ProblemMiddleware(HttpMiddleware):
+    """Answers a request with a problem where routes or middleware raise an exception."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        try:
             await self.app(scope, receive, send)
-            return
-        self._inside += 1
-        self.metrics().queue.set(self._inside)
-        try:
-            with anyio.fail_after(self.settings.timeout):
-                await self.app(scope, self._limited(receive), send)
-        except TimeoutError:
-            if scope["state"]["status"] is None:
-                late = ProblemError(504, "timeout", f"There was no answer within {self.settings.timeout:g} seconds.")
-                await problem_response(scope, late)(scope, receive, send)
-        finally:
-            self._inside -= 1
-            self.metrics().queue.set(self._inside)
+        except Exception as error:
+            response = problem_response(scope, error)
+            if scope["state"]["status"] is not None:
+                raise  # a part of another response has been sent
+            await response(scope, receive, send)
 
-    def _check(self, scope: Scope, headers: Headers, *, working: bool) -> None:
-        key = self.settings.api_key
-        if key is not None and not scope["path"].startswith(_OPEN):
-            given = headers.get("x-api-key", "")
-            if not secrets.compare_digest(given.encode("latin-1"), key.get_secret_value().encode()):
-                raise ProblemError(401, "unauthorized", "The header X-API-Key is missing or wrong.")
-        if not working:
-            return
-        length = headers.get("content-length")
-        if length is not None and (not length.isdecimal() or int(length) > self._most):
+
+class ApiKeyMiddleware(HttpMiddleware):
+    """Refuses a request without the API key, except for the page and the OpenAPI document.
+
+    Args:
+        app: The wrapped ASGI application.
+        key: The API key; None refuses nothing.
+    """
+
+    def __init__(self, app: ASGIApp, key: SecretStr | None) -> None:
+        super().__init__(app)
+        self._key = None if key is None else key.get_secret_value().encode()
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if self._key is not None and not scope["path"].startswith(_KEYLESS_PATHS):
+            given = Headers(scope=scope).get("x-api-key", "").encode("latin-1")
+            if not secrets.compare_digest(given, self._key):
+                raise ProblemError("unauthorized", "The header X-API-Key is missing or wrong.")
+        await self.app(scope, receive, send)
+
+
+class BodyLimitMiddleware(PostMiddleware):
+    """Refuses a body that is too large, by its stated length, or else as soon as it has grown too large.
+
+    Args:
+        app: The wrapped ASGI application.
+        mebibytes: Largest body, in MiB.
+    """
+
+    def __init__(self, app: ASGIApp, mebibytes: int) -> None:
+        super().__init__(app)
+        self._mebibytes = mebibytes
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdecimal():
             raise self._too_large()
-        if self._inside >= self.settings.queue:
-            detail = f"{self._inside} requests are being worked on or waiting; try again in a second."
-            raise ProblemError(503, "busy", detail, {"Retry-After": "1"})
+        self._check(int(length))
+        received = 0
 
-    @property
-    def _most(self) -> int:
-        return self.settings.max_body << 20
-
-    def _too_large(self) -> ProblemError:
-        return ProblemError(413, "body_too_large", f"A request's body may have {self.settings.max_body} MiB at most.")
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Count the bytes of a body that does not say how long it is."""
-        seen = 0
-
-        async def receive_and_count() -> Message:
-            nonlocal seen
+        async def receive_and_check() -> Message:
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._most:
-                raise self._too_large()
+            received += len(message.get("body", b""))
+            self._check(received)
             return message
 
-        return receive_and_count
+        await self.app(scope, receive_and_check, send)
 
-    def _note(self, scope: Scope, milliseconds: float) -> None:
-        state = scope["state"]
-        if state["code"]:
-            self.metrics().rejected.labels(code=state["code"]).inc()
-        line = {
-            "request_id": state["request_id"],
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": state["status"],
-            "milliseconds": round(milliseconds, 1),
-            **({"code": state["code"]} if state["code"] else {}),
-            **state.get("log", {}),
-        }
-        with contextlib.suppress(Exception):  # a full disk behind the log is no reason to fail a request
-            logger.info("request", extra={"fields": line})
+    def _check(self, size: int) -> None:
+        if size > self._mebibytes << 20:
+            raise self._too_large()
+
+    def _too_large(self) -> ProblemError:
+        return ProblemError("body_too_large", f"The body of a request may have {self._mebibytes} MiB at most.")
 
 
-class LogFormatter(logging.Formatter):
-    """Lines with their fields: ``name=value`` after the text, or all of it as JSON."""
+class QueueLimitMiddleware(PostMiddleware):
+    """Refuses a request while too many others are in work or waiting.
 
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.form = form
+    Args:
+        app: The wrapped ASGI application.
+        requests: Most requests at once.
+    """
 
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        fields = getattr(record, "fields", {})
-        text = record.getMessage()
-        if record.exc_info:
-            text = f"{text}\n{self.formatException(record.exc_info)}"
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        if self.form == "json":
-            line = {"time": moment, "level": record.levelname, "logger": record.name, "message": text, **fields}
-            return json.dumps(line, default=str)
-        pairs = " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in fields.items())
-        return " ".join(part for part in (moment, record.levelname, text, pairs) if part)
+    def __init__(self, app: ASGIApp, requests: int) -> None:
+        super().__init__(app)
+        self._limit, self._inside = requests, 0
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if self._inside >= self._limit:
+            detail = f"{self._inside} requests are in work or waiting; try again in a second."
+            raise ProblemError("busy", detail, {"Retry-After": "1"})
+        gauge = scope["app"].state.pipeline.metrics.requests
+        self._inside += 1
+        gauge.set(self._inside)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._inside -= 1
+            gauge.set(self._inside)
+
+
+class TimeoutMiddleware(PostMiddleware):
+    """Ends a request that takes too long.
+
+    Args:
+        app: The wrapped ASGI application.
+        seconds: Longest time of a request, in seconds.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        super().__init__(app)
+        self._seconds = seconds
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        try:
+            with anyio.fail_after(self._seconds):
+                await self.app(scope, receive, send)
+        except TimeoutError:
+            if scope["state"]["status"] is None:
+                raise ProblemError("timeout", f"There was no answer within {self._seconds:g} seconds.") from None

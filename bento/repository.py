@@ -1,210 +1,301 @@
-"""The bundles that a process serves: found by name, loaded when asked for, replaced when they change."""
+"""The models that a process serves: found by name, loaded when a request asks for them, replaced when their files change."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import bentoml
 import numpy as np
+from bentoml.exceptions import NotFound
 
-from patchcore_plugin.bundle import BundleError, Manifest, read_manifest, version_of
+from patchcore_plugin.bundle import MANIFEST, BundleError, read_manifest, version_of
+from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.runtime import PatchcoreRuntime
+
+from .logs import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-logger = logging.getLogger("patchcore.service")
+    from .metrics import Metrics
+    from .settings import Settings
 
-_CHECK_EVERY = 1.0  # seconds between two looks at a bundle's files
+STORE_NAME = "patchcore"
+"""Name of the model in BentoML's store; in a bento, the alias of the model that was built in."""
 
 
-class UnknownModelError(LookupError):
-    """A request names a model that is not there, or none where there are several."""
+class UnknownModelError(PatchcoreError, LookupError):
+    """A request names a model that does not exist, or names none where there are several."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        runtime: The loaded runtime.
+        version: First 12 digits of the sha256 of the manifest, which covers the checksums of all other files.
+    """
+
+    runtime: PatchcoreRuntime
+    version: str
 
 
 @dataclass
-class Entry:
-    """A loaded bundle.
+class _Entry:
+    """A model in memory, and what is known of its folder.
 
     Attributes:
-        name: Its name in requests.
-        runtime: It, ready to score.
-        version: First 12 digits of the manifest's sha256, which covers all other files' checksums.
-        size: Bytes of its files.
+        model: The model.
+        state: State of the folder's files when they were loaded.
+        refused: State of files that cannot be loaded.
+        checked_at: When the files were last compared, by the monotonic clock.
+        reloading: Whether a thread loads a new version.
     """
 
-    name: str
-    runtime: PatchcoreRuntime
-    version: str
-    size: int
-    _stamp: tuple = field(repr=False)
-    _refused: tuple | None = field(default=None, repr=False)
-    _checked: float = field(default_factory=time.monotonic, repr=False)
-    _loading: bool = field(default=False, repr=False)
+    model: LoadedModel
+    state: tuple | None
+    refused: tuple | None = None
+    checked_at: float = field(default_factory=time.monotonic)
+    reloading: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Size of the bundle's files."""
+        return self.model.runtime.manifest.total_bytes
 
 
-class Shelf:
-    """Loads bundles on demand, within a limit of memory, and takes up new versions while the old ones go on.
+class ModelRepository:
+    """Loads models on demand, within a limit of memory, and replaces a model while its old version goes on answering.
 
     Args:
-        places: Gives the folder of every bundle by name; asked again and again.
-        load: Loads one.
-        limit: Bytes of bundle files to hold; beyond it the least recently used are dropped, save the one asked for.
-        loaded: Told of every attempt to load: the name, and ``"loaded"``, ``"refused"`` or ``"dropped"``.
+        find: Function that returns the folder of every bundle by name. It is called again and again.
+        load: Function that loads the bundle in a folder.
+        max_bytes: Bytes of bundle files to keep loaded. Beyond it the least recently used models are dropped; the model
+            that was asked for stays.
+        default: Name of the model for requests that name none.
+        check_interval: Seconds between two looks at folders and files.
+        on_load: Function that is called after every attempt to load, with the name and ``"loaded"``, ``"refused"`` or
+            ``"dropped"``.
     """
 
     def __init__(
         self,
-        places: Callable[[], dict[str, Path]],
+        find: Callable[[], dict[str, Path]],
         load: Callable[[Path], PatchcoreRuntime],
-        limit: int,
-        loaded: Callable[[str, str], object] = lambda name, result: None,
+        max_bytes: int,
+        *,
+        default: str | None = None,
+        check_interval: float = 1.0,
+        on_load: Callable[[str, str], object] = lambda name, result: None,
     ) -> None:
-        self._places, self._load, self._limit, self._loaded = places, load, limit, loaded
-        self._entries: dict[str, Entry] = {}  # the least recently used first
+        self.default = default
+        self._find, self._load, self._max_bytes = find, load, max_bytes
+        self._check_interval, self._on_load = check_interval, on_load
+        self._entries: dict[str, _Entry] = {}  # the least recently used first
         self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
-        self._found: dict[str, Path] = {}
-        self._found_at = -_CHECK_EVERY
+        self._loading: dict[str, threading.Lock] = {}
+        self._folders: dict[str, Path] = {}
+        self._found_at = -check_interval
 
-    def places(self) -> dict[str, Path]:
-        """Folder of every bundle by name: those that there are, and those in memory whose folder has gone.
+    def folders(self) -> dict[str, Path]:
+        """Folder of every bundle by name.
 
-        A folder is gone for a moment while it is replaced.
+        A bundle in memory is listed even while its folder is missing, as it is for a moment when it is replaced.
         """
         with self._lock:
-            if time.monotonic() - self._found_at >= _CHECK_EVERY:
-                gone = {name: path for name, path in self._found.items() if name in self._entries}
+            if time.monotonic() - self._found_at >= self._check_interval:
+                in_memory = {name: path for name, path in self._folders.items() if name in self._entries}
                 try:
-                    found = self._places()
+                    found = self._find()
                 except (BundleError, OSError):
-                    if not gone:
+                    if not in_memory:
                         raise
-                    found = {}  # those in memory go on
-                self._found, self._found_at = {**gone, **found}, time.monotonic()
-            return self._found
+                    found = {}
+                self._folders, self._found_at = {**in_memory, **found}, time.monotonic()
+            return self._folders
 
-    def names(self) -> list[str]:
-        """Names of the bundles in memory, the least recently used first."""
+    def loaded(self) -> list[str]:
+        """Names of the models in memory, the least recently used first."""
         with self._lock:
             return list(self._entries)
 
-    def resolve(self, name: str | None, default: str | None = None) -> str:
-        """The name of the bundle that a request asks for.
+    def resolve(self, name: str | None) -> str:
+        """Find the name of the model that a request asks for.
+
+        Args:
+            name: The name that the request gives; None takes the default model, or the only one.
 
         Raises:
-            UnknownModelError: If there is none of that name; or if none is named, and not exactly one to choose from.
+            UnknownModelError: If no model has the name; or if there is neither a name nor a default, and not exactly one
+                model.
         """
         if name is not None and name in self._entries:
             return name
-        places = self.places()
-        wanted = name or default
-        if wanted is None and len(places) == 1:
-            return next(iter(places))
-        if wanted in places:
+        folders = self.folders()
+        wanted = name or self.default
+        if wanted is None and len(folders) == 1:
+            return next(iter(folders))
+        if wanted in folders:
             return wanted
-        names = ", ".join(sorted(places)) or "none"
-        said = f"There is no model {wanted!r}." if wanted else "The request names no model, and there is not just one."
-        msg = f"{said} Models: {names}."
+        names = ", ".join(sorted(folders)) or "none"
+        reason = f"There is no model {wanted!r}." if wanted else "The request names no model, and there is not just one."
+        msg = f"{reason} Models: {names}."
         raise UnknownModelError(msg)
 
-    def get(self, name: str) -> Entry:
-        """The bundle of a name that :meth:`resolve` gave, loaded.
+    def get(self, name: str) -> LoadedModel:
+        """Load a model, or take it from memory.
+
+        Args:
+            name: Name that :meth:`resolve` returned.
 
         Raises:
-            BundleError: If it is not in memory and cannot be loaded.
+            BundleError: If the model is not in memory and cannot be loaded.
         """
         with self._lock:
             entry = self._entries.pop(name, None)
             if entry is not None:
-                self._entries[name] = entry  # the most recently used
+                self._entries[name] = entry  # the most recently used is last
         if entry is not None:
-            self._look(entry)
-            return entry
+            self._reload_if_changed(name, entry)
+            return entry.model
         with self._lock:
-            lock = self._locks.setdefault(name, threading.Lock())
-        with lock:  # others wait for the first to have loaded it
+            loading = self._loading.setdefault(name, threading.Lock())
+        with loading:  # the first request loads, the others wait for it
             with self._lock:
                 entry = self._entries.get(name)
-            return entry or self._put(name)
+            return entry.model if entry else self._put(name)
 
-    def _put(self, name: str) -> Entry:
-        path = self.places().get(name)
+    def preload(self) -> bool:
+        """Load the model for requests that name none, so that the first one does not wait.
+
+        Returns:
+            False if the model cannot be loaded. True also where such requests have no model.
+        """
+        try:
+            with suppress(UnknownModelError):
+                self.get(self.resolve(None))
+        except BundleError:  # it has been logged
+            return False
+        return True
+
+    def _put(self, name: str) -> LoadedModel:
+        """Load a model, and make room for it."""
+        path = self.folders().get(name)
         if path is None:
             msg = f"The bundle {name!r} has gone."
             raise BundleError(msg)
-        stamp = _stamp(path)
+        state = _state_of(path)
         try:
-            entry = _open(name, path, stamp, self._load)
+            entry = _Entry(_load_and_warm_up(path, self._load), state)
         except (BundleError, OSError) as error:
-            self._loaded(name, "refused")
+            self._on_load(name, "refused")
             logger.error("The bundle %s cannot be served: %s", name, error)
             raise error if isinstance(error, BundleError) else BundleError(str(error)) from error
         with self._lock:
             self._entries.pop(name, None)
             self._entries[name] = entry
-            while sum(other.size for other in self._entries.values()) > self._limit and len(self._entries) > 1:
+            while sum(other.bytes for other in self._entries.values()) > self._max_bytes and len(self._entries) > 1:
                 oldest = next(iter(self._entries))
-                del self._entries[oldest]  # requests that hold it finish
-                self._loaded(oldest, "dropped")
-        self._loaded(name, "loaded")
-        logger.info("The bundle %s is loaded, version %s", name, entry.version)
-        return entry
+                del self._entries[oldest]  # requests that hold its runtime finish
+                self._on_load(oldest, "dropped")
+        self._on_load(name, "loaded")
+        logger.info("The bundle %s is loaded, version %s", name, entry.model.version)
+        return entry.model
 
-    def _look(self, entry: Entry) -> None:
-        """Load the bundle's new version in the background, if its files have changed."""
+    def _reload_if_changed(self, name: str, entry: _Entry) -> None:
+        """Load the new version of a bundle in the background, if its files have changed."""
         with self._lock:
             now = time.monotonic()
-            if entry._loading or now - entry._checked < _CHECK_EVERY:
+            if entry.reloading or now - entry.checked_at < self._check_interval:
                 return
-            entry._checked = now
-        path = self.places().get(entry.name)
-        stamp = None if path is None else _stamp(path)
-        if stamp is None or stamp in (entry._stamp, entry._refused):  # gone for the moment, the same, or bad
+            entry.checked_at = now
+        path = self.folders().get(name)
+        state = None if path is None else _state_of(path)
+        if state is None or state in (entry.state, entry.refused):  # absent for the moment, unchanged, or damaged
             return
         with self._lock:
-            if entry._loading:
+            if entry.reloading:
                 return
-            entry._loading = True
-        threading.Thread(target=self._replace, args=(entry, stamp), name=f"load-{entry.name}", daemon=True).start()
+            entry.reloading = True
+        threading.Thread(target=self._reload, args=(name, entry, state), name=f"load-{name}", daemon=True).start()
 
-    def _replace(self, entry: Entry, stamp: tuple) -> None:
+    def _reload(self, name: str, entry: _Entry, state: tuple) -> None:
         try:
-            self._put(entry.name)
+            self._put(name)
         except BundleError:
-            logger.warning("The bundle %s stays at version %s", entry.name, entry.version)
-            entry._refused = stamp
+            logger.warning("The bundle %s stays at version %s", name, entry.model.version)
+            entry.refused = state
         finally:
-            entry._loading = False
+            entry.reloading = False
 
 
-def describe(path: Path) -> tuple[Manifest, str]:
-    """Manifest and version of the bundle at ``path``, without loading it.
+def make_repository(settings: Settings, metrics: Metrics) -> ModelRepository:
+    """The model repository of a process, as the settings describe it."""
+    in_store = settings.bundle is None and settings.bundles is None  # where a cache's folder would look like a model
+    load = partial(PatchcoreRuntime.load, mode=settings.mode, threads=settings.threads, cache=settings.cache or not in_store)
+    return ModelRepository(
+        partial(find_bundles, settings),
+        load,
+        settings.memory << 20,
+        default=settings.default_model,
+        on_load=lambda name, result: metrics.loads.labels(model=name, result=result).inc(),
+    )
+
+
+def find_bundles(settings: Settings) -> dict[str, Path]:
+    """Folder of every bundle that may be served, by the name that requests give.
 
     Raises:
-        BundleError: If it cannot be read.
+        BundleError: If there is nothing to serve.
     """
-    return read_manifest(path), version_of(path)
+    if settings.bundles is not None:
+        if not settings.bundles.is_dir():
+            msg = f"PATCHCORE_BUNDLES: there is no folder {settings.bundles}."
+            raise BundleError(msg)
+        folders = sorted(path for path in settings.bundles.iterdir() if not path.name.startswith("."))
+        return {path.name: path for path in folders if (path / MANIFEST).is_file()}
+    path = settings.bundle or _path_in_store()
+    return {_first_name(path): path}
 
 
-def _open(name: str, path: Path, stamp: tuple | None, load: Callable[[Path], PatchcoreRuntime]) -> Entry:
+def _path_in_store() -> Path:
+    try:
+        return Path(bentoml.models.get(STORE_NAME).path)
+    except NotFound as error:
+        msg = (
+            "There is no model to serve. Set PATCHCORE_BUNDLE to a bundle's folder, PATCHCORE_BUNDLES to a folder of "
+            "several, or put one into BentoML's model store with `patchcore pack BUNDLE`."
+        )
+        raise BundleError(msg) from error
+
+
+@cache
+def _first_name(path: Path) -> str:
+    """The name in the manifest of the first bundle at a path. A bundle that replaces it answers to the same name."""
+    return read_manifest(path).name
+
+
+def _load_and_warm_up(path: Path, load: Callable[[Path], PatchcoreRuntime]) -> LoadedModel:
     version = version_of(path)
     runtime = load(path)
     black = np.zeros((*runtime.manifest.preprocessing.resize, 3), np.uint8)
     try:
-        runtime.predict([black])  # the first takes longer than others
-    except Exception as error:  # of OpenVINO or FAISS
+        runtime.predict([black])  # the first image takes longer than others
+    except Exception as error:  # OpenVINO and FAISS have errors of their own
         msg = f"{path} cannot score an image: {error}"
         raise BundleError(msg) from error
-    return Entry(name=name, runtime=runtime, version=version, size=runtime.manifest.total_bytes, _stamp=stamp)
+    return LoadedModel(runtime, version)
 
 
-def _stamp(path: Path) -> tuple | None:
-    """What changes when a bundle is replaced or rewritten; None while it is not there."""
+def _state_of(path: Path) -> tuple | None:
+    """Names, times and sizes of a bundle's files, which change when the bundle is replaced; None while it is absent."""
     try:
         files = sorted(path.iterdir())
         states = [file.stat() for file in files]

@@ -1,14 +1,23 @@
-"""What the service answers, as its OpenAPI document describes it."""
+"""What the service answers, as JSON and in its OpenAPI document.
+
+A field that has the name of an attribute of the runtime's record is filled from it: a new field is one line here.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from patchcore_plugin.scoring.thresholds import raw_threshold
+
+from .encoding import to_base64_png
 
 if TYPE_CHECKING:
-    from patchcore_plugin.runtime import Prediction
+    from patchcore_plugin.bundle import Manifest
 
 _MODEL = {"model": "elpv", "version": "3f2a9c01d4e5"}
 _REGION = {"left": 96, "top": 40, "width": 61, "height": 148, "area": 5120, "peak": 47.3}
@@ -47,104 +56,139 @@ _NEAREST = {
     "box": _BOX,
     "crop": None,
 }
+_REASON = {"region": _REGION, "row": 13, "column": 14, "box": _BOX, "nearest": _NEAREST, "crop": "iVB"}
+
+
+def _from_record(example: dict[str, Any] | None = None) -> ConfigDict:
+    """Configuration of a schema that is filled from a record of the runtime."""
+    return ConfigDict(from_attributes=True, json_schema_extra={"examples": [example]} if example else None)
 
 
 def _example(example: dict[str, Any]) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [example]})
 
 
+def _as_base64_png(value: Any) -> Any:
+    return to_base64_png(Image.fromarray(value)) if isinstance(value, np.ndarray) else value
+
+
+def _as_fields(value: Any) -> Any:
+    return {"height": value[0], "width": value[1]} if isinstance(value, tuple) else value
+
+
 class Size(BaseModel):
-    """Size of an image as it was sent."""
+    """Size of an image."""
 
-    width: int = Field(description="pixels")
-    height: int = Field(description="pixels")
+    width: int = Field(description="Width, in pixels.")
+    height: int = Field(description="Height, in pixels.")
 
 
-class FoundRegion(BaseModel):
+Picture = Annotated[str, BeforeValidator(_as_base64_png)]
+"""An RGB picture (H, W, 3), u8, as a base64 PNG."""
+
+HeightAndWidth = Annotated[Size, BeforeValidator(_as_fields)]
+"""A size, which Python's records give as height and width."""
+
+
+class AnomalousRegion(BaseModel):
     """A connected part of the image above the pixel threshold."""
 
-    model_config = _example(_REGION)
+    model_config = _from_record(_REGION)
     left: int = Field(description="First column, in pixels of the image as it was sent.")
     top: int = Field(description="First row, in pixels of the image as it was sent.")
-    width: int = Field(description="pixels")
-    height: int = Field(description="pixels")
+    width: int = Field(description="Width, in pixels of the image as it was sent.")
+    height: int = Field(description="Height, in pixels of the image as it was sent.")
     area: int = Field(description="Pixels above the threshold, of the image as it was sent.")
-    peak: float = Field(description="Largest value of the anomaly map within, in feature units.")
+    peak: float = Field(description="Largest value of the anomaly map in the region, in feature units.")
 
 
-class Answer(BaseModel):
-    """What the service says of one image."""
+class ImageScore(BaseModel):
+    """Score and verdict of one image, filled from the runtime's prediction."""
+
+    model_config = _from_record()
+    score: float = Field(description="Raw image score, a distance in feature units; larger is more anomalous.")
+    normalized_score: float | None = Field(
+        description="Score in [0, 1] with the threshold at 0.5; null if the model was never validated."
+    )
+    p_value: float | None = Field(
+        description="Share of normal images that score as high or higher, in (0, 1], by the model's calibration; null "
+        "without a calibration."
+    )
+    verdict: Literal["normal", "anomalous"] | None = Field(description="Verdict; null if the model has no threshold.")
+    threshold: float | None = Field(
+        description="Raw score above which an image is anomalous, sensitivity included, in feature units."
+    )
+    pixel_threshold: float | None = Field(
+        description="Value of the anomaly map above which a pixel is anomalous, sensitivity included, in feature units."
+    )
+    regions: list[AnomalousRegion] | None = Field(
+        description="Connected parts above the pixel threshold, the highest peak first; null without a threshold. The image "
+        "threshold is another one: a normal image may have regions, an anomalous image may have none."
+    )
+    size: HeightAndWidth = Field(description="Size of the image as it was sent.")
+
+
+class ImageAnswer(ImageScore):
+    """Answer for one image."""
 
     model_config = _example(_ANSWER)
-    score: float = Field(description="Raw image score, a distance in feature units; larger is more anomalous.")
-    normalized_score: float | None = Field(description="Score in [0, 1] with the threshold at 0.5; null if unvalidated.")
-    p_value: float | None = Field(
-        description="Share of normal images that score as high or higher, in (0, 1], by the calibration of the model; null "
-        "if it has none."
-    )
-    verdict: Literal["normal", "anomalous"] | None = Field(description="null if the model has no threshold.")
-    threshold: float | None = Field(description="Raw score above which an image is anomalous, in feature units.")
-    pixel_threshold: float | None = Field(description="Value of the map above which a pixel is, in feature units.")
-    regions: list[FoundRegion] | None = Field(
-        description="Parts above the pixel threshold, the highest peak first; null without a threshold. Thresholds of image "
-        "and pixel are set apart: a normal image may have regions, an anomalous one none."
-    )
-    size: Size
     milliseconds: dict[str, float] = Field(
         description="Time of each stage, in milliseconds: decode, network, search, answer (map, regions, heatmap)."
     )
     model: str = Field(description="Name of the model.")
-    version: str = Field(description="Its version: the first 12 digits of the sha256 of the bundle's manifest.")
-    heatmap: str | None = Field(
+    version: str = Field(description="Version of the model: the first 12 digits of the sha256 of the bundle's manifest.")
+    heatmap: Picture | None = Field(
         default=None,
-        description="On request: base64 PNG in the image's size; yellow from the pixel threshold on, red far above.",
+        description="On request: base64 PNG in the image's size, yellow from the pixel threshold on, red far above.",
     )
 
 
 class PatchBox(BaseModel):
     """Place of a patch, in pixels."""
 
-    left: int
-    top: int
-    width: int
-    height: int
+    model_config = _from_record(_BOX)
+    left: int = Field(description="First column.")
+    top: int = Field(description="First row.")
+    width: int = Field(description="Number of columns.")
+    height: int = Field(description="Number of rows.")
 
 
-class FoundPatch(BaseModel):
-    """The nearest normal patch."""
+class NearestPatch(BaseModel):
+    """The normal patch that is nearest to an anomalous one."""
 
-    model_config = _example(_NEAREST)
-    vector: int = Field(description="Its number in the memory bank.")
-    distance: float = Field(description="How far the anomalous patch is from it, in feature units.")
-    image: str | None = Field(description="Training image that it comes from; null where the bundle does not say.")
-    row: int | None = Field(description="Its row in the patch grid.")
-    column: int | None = Field(description="Its column in the patch grid.")
-    box: PatchBox | None = Field(description="Its place in the image as the network saw it, after resize and crop.")
-    crop: str | None = Field(description="Base64 PNG of what is around it; null where the bundle has no thumbnails.")
+    model_config = _from_record(_NEAREST)
+    vector: int = Field(description="Number of the vector in the memory bank.")
+    distance: float = Field(description="Distance from the anomalous patch, in feature units.")
+    image: str | None = Field(description="Training image of the patch; null where the bundle does not tell it.")
+    row: int | None = Field(description="Row in the patch grid, from 0.")
+    column: int | None = Field(description="Column in the patch grid, from 0.")
+    box: PatchBox | None = Field(description="Place in the training image as the network saw it, after resize and crop.")
+    crop: Picture | None = Field(
+        description="Base64 PNG of the patch and its surroundings; null where the bundle has no thumbnails."
+    )
 
 
-class FoundReason(BaseModel):
+class AnomalousPatch(BaseModel):
     """An anomalous patch, and the normal one that is nearest to it."""
 
-    region: FoundRegion | None = Field(description="Region whose highest point it is; null for the farthest patch of all.")
-    row: int = Field(description="The patch's row in the patch grid, from 0.")
-    column: int = Field(description="Its column, from 0.")
-    box: PatchBox = Field(description="Its place in the image as it was sent.")
-    nearest: FoundPatch
-    crop: str = Field(description="Base64 PNG of what is around it.")
-
-
-class Explanation(Answer):
-    """What the service says of one image, and why."""
-
-    model_config = _example(
-        {
-            **_ANSWER,
-            "reasons": [{"region": _REGION, "row": 13, "column": 14, "box": _BOX, "nearest": _NEAREST, "crop": "iVB"}],
-        }
+    model_config = _from_record(_REASON)
+    region: AnomalousRegion | None = Field(
+        description="Region whose highest point the patch is; null where the image has no region, and the patch is the "
+        "farthest from normal."
     )
-    reasons: list[FoundReason] = Field(
-        description="One for each region, 16 at most; where there is none, one for the most anomalous patch."
+    row: int = Field(description="Row in the patch grid, from 0.")
+    column: int = Field(description="Column in the patch grid, from 0.")
+    box: PatchBox = Field(description="Place in the image as it was sent.")
+    nearest: NearestPatch
+    crop: Picture = Field(description="Base64 PNG of the patch and its surroundings.")
+
+
+class Explanation(ImageAnswer):
+    """Answer for one image, with reasons."""
+
+    model_config = _example({**_ANSWER, "reasons": [_REASON]})
+    reasons: list[AnomalousPatch] = Field(
+        description="One reason for each region, 16 at most; without a region, one for the most anomalous patch."
     )
 
 
@@ -155,32 +199,32 @@ class Problem(BaseModel):
         {
             "status": 400,
             "code": "image_unreadable",
-            "detail": "cell.png cannot be read as an image: image file is truncated.",
+            "detail": "'cell.png' cannot be read as an image: image file is truncated.",
             "request_id": "5b1f8a0c9d3e",
         }
     )
     status: int = Field(description="HTTP status.")
-    code: str = Field(description="What is wrong, in a word that stays the same.")
-    detail: str = Field(description="What is wrong, in a sentence.")
-    request_id: str = Field(description="Also in the header X-Request-ID and in the log.")
+    code: str = Field(description="Stable machine-readable error code.")
+    detail: str = Field(description="A sentence that says what is wrong.")
+    request_id: str = Field(description="Id of the request, also in the header X-Request-ID and in the log.")
 
 
-class Item(BaseModel):
+class BatchItem(BaseModel):
     """One image of several: an answer or a problem."""
 
     name: str = Field(description="File name of the image.")
-    answer: Answer | None = None
+    answer: ImageAnswer | None = None
     problem: Problem | None = None
 
 
-class Answers(BaseModel):
-    """What the service says of several images, in their order."""
+class BatchAnswer(BaseModel):
+    """Answers for several images, in their order."""
 
-    results: list[Item]
+    results: list[BatchItem]
 
 
-class Model(BaseModel):
-    """A model that the service can answer with."""
+class ModelSummary(BaseModel):
+    """A model that requests may name."""
 
     model_config = _example(
         {
@@ -203,78 +247,87 @@ class Model(BaseModel):
     )
     name: str = Field(description="Name in requests.")
     version: str | None = Field(None, description="First 12 digits of the sha256 of the bundle's manifest.")
-    loaded: bool = Field(description="Whether it is in memory; others are loaded when asked for.")
+    loaded: bool = Field(description="Whether the process that answers has the model in memory; others load when asked for.")
     title: str | None = Field(None, description="Name in the bundle's manifest.")
     created: str | None = Field(None, description="When the bundle was written, ISO 8601.")
-    backbone: str | None = None
-    input_size: Size | None = Field(None, description="Size that the network sees, after resize and crop.")
-    threshold: float | None = Field(None, description="Raw score above which an image is anomalous, in feature units.")
-    bank_size: int | None = Field(None, description="Vectors of the memory bank.")
+    backbone: str | None = Field(None, description="Name of the network that computes the features.")
+    input_size: HeightAndWidth | None = Field(None, description="Size that the network sees, after resize and crop.")
+    threshold: float | None = Field(
+        None, description="Raw score above which an image is anomalous, sensitivity included, in feature units."
+    )
+    bank_size: int | None = Field(None, description="Vectors in the memory bank.")
     index: str | None = Field(None, description="Index of the memory bank: flat, bfloat16, ivf or hnsw.")
-    storage: str | None = Field(None, description="Precision of the memory bank's vectors.")
-    precision: str | None = Field(None, description="Arithmetic of the network.")
+    storage: str | None = Field(None, description="Data type of the memory bank's vectors: float32, float16 or int8.")
+    precision: str | None = Field(None, description="Arithmetic of the network: f32, bf16 or int8.")
     bytes: int | None = Field(None, description="Size of the bundle's files.")
     sha256: dict[str, str] | None = Field(None, description="Checksum of each file of the bundle.")
-    problem: str | None = Field(None, description="Why it cannot be served.")
+    problem: str | None = Field(None, description="Why the model cannot be served.")
+
+    @classmethod
+    def of(cls, name: str, *, loaded: bool, manifest: Manifest, version: str) -> ModelSummary:
+        """The summary of a bundle.
+
+        Args:
+            name: Name of the model in requests.
+            loaded: Whether the model is in memory.
+            manifest: Manifest of the bundle.
+            version: Version of the bundle.
+        """
+        return cls(
+            name=name,
+            version=version,
+            loaded=loaded,
+            title=manifest.name,
+            created=manifest.created.isoformat(),
+            backbone=manifest.backbone,
+            input_size=manifest.preprocessing.size,
+            threshold=raw_threshold(manifest.image),
+            bank_size=manifest.bank_size,
+            index=manifest.index.kind,
+            storage=manifest.index.storage,
+            precision=manifest.precision,
+            bytes=manifest.total_bytes,
+            sha256={file: about.sha256 for file, about in manifest.files.items()},
+        )
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     """All models of the service."""
 
-    models: list[Model]
-    default: str | None = Field(description="The one that answers requests that name none.")
+    models: list[ModelSummary]
+    default: str | None = Field(description="Model that answers requests that name none.")
 
 
-class Drift(BaseModel):
+class DriftStatus(BaseModel):
     """Whether production has moved away from the normal images that a model was calibrated on."""
 
-    model_config = _example(_DRIFT)
-    images: int = Field(description="Images that this process has answered since it loaded the model.")
-    evidence: float = Field(description="Evidence of drift; around 1 without any, and it grows by multiplication.")
+    model_config = _from_record(_DRIFT)
+    images: int = Field(description="Images that this process has answered since it began to watch the model.")
+    evidence: float = Field(description="Evidence of drift: around 1 without drift; drift multiplies it.")
     threshold: float = Field(
-        description="Evidence that counts as drift. Without drift it is reached once in so many images at most, in the mean."
+        description="Alarm level. Without drift, the mean number of images until a false alarm is at least this."
     )
-    drifted: bool = Field(description="Whether it was reached and has not gone since.")
-    since: datetime | None = Field(description="When it was reached, ISO 8601; null without drift.")
-    what: str | None = Field(
-        description="What has moved: scores or distances, larger or smaller; null without drift.",
-    )
+    drifted: bool = Field(description="Whether the evidence has reached the alarm level and has not fallen since.")
+    since: datetime | None = Field(description="When the alarm level was reached, ISO 8601; null without drift.")
+    what: str | None = Field(description="What has moved: scores or distances, larger or smaller; null without drift.")
     score: float | None = Field(description="Median raw score of the latest 50 images; null before the first.")
-    normal_score: float = Field(description="The calibration's.")
+    normal_score: float = Field(description="Median raw score of the calibration images.")
     distance: float | None = Field(
         description="Median of the latest 50 images' mean distances to the memory bank, in feature units; null before the "
         "first."
     )
-    normal_distance: float = Field(description="The calibration's.")
+    normal_distance: float = Field(description="The same median of the calibration images.")
 
 
 class ModelDrift(BaseModel):
-    """Drift as seen by one model."""
+    """Drift of the images that one model has answered."""
 
     model: str = Field(description="Name of the model.")
-    version: str = Field(description="Its version, as in answers.")
-    drift: Drift | None = Field(description="null if it has no calibration.")
+    version: str = Field(description="Version of the model, as in answers.")
+    drift: DriftStatus | None = Field(description="State of the drift monitor; null if the model has no calibration.")
 
 
-class Drifts(BaseModel):
-    """Drift of all models that have answered in this process. Several workers each have seen their share of the images."""
+class DriftReport(BaseModel):
+    """Drift of all models that have answered in this process. Each of several workers sees its own share of the images."""
 
     models: list[ModelDrift]
-
-
-def describe_prediction(prediction: Prediction, model: str, version: str) -> Answer:
-    """An answer without times and heatmap."""
-    height, width = prediction.size
-    return Answer(
-        score=prediction.score,
-        normalized_score=prediction.normalized_score,
-        p_value=prediction.p_value,
-        verdict=prediction.verdict,
-        threshold=prediction.threshold,
-        pixel_threshold=prediction.pixel_threshold,
-        regions=None if prediction.regions is None else [FoundRegion(**vars(region)) for region in prediction.regions],
-        size=Size(width=width, height=height),
-        milliseconds={},
-        model=model,
-        version=version,
-    )

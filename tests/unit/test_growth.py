@@ -8,7 +8,6 @@ from hypothesis.extra import numpy as arrays
 
 from patchcore_plugin.memory_bank.growth import farthest_first
 
-
 WHOLE = st.integers(-6, 6).map(float)  # distances of whole numbers are the same in float32, ties included
 
 

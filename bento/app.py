@@ -1,0 +1,81 @@
+"""The HTTP application, put together from the settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.routing import Mount
+
+from patchcore_plugin.cpu import cores
+
+from . import page, routes
+from .middleware import (
+    AccessLogMiddleware,
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    ProblemMiddleware,
+    QueueLimitMiddleware,
+    RequestIdMiddleware,
+    TimeoutMiddleware,
+)
+from .pipeline import Pipeline
+from .problems import EXCEPTION_HANDLERS
+from .repository import make_repository
+from .runner import RunnerClient, RunnerScorer
+from .scorer import LocalScorer
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+    from .settings import Settings
+
+
+def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
+    """The routes behind their middleware.
+
+    Args:
+        settings: The settings.
+        pipeline: The pipeline that answers. BentoML takes an application before its process starts: there,
+            ``app.state.pipeline`` is set at the start.
+    """
+    app = FastAPI(
+        title="PatchCore",
+        description="Scores images of parts against normal ones: score, verdict, regions, heatmap.",
+        version="1",
+        openapi_url="/docs.json",
+        docs_url=None,  # it would load its scripts from another host; BentoML's own page at / shows the same document
+        redoc_url=None,
+        # BentoML looks for paths in an application's routes, and not in routers that it includes.
+        routes=[*routes.router.routes, *page.router.routes, Mount("/ui", page.PageFiles(), name="ui")],
+        exception_handlers=EXCEPTION_HANDLERS,
+        middleware=[  # the outermost first
+            Middleware(RequestIdMiddleware),
+            Middleware(AccessLogMiddleware),
+            Middleware(ProblemMiddleware),
+            Middleware(ApiKeyMiddleware, key=settings.api_key),
+            Middleware(BodyLimitMiddleware, mebibytes=settings.max_body),
+            Middleware(QueueLimitMiddleware, requests=settings.queue),
+            Middleware(TimeoutMiddleware, seconds=settings.timeout),
+        ],
+    )
+    app.state.settings, app.state.pipeline = settings, pipeline
+    return app
+
+
+def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | None = None) -> Pipeline:
+    """The pipeline of a process.
+
+    Args:
+        settings: The settings.
+        metrics: Metrics to count in.
+        runner: Client of the process that scores; None scores in this process.
+    """
+    repository = make_repository(settings, metrics)
+    if runner is not None:
+        scorer, parallel = RunnerScorer(runner), 2 * settings.max_batch_size * settings.runner_workers  # one batch waits
+    else:
+        scorer = LocalScorer(repository)
+        # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
+        parallel = (settings.threads or cores()) if settings.mode == "throughput" else 2
+    return Pipeline(repository, scorer, metrics, max_pixels=settings.max_pixels, parallel=parallel)

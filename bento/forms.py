@@ -1,0 +1,95 @@
+"""What a request sends: image files, and the fields of a form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from .pipeline import ImageFile
+from .problems import ProblemError
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+FORM = "multipart/form-data"
+IMAGE_TYPES = ("application/octet-stream", "image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp")
+"""Content types of a body that is an image file itself."""
+
+_MAX_FIELDS = 16  # of a form, its files apart
+_TEXT_FIELDS = ("model", "heatmap", "kind")
+_FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
+    """Read the image file of a request, and the text fields of its form.
+
+    Raises:
+        ProblemError: If the request has no image file, or the form is not valid.
+    """
+    content_type = _content_type(request)
+    if content_type in IMAGE_TYPES or content_type.startswith("image/"):
+        content = await request.body()
+        if not content:
+            raise ProblemError("image_missing", "The body is empty; it should be an image file's bytes.")
+        return ImageFile("the body", content), {}
+    form = await _read_form(request, 1)
+    file = form.get("image")
+    if not isinstance(file, UploadFile):
+        reason = "is missing" if file is None else "holds text"
+        detail = f"The form's field 'image' {reason}; send a file (curl: --form image=@cell.png)."
+        raise ProblemError("image_missing", detail)
+    fields = {name: text for name in _TEXT_FIELDS if (text := _text_of(form, name)) is not None}
+    return await _image_file(file), fields
+
+
+async def read_image_files(request: Request, max_files: int) -> tuple[list[ImageFile], str | None]:
+    """Read the image files of a form, and its field ``model``.
+
+    Raises:
+        ProblemError: If the form has no file, or is not valid.
+    """
+    form = await _read_form(request, max_files)
+    files = [await _image_file(value) for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    if not files:
+        raise ProblemError("image_missing", "The form has no file 'images' (curl: --form images=@cell.png).")
+    return files, _text_of(form, "model")
+
+
+def read_flag(text: str) -> bool:
+    """The value of the field ``heatmap``.
+
+    Raises:
+        ProblemError: If the text is not a truth value.
+    """
+    if text.lower() not in _FLAGS:
+        raise ProblemError("field_invalid", f"heatmap must be true or false, got {text[:40]!r}.")
+    return _FLAGS[text.lower()]
+
+
+async def _image_file(file: UploadFile) -> ImageFile:
+    return ImageFile(file.filename or "image", await file.read())
+
+
+def _content_type(request: Request) -> str:
+    """The body's type without its parameters, in lower case."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+async def _read_form(request: Request, max_files: int) -> FormData:
+    content_type = _content_type(request)
+    if content_type != FORM:
+        detail = f"The body's type is {content_type or 'not given'}; send a form ({FORM}), or an image (image/png, ...)."
+        raise ProblemError("unsupported_media_type", detail)
+    try:
+        return await request.form(max_files=max_files, max_fields=_MAX_FIELDS)
+    except HTTPException as error:
+        raise ProblemError("form_invalid", f"The form cannot be read: {error.detail}") from error
+
+
+def _text_of(form: FormData, name: str) -> str | None:
+    value = form.get(name)
+    if isinstance(value, UploadFile):
+        raise ProblemError("field_invalid", f"The form's field {name!r} is a file; it should be text.")
+    return value or None

@@ -1,0 +1,222 @@
+"""From an image file to its answer: decode, score, describe."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import anyio
+import anyio.to_thread
+from opentelemetry import trace
+
+from patchcore_plugin.bundle import BundleError, read_manifest, version_of
+from patchcore_plugin.images import ImageError, ImageTooLargeError, read_image
+from patchcore_plugin.runtime import PatchcoreRuntime
+
+from .drift import DriftMonitors
+from .encoding import to_base64_png, to_gray16, to_png
+from .problems import ProblemError
+from .schemas import Explanation, ImageAnswer, ImageScore, ModelList, ModelSummary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .metrics import Metrics
+    from .repository import ModelRepository
+    from .scorer import Scored, Scorer
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file as it was sent.
+
+    Attributes:
+        name: Name of the file, for messages.
+        content: Its bytes.
+    """
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """A decoded image.
+
+    Attributes:
+        pixels: RGB image (H, W, 3), u8.
+        milliseconds: Time that decoding took.
+    """
+
+    pixels: NDArray[np.uint8]
+    milliseconds: float
+
+
+class Pipeline:
+    """Answers for image files: decodes, scores and describes them in worker threads.
+
+    Production is what /predict, /predict_batch and /heatmap answer: those images count in the metrics of scores and verdicts
+    and in the drift monitors. An explained image does not count: it was scored before, and would count twice.
+
+    Args:
+        repository: The models.
+        scorer: The scorer of this process or of the runner's.
+        metrics: Metrics to count in.
+        max_pixels: Most pixels of an image.
+        parallel: Most images that are worked on at once.
+    """
+
+    def __init__(
+        self, repository: ModelRepository, scorer: Scorer, metrics: Metrics, *, max_pixels: int, parallel: int
+    ) -> None:
+        self.metrics = metrics
+        self.drift = DriftMonitors(metrics)
+        self._repository, self._scorer, self._max_pixels = repository, scorer, max_pixels
+        self._limiter = anyio.CapacityLimiter(parallel)
+        self._ready = False
+
+    def is_ready(self) -> bool:
+        """Whether the pipeline can answer. Once it can, it stays so."""
+        self._ready = self._ready or self._scorer.is_ready()
+        return self._ready
+
+    def resolve(self, model: str | None) -> str:
+        """The name of the model that a request asks for.
+
+        Raises:
+            UnknownModelError: If there is no such model.
+        """
+        return self._repository.resolve(model)
+
+    async def predict(self, file: ImageFile, model: str | None, *, heatmap: bool = False) -> ImageAnswer:
+        """Score an image file.
+
+        Args:
+            file: The file.
+            model: Name of the model; None takes the default.
+            heatmap: Answer the heatmap too.
+
+        Raises:
+            ProblemError: If the file is no image, or too large an image, or the process that scores does not answer.
+            UnknownModelError: If there is no such model.
+            BundleError: If the model cannot be loaded.
+        """
+        return await self._in_thread(self._predict, file, self.resolve(model), heatmap)
+
+    async def draw(self, file: ImageFile, model: str | None, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
+        """Draw the heatmap of an image file as PNG; returns the answer too. Errors are those of :meth:`predict`."""
+        return await self._in_thread(self._draw, file, self.resolve(model), kind)
+
+    async def explain(self, file: ImageFile, model: str | None) -> Explanation:
+        """Score an image file and give the reasons; errors are those of :meth:`predict`."""
+        return await self._in_thread(self._explain, file, self.resolve(model))
+
+    def models(self) -> ModelList:
+        """All models that requests may name."""
+        loaded = self._repository.loaded()
+        models = [_summary(name, path, name in loaded) for name, path in self._repository.folders().items()]
+        only = models[0].name if len(models) == 1 else None
+        return ModelList(models=models, default=self._repository.default or only)
+
+    async def _in_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        return await anyio.to_thread.run_sync(call, *arguments, limiter=self._limiter, abandon_on_cancel=True)
+
+    def _predict(self, file: ImageFile, model: str, heatmap: bool) -> ImageAnswer:
+        image = decode(file, self._max_pixels)
+        (scored,) = self._scorer.score(model, [image.pixels])
+        answer = describe(image, scored, heatmap=heatmap)
+        self._observe_times(answer)
+        self._count(scored, answer)
+        return answer
+
+    def _draw(self, file: ImageFile, model: str, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
+        image = decode(file, self._max_pixels)
+        (scored,) = self._scorer.score(model, [image.pixels])
+        answer = describe(image, scored)
+        self._observe_times(answer)
+        self._count(scored, answer)
+        if kind == "map":
+            return to_png(to_gray16(scored.prediction.shown_map)), answer
+        return to_png(PatchcoreRuntime.heatmap(image.pixels, scored.prediction)), answer
+
+    def _explain(self, file: ImageFile, model: str) -> Explanation:
+        image = decode(file, self._max_pixels)
+        (scored,) = self._scorer.explain(model, [image.pixels])
+        answer = describe(image, scored)
+        self._observe_times(answer)
+        return Explanation(**dict(answer), reasons=list(scored.reasons))
+
+    def _observe_times(self, answer: ImageAnswer) -> None:
+        """Show the times of an answer in the metrics and in the request's trace."""
+        for stage, spent in answer.milliseconds.items():
+            self.metrics.stages.labels(stage=stage).observe(spent / 1000)
+        span = trace.get_current_span()  # BentoML begins one for each request
+        if span.is_recording():
+            span.set_attributes({f"patchcore.{stage}_ms": spent for stage, spent in answer.milliseconds.items()})
+            span.set_attributes(
+                {"patchcore.model": answer.model, "patchcore.version": answer.version, "patchcore.score": answer.score}
+            )
+
+    def _count(self, scored: Scored, answer: ImageAnswer) -> None:
+        """Count an image of production."""
+        if answer.normalized_score is not None:
+            self.metrics.scores.labels(model=answer.model).observe(answer.normalized_score)
+        self.metrics.verdicts.labels(model=answer.model, verdict=answer.verdict or "none").inc()
+        self.drift.update(scored)
+
+
+def decode(file: ImageFile, max_pixels: int) -> DecodedImage:
+    """Decode an image file.
+
+    Raises:
+        ProblemError: If the file is no image, or has more than ``max_pixels`` pixels.
+    """
+    started, name = time.perf_counter(), repr(file.name[:80])
+    try:
+        pixels = read_image(io.BytesIO(file.content), max_pixels)
+    except ImageTooLargeError as error:
+        raise ProblemError("image_too_large", f"{name} is too large: {error.reason}.") from error
+    except ImageError as error:
+        raise ProblemError("image_unreadable", f"{name} cannot be read as an image: {error.reason}.") from error
+    return DecodedImage(pixels, _milliseconds_since(started))
+
+
+def describe(image: DecodedImage, scored: Scored, *, heatmap: bool = False) -> ImageAnswer:
+    """Describe a scored image.
+
+    Args:
+        image: The image.
+        scored: Its result.
+        heatmap: Draw the heatmap too.
+    """
+    started, prediction = time.perf_counter(), scored.prediction
+    score = ImageScore.model_validate(prediction)
+    picture = to_base64_png(PatchcoreRuntime.heatmap(image.pixels, prediction)) if heatmap else None
+    times = {"decode": image.milliseconds, **prediction.milliseconds, "answer": _milliseconds_since(started)}
+    return ImageAnswer(
+        **dict(score),
+        milliseconds={stage: round(spent, 2) for stage, spent in times.items()},
+        model=scored.model,
+        version=scored.version,
+        heatmap=picture,
+    )
+
+
+def _summary(name: str, path: Path, loaded: bool) -> ModelSummary:
+    """The summary of a bundle, or of what is wrong with it."""
+    try:
+        return ModelSummary.of(name, loaded=loaded, manifest=read_manifest(path), version=version_of(path))
+    except BundleError as error:
+        return ModelSummary(name=name, loaded=loaded, problem=str(error).replace(str(path), name))
+
+
+def _milliseconds_since(started: float) -> float:
+    return 1000 * (time.perf_counter() - started)

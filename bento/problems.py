@@ -1,0 +1,107 @@
+"""Problems: how the service says that it has no answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from patchcore_plugin.bundle import BundleError
+
+from .logs import logger
+from .repository import UnknownModelError
+from .schemas import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastapi import Request
+    from starlette.types import Scope
+
+PROBLEMS = {
+    "image_missing": (400, "The request holds no image file."),
+    "image_unreadable": (400, "The file cannot be decoded as an image."),
+    "form_invalid": (400, "The form cannot be read, or has too many files or fields."),
+    "field_invalid": (400, "A field has a wrong value."),
+    "disconnected": (400, "The body ended before its stated length."),
+    "unauthorized": (401, "The header X-API-Key is missing or wrong."),
+    "model_unknown": (404, "No model has this name, or the request names none of several."),
+    "sample_unknown": (404, "No sample image has this name."),
+    "not_found": (404, "No route has this path."),
+    "method_not_allowed": (405, "The route does not take this method."),
+    "body_too_large": (413, "The body is larger than the limit."),
+    "image_too_large": (413, "The image has more pixels than the limit."),
+    "unsupported_media_type": (415, "The body is neither a form nor an image."),
+    "internal": (500, "The service failed; the log says why."),
+    "busy": (503, "Too many requests at once; Retry-After says when to try again."),
+    "model_unavailable": (503, "The model cannot be loaded; the log says why."),
+    "runner_unavailable": (503, "The process that scores is being started again; Retry-After says when to try again."),
+    "timeout": (504, "The answer took longer than the limit."),
+}
+"""Status and meaning of every problem code."""
+
+_CODES_OF_STATUS = {400: "form_invalid", 404: "not_found", 405: "method_not_allowed"}
+
+
+class ProblemError(Exception):
+    """A request, or one image of several, that gets a problem for an answer.
+
+    Args:
+        code: One of :data:`PROBLEMS`.
+        detail: A sentence that says what is wrong with this request.
+        headers: Headers of the response.
+    """
+
+    def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = PROBLEMS[code][0]
+        self.code, self.detail, self.headers = code, detail, headers
+
+    def describe(self, request_id: str) -> Problem:
+        """The problem as JSON shows it."""
+        return Problem(status=self.status, code=self.code, detail=self.detail, request_id=request_id)
+
+
+def problem_of(error: Exception) -> ProblemError:
+    """The problem that answers an exception."""
+    if isinstance(error, ProblemError):
+        return error
+    code, detail = "internal", "The service failed; the log says why."
+    if isinstance(error, UnknownModelError):
+        code, detail = "model_unknown", str(error)
+    elif isinstance(error, RequestValidationError):
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
+        code, detail = "field_invalid", f"{wrong}."
+    elif isinstance(error, ClientDisconnect):
+        code, detail = "disconnected", "The body ended before its stated length."
+    elif isinstance(error, HTTPException) and error.status_code in _CODES_OF_STATUS:
+        code, detail = _CODES_OF_STATUS[error.status_code], str(error.detail)
+    elif isinstance(error, BundleError):  # its message has a path, which is for the log alone
+        code, detail = "model_unavailable", "The model cannot be loaded; the log says why."
+    return ProblemError(code, detail, getattr(error, "headers", None))
+
+
+def problem_response(scope: Scope, error: Exception) -> JSONResponse:
+    """The response to a request that failed. Logs and counts the failure."""
+    problem, request_id = problem_of(error), scope["state"]["request_id"]
+    if problem.code == "internal":
+        logger.error("Request %s failed", request_id, exc_info=error)
+    elif problem.code == "model_unavailable":
+        logger.error("Request %s failed: %s", request_id, error)
+    scope["state"]["code"] = problem.code
+    scope["app"].state.pipeline.metrics.problems.labels(code=problem.code).inc()
+    content = problem.describe(request_id).model_dump()
+    return JSONResponse(content, problem.status, problem.headers, media_type="application/problem+json")
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    return problem_response(request.scope, error)
+
+
+EXCEPTION_HANDLERS = dict.fromkeys(
+    (ProblemError, UnknownModelError, RequestValidationError, ClientDisconnect, HTTPException, BundleError), _answer
+)
+"""Handlers for FastAPI of the exceptions that a request may cause."""

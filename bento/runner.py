@@ -1,0 +1,174 @@
+"""Scoring in a process of its own: BentoML's service for it, and the scorer that calls it."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from dataclasses import asdict, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio.from_thread
+import bentoml
+
+from patchcore_plugin.bundle import Box, BundleError, Manifest
+from patchcore_plugin.runtime import Prediction
+from patchcore_plugin.runtime.explain import NormalPatch, Reason
+from patchcore_plugin.scoring.regions import Region
+
+from .logs import logger, start_logging
+from .metrics import Metrics
+from .problems import ProblemError
+from .repository import make_repository
+from .scorer import LocalScorer, Scored
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .settings import Settings
+
+Message = dict[str, Any]
+"""What the runner answers for one image: plain values and arrays, made by :func:`to_message`."""
+
+
+def to_message(scored: Scored) -> Message:
+    """Take a result apart into plain values and arrays, which BentoML's connection leaves as they are."""
+    prediction = {field.name: getattr(scored.prediction, field.name) for field in fields(Prediction)}
+    return {
+        "prediction": {**prediction, "manifest": scored.prediction.manifest.model_dump_json()},
+        "version": scored.version,
+        "reasons": [asdict(reason) for reason in scored.reasons],
+    }
+
+
+def from_message(message: Message, model: str) -> Scored:
+    """Put together the result that :func:`to_message` took apart.
+
+    Raises:
+        BundleError: If the message says that the model cannot be loaded.
+    """
+    if "error" in message:
+        raise BundleError(message["error"])
+    fields_of_prediction = {**message["prediction"], "manifest": _manifest(message["prediction"]["manifest"])}
+    reasons = tuple(_reason(**reason) for reason in message["reasons"])
+    return Scored(Prediction(**fields_of_prediction), model, message["version"], reasons)
+
+
+def _reason(region: Message | None, box: tuple, nearest: Message, **others: Any) -> Reason:
+    normal = NormalPatch(**{**nearest, "box": nearest["box"] and Box(*nearest["box"])})
+    return Reason(region=region and Region(**region), box=Box(*box), nearest=normal, **others)
+
+
+@lru_cache(maxsize=64)
+def _manifest(text: str) -> Manifest:
+    return Manifest.model_validate_json(text)
+
+
+class RunnerClient(Protocol):
+    """BentoML's asynchronous client of the runner's service."""
+
+    async def score(self, images: list[tuple[str, NDArray[np.uint8]]]) -> list[Message]:
+        """Score pairs of a model's name and an image."""
+
+    async def explain(self, images: list[tuple[str, NDArray[np.uint8]]]) -> list[Message]:
+        """Explain pairs of a model's name and an image."""
+
+
+class RunnerScorer:
+    """Scores in the runner's process. Call it from a worker thread of the event loop.
+
+    Args:
+        client: Client of the runner's service.
+    """
+
+    def __init__(self, client: RunnerClient) -> None:
+        self._client = client
+
+    def score(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+        """Score images, as :meth:`.Scorer.score` says."""
+        return self._call(self._client.score, model, images)
+
+    def explain(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+        """Explain images, as :meth:`.Scorer.explain` says."""
+        return self._call(self._client.explain, model, images)
+
+    def is_ready(self) -> bool:
+        """True: BentoML waits for the runner's process by itself."""
+        return True
+
+    def _call(
+        self, method: Callable[..., Awaitable[list[Message]]], model: str, images: Sequence[NDArray[np.uint8]]
+    ) -> list[Scored]:
+        try:
+            messages = anyio.from_thread.run(method, [(model, image) for image in images])
+        except CancelledError:  # the request has ended
+            raise
+        except Exception as error:  # any error of a client whose server is gone
+            logger.warning("The runner does not answer: %s: %s", type(error).__name__, error)
+            detail = "The process that scores does not answer; it is being started again."
+            raise ProblemError("runner_unavailable", detail, {"Retry-After": "1"}) from error
+        return [from_message(message, model) for message in messages]
+
+
+def common_options(settings: Settings) -> dict[str, Any]:
+    """What both of BentoML's services are configured with."""
+    return {
+        "traffic": {"timeout": settings.timeout + 5},  # the timeout middleware answers earlier
+        "logging": {"access": {"enabled": False}},  # the access log middleware writes more
+        # glibc gives every thread a heap of its own, and images of many sizes leave holes in each. A value in the
+        # environment goes before this one.
+        "envs": [{"name": "MALLOC_ARENA_MAX", "value": "2"}],
+    }
+
+
+def make_runner(settings: Settings) -> bentoml.Service[Any]:
+    """BentoML's service for the process that scores."""
+    batches = {"batchable": True, "max_batch_size": settings.max_batch_size, "max_latency_ms": settings.max_latency_ms}
+
+    @bentoml.service(
+        name="patchcore-runner",
+        workers=settings.runner_workers,
+        # BentoML's client replaces its connection after some requests, and ends the requests that are on the old one.
+        runner_connection={"max_requests": 10**12, "max_age": 1e9},
+        **common_options(settings),
+    )
+    class PatchcoreRunner:
+        """Networks and memory banks. A batch may come from several requests, and be of several models."""
+
+        def __init__(self) -> None:
+            start_logging(settings.log)
+            repository = make_repository(settings, Metrics())
+            repository.preload()
+            self.scorer = LocalScorer(repository)
+
+        @bentoml.api(**batches)
+        def score(self, images: list[Any]) -> list[Any]:
+            """Score pairs of a model's name and an RGB image (H, W, 3), u8; returns a message for each."""
+            return _answer(self.scorer.score, images)
+
+        @bentoml.api(**batches)
+        def explain(self, images: list[Any]) -> list[Any]:
+            """Explain pairs of a model's name and an RGB image (H, W, 3), u8; returns a message for each."""
+            return _answer(self.scorer.explain, images)
+
+    return PatchcoreRunner
+
+
+def _answer(
+    method: Callable[[str, list[NDArray[np.uint8]]], list[Scored]], images: list[tuple[str, NDArray[np.uint8]]]
+) -> list[Message]:
+    """Call a scorer's method once for each model of a batch, and return the messages in the order of the images."""
+    numbers: dict[str, list[int]] = {}
+    for number, (model, _) in enumerate(images):
+        numbers.setdefault(model, []).append(number)
+    messages: list[Message] = [{}] * len(images)
+    for model, places in numbers.items():
+        try:
+            found = [to_message(scored) for scored in method(model, [images[place][1] for place in places])]
+        except BundleError as error:
+            found = [{"error": str(error)}] * len(places)
+        for place, message in zip(places, found, strict=True):
+            messages[place] = message
+    return messages
