@@ -182,5 +182,5 @@ def _build_bank(
     if index == "auto":
         logger.warning("No held-out normal images to choose an index by: the bank is flat. Give some (--images).")
     bank = MemoryBank(vectors, "flat" if index == "auto" else index, storage)
-    bank.find_neighbors(model.num_neighbors)
+    bank.find_neighbors(model.rule.num_neighbors)
     return bank, []
