@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from patchcore_plugin.scoring.conformal import p_value
+from patchcore_plugin.scoring import conformal, scores, thresholds
 from patchcore_plugin.scoring.regions import Region, find_regions
-from patchcore_plugin.scoring.scores import anomaly_map, map_mean
-from patchcore_plugin.scoring.thresholds import (
-    display_values,
-    normalize,
-    raw_threshold,
-    verdict,
-    verdict_limit,
-    without_rounding,
-)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,33 +39,33 @@ class Prediction:
     milliseconds: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, scores: Scores, image: int, size: tuple[int, int], manifest: Manifest, **milliseconds: float) -> Self:
+    def of(cls, raw: Scores, image: int, size: tuple[int, int], manifest: Manifest, **milliseconds: float) -> Self:
         """Take the raw scores of one image out of those of several.
 
         Args:
-            scores: Raw scores of the images.
+            raw: Raw scores of the images.
             image: Number of the image among them, from 0.
             size: Height and width of the image, in pixels.
             manifest: Manifest of the bundle that scored.
             **milliseconds: Time of each stage.
         """
-        return cls(float(scores.image[image]), scores.patch[image], size, manifest, milliseconds)
+        return cls(float(raw.image[image]), raw.patch[image], size, manifest, milliseconds)
 
     @cached_property
     def normalized_score(self) -> float | None:
         """Score in [0, 1] with the threshold at 0.5; None if the model was never validated."""
-        normalized = normalize(np.float32([self.score]), self.manifest.image)
+        normalized = thresholds.normalize(np.float32([self.score]), self.manifest.image)
         return None if normalized is None else float(normalized[0])
 
     @cached_property
     def threshold(self) -> float | None:
         """Raw score above which an image is anomalous, sensitivity included; None without a threshold."""
-        return raw_threshold(self.manifest.image)
+        return thresholds.raw_threshold(self.manifest.image)
 
     @cached_property
     def verdict(self) -> Literal["normal", "anomalous"] | None:
         """Whether the score is above the threshold; None without a threshold."""
-        return verdict(self.score, self.manifest.image)
+        return thresholds.verdict(self.score, self.manifest.image)
 
     @cached_property
     def p_value(self) -> float | None:
@@ -84,12 +75,14 @@ class Prediction:
         With n calibration images the smallest p-value is 1 / (n + 1).
         """
         calibration = self.manifest.calibration
-        return None if calibration is None else p_value(calibration.scores, without_rounding(self.score))
+        if calibration is None:
+            return None
+        return conformal.p_value(calibration.scores, thresholds.without_rounding(self.score))
 
     @cached_property
     def mean_distance(self) -> float:
         """Mean of the anomaly map, in feature units: how far from the bank the image lies as a whole."""
-        return float(map_mean(self.patch_distances[None], self.manifest.preprocessing.size)[0])
+        return float(scores.map_mean(self.patch_distances[None], self.manifest.preprocessing.size)[0])
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32]:
@@ -97,12 +90,12 @@ class Prediction:
 
         Made from the patch distances at first use.
         """
-        return anomaly_map(self.patch_distances[None], self.manifest.preprocessing.size)[0]
+        return scores.anomaly_map(self.patch_distances[None], self.manifest.preprocessing.size)[0]
 
     @cached_property
     def normalized_map(self) -> NDArray[np.float32] | None:
         """The map in [0, 1] with the pixel threshold at 0.5; None if the model was never validated."""
-        return normalize(self.anomaly_map, self.manifest.pixel)
+        return thresholds.normalize(self.anomaly_map, self.manifest.pixel)
 
     @cached_property
     def shown_map(self) -> NDArray[np.float32]:
@@ -110,17 +103,17 @@ class Prediction:
 
         If the model was never validated, the map is divided by its own largest value.
         """
-        return display_values(self.anomaly_map, self.manifest.pixel)
+        return thresholds.display_values(self.anomaly_map, self.manifest.pixel)
 
     @cached_property
     def pixel_threshold(self) -> float | None:
         """Raw value of the map above which a pixel is anomalous, sensitivity included; None without a threshold."""
-        return raw_threshold(self.manifest.pixel)
+        return thresholds.raw_threshold(self.manifest.pixel)
 
     @cached_property
     def map_regions(self) -> list[Region]:
         """Connected parts of the map above the pixel threshold, in pixels of the map; empty without a threshold."""
-        limit = verdict_limit(self.manifest.pixel)
+        limit = thresholds.verdict_limit(self.manifest.pixel)
         return [] if limit is None else find_regions(self.anomaly_map, limit)
 
     @cached_property

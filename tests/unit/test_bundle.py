@@ -23,8 +23,11 @@ from patchcore_plugin.bundle import (
     Manifest,
     atomic_folder,
     copy_files,
+    describe_files,
     read_manifest,
     verify,
+    version_of,
+    write_manifest,
 )
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime import PatchcoreRuntime
@@ -258,6 +261,16 @@ def test_bundle_is_one_folder_to_copy(bundle, tmp_path, test_images):
     copy = shutil.copytree(bundle, tmp_path / "Förderband 3")
     one, other = (PatchcoreRuntime.load(path).predict(test_images[:2]) for path in (bundle, copy))
     assert [answer.score for answer in one] == [answer.score for answer in other]
+
+
+def test_paths_may_be_strings(bundle, tmp_path):
+    manifest = read_manifest(str(bundle))
+    verify(str(bundle), manifest)
+    with atomic_folder(str(tmp_path / "copy")) as draft:
+        copy_files(str(bundle), manifest, str(draft))
+        write_manifest(str(draft), manifest.model_copy(update={"files": describe_files(str(draft))}))
+    assert read_manifest(tmp_path / "copy") == manifest
+    assert version_of(str(tmp_path / "copy")) == version_of(bundle)
 
 
 def test_copy_files(bundle, tmp_path):
