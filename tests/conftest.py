@@ -7,7 +7,7 @@ import os
 # Set before the import of the hub's client: a download must fail at once, not after a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: with a thread for each core they would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil

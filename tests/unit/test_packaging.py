@@ -68,3 +68,8 @@ def test_installed_metadata_matches_pyproject():
     assert {re.sub(r"\s", "", line) for line in requires("patchcore-plugin") if "extra ==" not in line} == set(
         project()["dependencies"]
     )
+
+
+def test_gate_runs_the_tests_as_the_readme_does():
+    commands = [re.findall(r"-m pytest.*", (ROOT / name).read_text()) for name in ("README.md", ".ci/run")]
+    assert commands[0] == commands[1] == ["-m pytest -n 2"]
