@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.references import covering_radius, farthest_first
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,23 +30,15 @@ def tuning(request) -> Tuning:
 
 
 def reference(points: np.ndarray, size: int, start: int) -> tuple[list[int], float]:
-    """Farthest-first one at a time, in float64: the picks and the covering radius."""
-    points = points.astype(np.float64)
-    nearest = ((points - points[start]) ** 2).sum(1)
-    picks = [start]
-    while len(picks) < size:
-        farthest = int(nearest.argmax())
-        if nearest[farthest] == 0:
-            break
-        picks.append(farthest)
-        nearest = np.minimum(nearest, ((points - points[farthest]) ** 2).sum(1))
-    return picks, float(np.sqrt(nearest.max()))
+    """Picks and covering radius of farthest-first from ``start``."""
+    picks, radius = farthest_first(points, points[[start]], size - 1)
+    return [start, *picks], radius
 
 
 def assert_same_picks(points: np.ndarray, size: int, tuning: Tuning | None = None, random_state: int = 0) -> None:
     sampler = GreedyCoreset(size=size, random_state=random_state, progress=False, tuning=tuning)
     picks = sampler.fit(points).tolist()
-    expected, radius = reference(points, min(size, len(points)), picks[0])
+    expected, radius = reference(points, size, picks[0])
     assert picks == expected
     assert sampler.radius_ == pytest.approx(radius, rel=1e-12)
 
@@ -319,7 +312,7 @@ def test_projected_coreset_covers_almost_as_well(tuning):
     )
     exact.fit(points)
     picks = rough.fit(points)
-    reached = float(torch.cdist(torch.from_numpy(points), torch.from_numpy(points)[picks]).amin(1).max())
+    reached = covering_radius(points, points[picks])
     assert exact.radius_ < reached < 1.3 * exact.radius_
     assert reached - 1e-3 <= rough.radius_ < 1.2 * reached
 

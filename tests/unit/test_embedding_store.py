@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.references import covering_radius
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +19,6 @@ def fill(store: EmbeddingStore, points: np.ndarray, step: int = 700) -> Embeddin
     for part in torch.from_numpy(points).split(step):
         store.append(part)
     return store
-
-
-def covering_radius(points: np.ndarray, bank: torch.Tensor) -> float:
-    points, bank = points.astype(np.float64), bank.double().numpy()
-    parts = [points[start : start + 200] for start in range(0, len(points), 200)]
-    return max(float(np.sqrt(((part[:, None] - bank) ** 2).sum(2).min(1)).max()) for part in parts)
 
 
 def data(rng, rows: int, columns: int) -> np.ndarray:
