@@ -41,7 +41,7 @@ class ScoreRule:
             turns smoothing off, as in the paper.
 
     Raises:
-        ValueError: If a value is out of range.
+        UsageError: If a value is out of range.
     """
 
     num_neighbors: int = 9
