@@ -256,7 +256,7 @@ class ModelSummary(BaseModel):
         None, description="Raw score above which an image is anomalous, sensitivity included, in feature units."
     )
     bank_size: int | None = Field(None, description="Vectors in the memory bank.")
-    index: str | None = Field(None, description="Index of the memory bank: flat, bfloat16, ivf or hnsw.")
+    index: str | None = Field(None, description="Kind of the memory bank's index, such as flat or hnsw.")
     storage: str | None = Field(None, description="Data type of the memory bank's vectors: float32, float16 or int8.")
     precision: str | None = Field(None, description="Arithmetic of the network: f32, bf16 or int8.")
     bytes: int | None = Field(None, description="Size of the bundle's files.")

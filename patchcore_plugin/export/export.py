@@ -178,7 +178,7 @@ def _build_bank(
         embedder = network.embedder()
         embeddings = np.concatenate([embedder.embed(image) for image in images])
         only = None if index == "auto" else index
-        return choose(vectors, embeddings, model.rule, only, storage, lambda step: progress(step, 0, 1), cores())
+        return choose(vectors, embeddings, model.rule, only, storage, progress, cores())
     if index == "auto":
         logger.warning("No held-out normal images to choose an index by: the bank is flat. Give some (--images).")
     bank = MemoryBank(vectors, "flat" if index == "auto" else index, storage)

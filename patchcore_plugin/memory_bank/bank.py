@@ -252,8 +252,9 @@ class MemoryBank:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            UsageError: If the file is not an L2 FAISS index of this kind, or does not hold finite vectors, or if the
-                neighbors beside it are damaged.
+            UsageError: If the file is not an L2 FAISS index of this kind or does not hold finite vectors, or if the file
+                beside it does not hold their neighbors.
+            BundleError: If the file of neighbors is damaged.
         """
         bank = cls.__new__(cls)
         bank._hold(*read_bank(Path(path), index, mapped_from))

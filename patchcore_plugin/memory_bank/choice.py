@@ -11,13 +11,13 @@ import numpy as np
 from patchcore_plugin.bundle import IndexTrial
 from patchcore_plugin.memory_bank.bank import MemoryBank
 from patchcore_plugin.memory_bank.indexes import KINDS
+from patchcore_plugin.progress import no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from patchcore_plugin.bundle import IndexKind, Storage
+    from patchcore_plugin.progress import Progress
     from patchcore_plugin.scoring import ScoreRule
 
 MIN_RECALL = 0.999
@@ -36,7 +36,7 @@ def choose(
     rule: ScoreRule,
     index: IndexKind | None = None,
     storage: Storage = "float32",
-    progress: Callable[[str], object] | None = None,
+    progress: Progress = no_progress,
     threads: int | None = None,
     least: int = 0,
 ) -> tuple[MemoryBank, list[IndexTrial]]:
@@ -52,7 +52,7 @@ def choose(
         index: Only kind of index to consider. Where it is not good enough at any width, the widest search is taken. None
             considers every kind that suits the bank and this machine; exact search is always among them.
         storage: Number format in which the bank keeps its vectors.
-        progress: Called with the name of the next step.
+        progress: Called as each step begins.
         threads: Number of threads to search with, as in serving; see :attr:`MemoryBank.threads`.
         least: Least width to consider, for a bank of kind ``index`` that grows; 0 for a new one. A grown ``"bfloat16"`` bank
             may become flat.
@@ -60,14 +60,13 @@ def choose(
     Returns:
         The bank, with its width set and its neighbors found, and all trials, among them that of the bank.
     """
-    progress = progress or (lambda _: None)
     flat = MemoryBank(vectors, "flat", storage)
     reference = _Reference.of(flat, vectors, embeddings, rule)
-    progress("neighbors")
+    progress("neighbors", 0, 1)
     flat.find_neighbors(rule.num_neighbors)
     tried: list[tuple[IndexTrial, MemoryBank]] = []
     for kind in _kinds(vectors.shape, index, storage, least):
-        progress(f"index {kind}")
+        progress(f"index {kind}", 0, 1)
         bank = flat if kind == "flat" else MemoryBank(vectors, kind, storage)
         bank.neighbors, bank.threads = flat.neighbors, threads
         for width in _widths(kind, least):

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from patchcore_plugin.progress import no_progress
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from patchcore_plugin.progress import Progress
 
 _BLOCK_ROWS = 4096  # points whose differences from a center are in memory at a time
 
@@ -18,7 +20,7 @@ def farthest_first(
     points: NDArray[np.float32],
     distances: NDArray[np.float32],
     radius: float,
-    progress: Callable[[str, int, int], object] = lambda step, done, total: None,
+    progress: Progress = no_progress,
 ) -> NDArray[np.int64]:
     """Pick the farthest point as the next center, until every point lies within a radius of a center.
 
@@ -28,7 +30,7 @@ def farthest_first(
         points: Points (N, D), float32.
         distances: Distance of each point to the nearest center that exists already (N,), float32.
         radius: Largest distance that a point may keep from its nearest center, in the unit of the distances.
-        progress: Called with the name of the step, the number of covered points and the number of all points.
+        progress: Called with the number of points that are covered.
 
     Returns:
         Indices (K,) of the picked points, int64, in the order of picking. Of points equally far, the first is picked.
@@ -48,6 +50,6 @@ def farthest_first(
         uncovered = distances > radius
         if 2 * uncovered.sum() < len(remaining):  # copying the rest is worth its time
             points, distances, remaining = points[uncovered], distances[uncovered], remaining[uncovered]
-            progress("Cover", total - len(remaining), total)
-    progress("Cover", total, total)
+            progress("cover new images", total - len(remaining), total)
+    progress("cover new images", total, total)
     return np.array(picks, np.int64)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 class FlatIndex(FaissIndex):
     """Compares each query with every vector: exact search."""
 
-    kind, default_width, widths, width_limits = "flat", 0, (0,), (0, 0)
-    min_vectors, exhaustive = 1, True
+    kind = "flat"
+    default_width, widths, width_limits = 0, (0,), (0, 0)
+    min_vectors = 1
+    exhaustive = True
     _EXACT_QUERIES_LIMIT = 16  # for more queries, FAISS expands the square of the difference
 
     @staticmethod
@@ -56,9 +58,12 @@ class BFloat16Index(FlatIndex):
     The width is the number of candidates. The file is that of a flat index, and :meth:`search` is exact.
     """
 
-    kind, default_width, widths, width_limits = "bfloat16", 4, (2, 3, 4), (1, CANDIDATES_LIMIT)
-    storages, min_vectors, fallback = ("float32",), FaissIndex.min_vectors, "flat"
-    _BANK_VALUES_LIMIT = 2**25  # the candidates' factors need twice the memory of the vectors
+    kind = "bfloat16"
+    storages = ("float32",)
+    default_width, widths, width_limits = 4, (2, 3, 4), (1, CANDIDATES_LIMIT)
+    min_vectors = FaissIndex.min_vectors
+    fallback = "flat"
+    _BANK_VALUES_LIMIT = 2**25  # the matrix product needs twice the memory of the vectors
 
     def __init__(self, index: faiss.Index) -> None:
         super().__init__(index)
@@ -97,7 +102,8 @@ class IVFIndex(ApproximateIndex):
     The width is the number of cells.
     """
 
-    kind, default_width, widths = "ivf", 16, (1, 2, 4, 8, 16, 32, 64, 128)
+    kind = "ivf"
+    default_width, widths = 16, (1, 2, 4, 8, 16, 32, 64, 128)
 
     def __init__(self, index: faiss.IndexIVF) -> None:
         super().__init__(index)
@@ -135,7 +141,8 @@ class HNSWIndex(ApproximateIndex):
     The width is the number of candidates that are kept on the way.
     """
 
-    kind, default_width = "hnsw", 32
+    kind = "hnsw"
+    default_width = 32
     widths = (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)
     _LINKS = 24  # neighbors of a vector in the graph
     _BUILD_WIDTH, _LARGE_BUILD_WIDTH = 80, 200

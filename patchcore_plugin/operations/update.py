@@ -240,7 +240,7 @@ def _grow_bank(
         runtime.rule,
         index.kind,
         index.storage,
-        lambda step: progress(step, 0, 1),
+        progress,
         runtime.threads,
         least=index.width,
     )

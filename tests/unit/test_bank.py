@@ -123,7 +123,7 @@ def test_bad_queries(queries, k, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"index": "annoy"}, "index must be one of flat, bfloat16, ivf, hnsw; got 'annoy'"),
+        ({"index": "annoy"}, r"index must be one of flat, .*hnsw.*; got 'annoy'"),
         ({"storage": "int4"}, "storage must be one of float32, float16, int8 for the index 'flat'; got 'int4'"),
         ({"index": "bfloat16", "storage": "int8"}, "storage must be one of float32 for the index 'bfloat16'; got 'int8'"),
         ({"index": "hnsw", "width": 0}, r"width must be a whole number in \[1, 65536\], got 0\. The index is 'hnsw'"),

@@ -113,7 +113,7 @@ def test_load_of_an_index_that_no_bank_builds(path, index):
     index.train(vectors)
     index.add(vectors)
     write(path, index)
-    with pytest.raises(ValueError, match="a memory bank is an L2 index of plain vectors: flat, bfloat16, ivf, hnsw"):
+    with pytest.raises(ValueError, match="a memory bank is an L2 index of plain vectors: flat, "):
         MemoryBank.load(path)
 
 

@@ -16,7 +16,7 @@ def test_choice(bank_vectors, patch_grids, bfloat16, monkeypatch):
     set_bfloat16(monkeypatch, bfloat16)
     kinds = ["flat", *(["bfloat16"] if bfloat16 else []), "ivf", "hnsw"]
     steps = []
-    bank, trials = choose(bank_vectors, patch_grids, ScoreRule(), progress=steps.append)
+    bank, trials = choose(bank_vectors, patch_grids, ScoreRule(), progress=lambda step, done, total: steps.append(step))
     assert steps == ["neighbors", *(f"index {kind}" for kind in kinds)]
     assert list(dict.fromkeys(trial.index for trial in trials)) == kinds
     (taken,) = [trial for trial in trials if (trial.index, trial.width) == (bank.index, bank.width)]
