@@ -2,18 +2,33 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.bundles import renew_checksums
 from PIL import Image, ImageEnhance
 
 from patchcore_plugin import PatchcoreRuntime
-from patchcore_plugin.bundle import MANIFEST, BundleError, read_manifest, version_of
+from patchcore_plugin.bundle import (
+    BANK,
+    FEATURES,
+    FILES,
+    MANIFEST,
+    NEIGHBORS,
+    ORIGINS,
+    SOURCES,
+    THUMBNAILS,
+    WEIGHTS,
+    BundleError,
+    read_manifest,
+    version_of,
+)
+from patchcore_plugin.bundle.manifest import FileRule
 from patchcore_plugin.cli import main
 from patchcore_plugin.export import export_bundle
-from patchcore_plugin.operations import update as module
 from patchcore_plugin.operations.update import update_bundle
 
 
@@ -26,15 +41,16 @@ def bright(cells, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["flat", "int8 graph with thumbnails"])
-def parent(request, bundle, trained, tmp_path_factory) -> Path:
-    if request.param == "flat":
-        return bundle
+@pytest.fixture(scope="module")
+def thumbnailed(trained, tmp_path_factory) -> Path:
+    """A bundle with every file that there is, and a graph of int8."""
     path = tmp_path_factory.mktemp("parent") / "bundle"
     return export_bundle(trained.model, path, "cells", index="hnsw", storage="int8", thumbnails=True)
 
 
-def test_successor(parent, bright, tmp_path):
+@pytest.mark.parametrize("parent", ["bundle", "thumbnailed"])
+def test_successor(parent, bright, tmp_path, request):
+    parent = request.getfixturevalue(parent)
     before, content = read_manifest(parent), {file.name: file.read_bytes() for file in parent.iterdir()}
     report = update_bundle(parent, sorted(bright.iterdir()), tmp_path / "new", holdout=4)
     assert {file.name: file.read_bytes() for file in parent.iterdir()} == content, "never in place"
@@ -110,14 +126,42 @@ def test_command(bundle, bright, cells, tmp_path):
     assert "must hold the folders good and defective" in result.output
 
 
-@pytest.mark.parametrize("step", ["choose", "describe_files", "write_manifest"])
-def test_interrupted_update_leaves_nothing(bundle, bright, tmp_path, monkeypatch, step):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_files_are_written_anew_or_carried_over(thumbnailed, bright, tmp_path, monkeypatch):
+    """Every row of the table of files; the last one stands for those that update has never heard of."""
+    monkeypatch.setitem(FILES, "notes.txt", FileRule("notes", required=False))
+    parent = Path(shutil.copytree(thumbnailed, tmp_path / "parent"))
+    (parent / "notes.txt").write_text("line 2")
+    renew_checksums(parent)
+    update_bundle(parent, sorted(bright.iterdir())[:2], tmp_path / "new")
+    before, after = (read_manifest(path).files for path in (parent, tmp_path / "new"))
+    assert before.keys() == after.keys() == FILES.keys()
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {MANIFEST, *FILES}
+    assert {name for name in FILES if before[name] != after[name]} == {BANK, NEIGHBORS, ORIGINS, SOURCES, THUMBNAILS}
+    assert {FEATURES, WEIGHTS, "notes.txt"} == {name for name in FILES if before[name] == after[name]}
 
-    monkeypatch.setattr(module, step, interrupt)
+
+def test_each_image_is_decoded_once(thumbnailed, bright, tmp_path, monkeypatch):
+    """For the bank, its thumbnail, the index, the calibration and both predictions together."""
+    opened, original = Counter(), Image.open
+
+    def count(source, *arguments, **options):
+        opened[Path(source)] += 1
+        return original(source, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    images = sorted(bright.iterdir())[:4]
+    update_bundle(thumbnailed, images, tmp_path / "new", holdout=2)
+    assert opened == dict.fromkeys(images, 1)
+
+
+@pytest.mark.parametrize("step", ["embed", "cover", "score", "index", "self-test"])
+def test_interrupted_update_leaves_nothing(bundle, bright, tmp_path, step):
+    def interrupt(name, done, total):
+        if name.startswith(step):
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        update_bundle(bundle, sorted(bright.iterdir())[:2], tmp_path / "new")
+        update_bundle(bundle, sorted(bright.iterdir())[:2], tmp_path / "new", progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +170,7 @@ def test_refusals(bundle_copy, bright, tmp_path):
     for few, message in ((images[:1], "at least two"), ([images[0], tmp_path / "absent.png"], "absent")):
         with pytest.raises((ValueError, OSError), match=message):
             update_bundle(bundle_copy, few, tmp_path / "new")
-    with pytest.raises(ValueError, match="holdout must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="holdout must be a whole number of at least 2, got 1"):
         update_bundle(bundle_copy, images, tmp_path / "new", holdout=1)
     with pytest.raises(BundleError, match="exists already"):
         update_bundle(bundle_copy, images, bundle_copy)
