@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import anyio.from_thread
 import bentoml
@@ -29,36 +29,73 @@ if TYPE_CHECKING:
 
     from .settings import Settings
 
-Message = dict[str, Any]
-"""What the runner answers for one image: plain values and arrays, made by :func:`to_message`."""
+
+class ScoredMessage(TypedDict):
+    """A result on its way between two processes: plain values and arrays, which BentoML's connection leaves as they are.
+
+    Attributes:
+        score: Raw image score.
+        patch_distances: Patch distances (h, w), float32.
+        size: Height and width of the image.
+        milliseconds: Time of the stages.
+        manifest: Manifest of the bundle, as JSON.
+        version: Version of the bundle.
+        reasons: The reasons, as dictionaries.
+    """
+
+    score: float
+    patch_distances: NDArray[np.float32]
+    size: tuple[int, int]
+    milliseconds: dict[str, float]
+    manifest: str
+    version: str
+    reasons: list[dict[str, Any]]
 
 
-def to_message(scored: Scored) -> Message:
-    """Take a result apart into plain values and arrays, which BentoML's connection leaves as they are."""
-    prediction = {field.name: getattr(scored.prediction, field.name) for field in fields(Prediction)}
+class ErrorMessage(TypedDict):
+    """Why a model cannot be loaded."""
+
+    error: str
+
+
+Message = ScoredMessage | ErrorMessage
+
+
+def to_message(scored: Scored) -> ScoredMessage:
+    """Take a result apart."""
+    prediction = scored.prediction
     return {
-        "prediction": {**prediction, "manifest": scored.prediction.manifest.model_dump_json()},
+        "score": prediction.score,
+        "patch_distances": prediction.patch_distances,
+        "size": prediction.size,
+        "milliseconds": prediction.milliseconds,
+        "manifest": prediction.manifest.model_dump_json(),
         "version": scored.version,
         "reasons": [asdict(reason) for reason in scored.reasons],
     }
 
 
-def from_message(message: Message, model: str) -> Scored:
-    """Put together the result that :func:`to_message` took apart.
+def from_message(message: ScoredMessage | ErrorMessage, model: str) -> Scored:
+    """Put a result together.
 
     Raises:
         BundleError: If the message says that the model cannot be loaded.
     """
     if "error" in message:
         raise BundleError(message["error"])
-    fields_of_prediction = {**message["prediction"], "manifest": _manifest(message["prediction"]["manifest"])}
-    reasons = tuple(_reason(**reason) for reason in message["reasons"])
-    return Scored(Prediction(**fields_of_prediction), model, message["version"], reasons)
+    prediction = Prediction(
+        score=message["score"],
+        patch_distances=message["patch_distances"],
+        size=tuple(message["size"]),
+        manifest=_manifest(message["manifest"]),
+        milliseconds=message["milliseconds"],
+    )
+    return Scored(prediction, model, message["version"], tuple(_reason(**reason) for reason in message["reasons"]))
 
 
-def _reason(region: Message | None, box: tuple, nearest: Message, **others: Any) -> Reason:
-    normal = NormalPatch(**{**nearest, "box": nearest["box"] and Box(*nearest["box"])})
-    return Reason(region=region and Region(**region), box=Box(*box), nearest=normal, **others)
+def _reason(region: dict[str, Any] | None, box: dict[str, float], nearest: dict[str, Any], **others: Any) -> Reason:
+    normal = NormalPatch(**{**nearest, "box": nearest["box"] and Box(**nearest["box"])})
+    return Reason(region=region and Region(**region), box=Box(**box), nearest=normal, **others)
 
 
 @lru_cache(maxsize=64)

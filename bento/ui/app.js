@@ -59,7 +59,7 @@ async function ask(path, options = {}) {
       throw new Problem("The service cannot be reached, or it broke the connection off.");
     }
     if (response.ok) {
-      if (sent !== null && sent === key) $("door").hidden = true;
+      if (sent !== null && sent === key) $("key-form").hidden = true;
       return response;
     }
     if (response.status === 401) {
@@ -92,10 +92,10 @@ function askForKey() {
   unlocking ??= new Promise((unlock) => {
     const before = document.activeElement;
     $("key-note").textContent = key === null ? "The service asks for its key." : "The service does not take this key.";
-    $("door").hidden = false;
+    $("key-form").hidden = false;
     $("key").select();
     $("key").focus();
-    $("door").onsubmit = (event) => {
+    $("key-form").onsubmit = (event) => {
       event.preventDefault();
       const typed = $("key").value.trim();
       try {

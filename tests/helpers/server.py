@@ -1,7 +1,9 @@
-"""The service for tests: a real BentoML server, run as the demo runs its own, or its application in this process."""
+"""The service for tests: a real BentoML server, or its application served from this process."""
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,21 +11,23 @@ from typing import TYPE_CHECKING
 
 import httpx
 import psutil
+from prometheus_client import CollectorRegistry
 
 from patchcore_plugin.operations.serving import BENTOML, SERVE, SERVICE, run_server
 
 if TYPE_CHECKING:
     import subprocess
 
-__all__ = ["BENTOML", "SERVE", "SERVICE", "app_client", "bentoml_serve"]
+__all__ = ["BENTOML", "SERVE", "SERVICE", "app_server", "bentoml_serve", "serve_app"]
 
 
 class Server(str):
     """A running server: its URL, process, log and client."""
 
+    client: httpx.Client
     process: subprocess.Popen
     log: Path
-    client: httpx.Client
+    registry: CollectorRegistry
 
     def children(self) -> list[psutil.Process]:
         """All processes below the server's own."""
@@ -33,6 +37,8 @@ class Server(str):
 @contextmanager
 def bentoml_serve(command, folder, cwd=None, **environment):
     """Run a server that logs to ``folder``, in ``cwd`` or there."""
+    # A server clears the metrics of all servers that share its home.
+    environment = {"BENTOML_HOME": str(folder / "bentoml"), **environment}
     log = Path(folder, f"serve-{uuid.uuid4().hex[:8]}.log")
     with run_server(command, log, cwd or folder, **environment) as running:
         server = Server(running.url)
@@ -42,17 +48,38 @@ def bentoml_serve(command, folder, cwd=None, **environment):
 
 
 @contextmanager
-def app_client(**settings):
-    """A client of the application in this process, with any settings; its metrics are in ``client.registry``."""
-    from fastapi.testclient import TestClient
+def app_server(**settings):
+    """Serve the application from a thread of this process, on a real port, with any settings.
+
+    The server has ``client`` and ``registry``, where its metrics are, and no process or log of its own.
+    """
     from patchcore_plugin.bento.app import make_app, make_pipeline
     from patchcore_plugin.bento.metrics import Metrics
     from patchcore_plugin.bento.settings import Settings
-    from prometheus_client import CollectorRegistry
 
     settings, registry = Settings(**settings), CollectorRegistry()
     pipeline = make_pipeline(settings, Metrics(registry))
-    assert pipeline.is_ready()
-    with TestClient(make_app(settings, pipeline), raise_server_exceptions=False) as client:
-        client.registry, client.pipeline = registry, pipeline
-        yield client
+    pipeline.is_ready()
+    with serve_app(make_app(settings, pipeline)) as server:
+        server.registry = registry
+        yield server
+
+
+@contextmanager
+def serve_app(app):
+    """Serve an ASGI application from a thread of this process, on a real port."""
+    import uvicorn
+
+    served = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    try:
+        while not served.started:
+            assert thread.is_alive(), "the application does not start"
+            time.sleep(0.01)
+        server = Server(f"http://127.0.0.1:{served.servers[0].sockets[0].getsockname()[1]}")
+        with httpx.Client(base_url=server, timeout=60, trust_env=False) as server.client:
+            yield server
+    finally:
+        served.should_exit = True
+        thread.join(30)

@@ -1,15 +1,18 @@
-"""The operator's page, in a real Chromium, on real servers."""
+"""The operator's page, in a real Chromium."""
 
 import base64
 import io
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
-from helpers.server import SERVE, bentoml_serve
+from helpers.bundles import change_manifest
+from helpers.pictures import encoded
+from helpers.server import app_server
 from PIL import Image, ImageChops, ImageStat
+
+from patchcore_plugin.bundle import read_manifest
 
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 expect = api.expect
@@ -27,18 +30,6 @@ DROPPED = """(files) => {
     }
     return transfer;
 }"""
-
-
-@pytest.fixture(scope="module")
-def samples(cells) -> Path:
-    return cells / "test" / "defective"
-
-
-@pytest.fixture(scope="module")
-def url(bundle, samples, tmp_path_factory):
-    environment = {"PATCHCORE_BUNDLE": str(bundle), "PATCHCORE_SAMPLES": str(samples)}
-    with bentoml_serve(SERVE, tmp_path_factory.mktemp("serve"), **environment) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +67,8 @@ def visit(browser):
 
 
 @pytest.fixture
-def page(visit, url):
-    return visit(url)
+def page(visit, server):
+    return visit(server)
 
 
 def choose(page, *files):
@@ -87,12 +78,6 @@ def choose(page, *files):
 def drop(page, **files):
     content = [{"name": name, "content": base64.b64encode(data).decode()} for name, data in files.items()]
     page.dispatch_event("body", "drop", {"dataTransfer": page.evaluate_handle(DROPPED, content)})
-
-
-def encoded(picture, kind, **options) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def verdict_is(page, word, name):
@@ -266,9 +251,8 @@ def test_dropped_files_with_hostile_names(page, defect):
     page.errors.clear()
 
 
-def test_api_key(visit, bundle, samples, defect, tmp_path, keep):
-    environment = {"PATCHCORE_BUNDLE": str(bundle), "PATCHCORE_SAMPLES": str(samples), "PATCHCORE_API_KEY": "line-7"}
-    with bentoml_serve(SERVE, tmp_path, **environment) as url:
+def test_api_key(visit, bundle, samples, defect, keep):
+    with app_server(bundle=bundle, samples=samples, api_key="line-7") as url:
         page = visit(url)
         field = page.get_by_label("API key")
         expect(field).to_be_focused()
@@ -298,7 +282,7 @@ def test_several_models(visit, bundle, defect, tmp_path, keep):
     for name in ("left", "right", "torn"):
         shutil.copytree(bundle, tmp_path / "bundles" / name)
     (tmp_path / "bundles" / "torn" / "manifest.json").write_text("{")
-    with bentoml_serve(SERVE, tmp_path, PATCHCORE_BUNDLE="", PATCHCORE_BUNDLES=str(tmp_path / "bundles")) as url:
+    with app_server(bundles=tmp_path / "bundles") as url:
         page = visit(url)
         models = page.get_by_label("Model")
         expect(models).to_have_value("")
@@ -373,6 +357,20 @@ def test_model_without_threshold(page, defect, keep):
     keep(page, "no-threshold")
 
 
+def test_threshold_with_a_sensitivity(visit, bundle_copy, defect):
+    """The page shows the threshold by which the verdict goes, as /models does."""
+    scale = read_manifest(bundle_copy).image.model_dump()
+    change_manifest(bundle_copy, image={**scale, "sensitivity": 0.3})
+    with app_server(bundle=bundle_copy) as server:
+        (model,) = server.client.get("/models").json()["models"]
+        assert model["threshold"] > scale["threshold"]
+        page = visit(server)
+        choose(page, defect[0])
+        expect(page.locator("#name")).to_have_text(defect[0].name)
+        expect(page.locator("#word")).to_have_text("Anomalous" if defect[1].score > model["threshold"] else "Normal")
+        assert float(page.locator("#threshold").text_content()) == pytest.approx(model["threshold"], rel=1e-3)
+
+
 def test_p_value(page, defect):
     """Shown where the model has a calibration, which this one has not."""
     choose(page, defect[0])
@@ -423,33 +421,33 @@ def test_photo_with_rotation(page, defect):
         assert ImageStat.Stat(difference).mean[0] < 4
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-def test_sizes_of_screens(visit, url, defect, colours, keep):
-    page = visit(url, viewport={"width": 360, "height": 740}, color_scheme=colours)
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_sizes_of_screens(visit, server, defect, colors, keep):
+    page = visit(server, viewport={"width": 360, "height": 740}, color_scheme=colors)
     assert not scrolls_sideways(page)
     choose(page, defect[0])
     verdict_is(page, "Anomalous", defect[0].name)
     assert not scrolls_sideways(page)
-    keep(page, f"phone-{colours}")
+    keep(page, f"phone-{colors}")
     page.set_viewport_size({"width": 1280, "height": 800})
-    keep(page, f"1280x800-{colours}")
+    keep(page, f"1280x800-{colors}")
     assert not scrolls_sideways(page)
     image, heatmap = (page.locator(pane).bounding_box() for pane in ("#image", "#heatmap"))
     assert (heatmap["y"], heatmap["width"]) == (image["y"], image["width"])  # side by side
     page.set_viewport_size({"width": 1920, "height": 1080})
-    keep(page, f"1920x1080-{colours}")
+    keep(page, f"1920x1080-{colors}")
 
 
-def test_behind_a_path_prefix(visit, url, defect):
-    page = visit(url)
+def test_behind_a_path_prefix(visit, server, defect):
+    page = visit(server)
 
     def without_prefix(route):
         route.fulfill(response=route.fetch(url=route.request.url.replace("/line-7/", "/")))
 
-    page.route(f"{url}/line-7/**", without_prefix)
+    page.route(f"{server}/line-7/**", without_prefix)
     page.goto("about:blank")
     page.requested.clear()
-    page.goto(f"{url}/line-7/ui/")
+    page.goto(f"{server}/line-7/ui/")
     expect(page.locator("#sample-list canvas")).to_have_count(24)
     choose(page, defect[0])
     verdict_is(page, "Anomalous", defect[0].name)

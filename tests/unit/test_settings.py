@@ -1,18 +1,47 @@
-"""The service's settings: from environment and file, wrong ones refused by name."""
+"""The service's settings, from arguments, environment and file: wrong ones are refused by name; bento/README.md has all."""
 
+import os
+import re
 from importlib.metadata import distributions
 
 import pytest
 from bentoml.exceptions import BentoMLConfigException
-from patchcore_plugin.bento.settings import Settings, read_settings
+from helpers.training import ROOT
+from patchcore_plugin.bento.metrics import Metrics
+from patchcore_plugin.bento.problems import PROBLEMS
+from patchcore_plugin.bento.settings import Settings, read_settings, settings_table
+from prometheus_client import CollectorRegistry
+
+README = (ROOT / "bento" / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    import os
-
     for name in [name for name in os.environ if name.startswith("PATCHCORE_")]:
         monkeypatch.delenv(name)
+
+
+def test_readme_lists_the_settings():
+    """Print the table with ``python -m patchcore_plugin.bento.settings``."""
+    assert settings_table() in README
+
+
+def test_readme_lists_the_problems():
+    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| (.*) \|$", README, re.MULTILINE)
+    assert rows == [(code, str(status), meaning) for code, (status, meaning) in PROBLEMS.items()]
+
+
+def test_every_problem_in_the_code_is_listed():
+    """And every listed one is used."""
+    code = "".join(path.read_text() for path in (ROOT / "bento").glob("*.py"))
+    used = re.findall(r'ProblemError\(\s*"(\w+)"', code) + re.findall(r'code, detail = "(\w+)"', code)
+    assert {*used, "not_found", "method_not_allowed"} == set(PROBLEMS), "the last two come from the framework"
+
+
+def test_readme_lists_the_metrics():
+    registry = CollectorRegistry()
+    Metrics(registry)
+    assert set(re.findall(r"`(patchcore_\w+)`", README)) == {family.name for family in registry.collect()}
 
 
 def test_defaults():
@@ -36,6 +65,13 @@ def test_container(monkeypatch):
     assert read_settings().host == "0.0.0.0"
     monkeypatch.setenv("PATCHCORE_HOST", "10.0.0.1")
     assert read_settings().host == "10.0.0.1"
+
+
+def test_arguments_go_before_the_environment(monkeypatch):
+    monkeypatch.setenv("PATCHCORE_QUEUE", "7")
+    monkeypatch.setenv("PATCHCORE_THREADS", "2")
+    settings = Settings(queue=5)
+    assert (settings.queue, settings.threads) == (5, 2)
 
 
 def test_environment_goes_before_the_file(tmp_path, monkeypatch):
