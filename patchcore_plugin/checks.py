@@ -6,6 +6,8 @@ import math
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from patchcore_plugin.errors import UsageError
+
 
 def check_number(
     name: str,
@@ -31,12 +33,12 @@ def check_number(
         hint: One or two sentences: what the argument means, and a good value.
 
     Raises:
-        ValueError: If the value is no such number; the message gives the argument's name, the value, the range and the hint.
+        UsageError: If the value is no such number; the message gives the argument's name, the value, the range and the hint.
 
     Example:
         >>> check_number("ratio", 2, 0, 1, closed="right", hint="0.1 keeps every tenth patch.")
         Traceback (most recent call last):
-        ValueError: ratio must be a number in (0, 1], got 2. 0.1 keeps every tenth patch.
+        UsageError: ratio must be a number in (0, 1], got 2. 0.1 keeps every tenth patch.
     """
     if optional and value is None:
         return
@@ -47,7 +49,7 @@ def check_number(
         kind = "a whole number" if whole else "a number" if math.isfinite(high - low) else "a finite number"
         allowed = f"{'None or ' if optional else ''}{kind}{_range(low, high, closed)}"
         msg = f"{name} must be {allowed}, got {value!r}.{hint and ' ' + hint}"
-        raise ValueError(msg)
+        raise UsageError(msg)
 
 
 def _range(low: float, high: float, closed: str) -> str:

@@ -12,9 +12,9 @@ GROUP = "anomalib.models"
 def register() -> list[type]:
     """Make every model of the entry-point group ``anomalib.models`` usable wherever anomalib takes a model.
 
-    That is ``list_models()``, ``get_model`` by name and by ``class_path``, and short names in configs and on the command
-    line. anomalib itself loads no entry points. An entry point that cannot be loaded, or is no model, is left out with a
-    warning that names it. Calling this again is harmless.
+    anomalib itself loads no entry points. Afterwards ``list_models()`` knows the models, and ``get_model``, configs and the
+    command line take them by name and by ``class_path``. An entry point that cannot be loaded, or holds no model, is left
+    out with a warning that names it. A second call changes nothing.
 
     Returns:
         The registered model classes.
@@ -88,7 +88,13 @@ def run_anomalib(arguments: list[str]) -> Any:
 
 
 def _make_direct_subclass(model: type, base: type) -> bool:
-    """Add ``base`` to the bases of one of its indirect subclasses; False where that would change the resolution order."""
+    """Add ``base`` to the bases of one of its indirect subclasses.
+
+    anomalib looks up a short name among the direct subclasses of its base class alone.
+
+    Returns:
+        Whether ``base`` is a base now; False where that would change the method resolution order.
+    """
     if base in model.__bases__:
         return True
     bases, order = model.__bases__, model.__mro__

@@ -103,7 +103,8 @@ class EmbeddingStore:
         """Add embeddings (M, D).
 
         Raises:
-            ValueError: If they have another number of values than those before, or the memory is far too small.
+            UsageError: If the memory is far too small.
+            ValueError: If the embeddings have another number of values than those before.
         """
         if self._matrix is None:
             self._matrix = self._allocate(embeddings)

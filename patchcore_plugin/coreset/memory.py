@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from patchcore_plugin.errors import UsageError
+
 GIB = 2**30
 
 CONTAINER_FILES = (
@@ -140,7 +142,7 @@ def plan_memory(cost: RowCost, expected_rows: int | None, *, budget: float | Non
         free: Free memory in bytes.
 
     Raises:
-        ValueError: If the memory holds fewer rows than a streamed fit needs.
+        UsageError: If the memory holds fewer rows than a streamed fit needs.
     """
     given = budget is not None
     budget = budget if given else free * _FREE_MEMORY_SHARE
@@ -152,7 +154,7 @@ def plan_memory(cost: RowCost, expected_rows: int | None, *, budget: float | Non
         return MemoryPlan(rows, cost, budget, given, expected_rows)
     rows = int(usable / cost.streamed)
     if rows < MIN_STREAMED_ROWS:
-        raise ValueError(_too_little(rows, cost, budget, given=given))
+        raise UsageError(_too_little(rows, cost, budget, given=given))
     return MemoryPlan(rows, cost, budget, given, expected_rows)
 
 

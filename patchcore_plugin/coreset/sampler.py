@@ -19,6 +19,7 @@ from patchcore_plugin.coreset.products import full_float32
 from patchcore_plugin.coreset.progress import CoresetProgress
 from patchcore_plugin.coreset.traversal import Traversal, random_generator
 from patchcore_plugin.coreset.tuning import Tuning
+from patchcore_plugin.errors import UsageError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -76,7 +77,7 @@ class GreedyCoreset:
             a projection, an upper bound of it.
 
     Raises:
-        ValueError: If ``ratio`` is outside (0, 1], ``size`` below 1, ``radius`` negative or not finite, ``projection``
+        UsageError: If ``ratio`` is outside (0, 1], ``size`` below 1, ``radius`` negative or not finite, ``projection``
             outside (0, 1), or if arguments are given that exclude each other.
 
     Example:
@@ -98,12 +99,12 @@ class GreedyCoreset:
             check_number(name, getattr(self, name), optional=True, **bounds)
         if self.ratio is not None and self.size is not None:
             msg = f"ratio ({self.ratio!r}) and size ({self.size!r}) both set the number of rows: give one of them."
-            raise ValueError(msg)
+            raise UsageError(msg)
         if self.projection is not None and self.radius is not None:
             msg = (
                 f"radius ({self.radius!r}) is a distance of the rows themselves: leave projection ({self.projection!r}) out."
             )
-            raise ValueError(msg)
+            raise UsageError(msg)
         if self.ratio is None and self.size is None and self.radius is None:
             self.ratio = DEFAULT_RATIO
 
@@ -121,7 +122,7 @@ class GreedyCoreset:
             asked for where the rows hold fewer distinct vectors: a duplicate adds nothing to a memory bank.
 
         Raises:
-            ValueError: If ``embeddings`` is not a matrix with at least one row and column, or holds NaN or infinity.
+            UsageError: If ``embeddings`` is not a matrix with at least one row and column, or holds NaN or infinity.
         """
         points = _as_matrix(embeddings, shared=group is not None)
         home = points.device
@@ -206,8 +207,8 @@ def _as_matrix(embeddings: torch.Tensor | ArrayLike, *, shared: bool) -> torch.T
     points = torch.as_tensor(embeddings).detach()
     if points.is_complex():
         msg = f"embeddings must be real numbers, got {points.dtype}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     if points.ndim != 2 or points.shape[1] == 0 or (len(points) == 0 and not shared):
         msg = f"embeddings must be a matrix (N, D) with at least one row and one column, got shape {tuple(points.shape)}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     return points if points.is_floating_point() else points.double()

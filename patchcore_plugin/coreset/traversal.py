@@ -22,13 +22,14 @@ from patchcore_plugin.coreset.distances import Rows, candidates
 from patchcore_plugin.coreset.processes import Shards
 from patchcore_plugin.coreset.products import faster_dtype
 from patchcore_plugin.coreset.rounding import Rounding
+from patchcore_plugin.errors import UsageError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from patchcore_plugin.coreset.tuning import Tuning
 
-_WORTHLESS_SHARE = 0.85  # of all pairs of block and new center: pruning that leaves so many costs more than it saves
+_PRUNED_SHARE_NEEDED = 0.15  # of all pairs of block and new center; less is not worth the cost of pruning
 
 
 class _Candidates(NamedTuple):
@@ -179,7 +180,7 @@ class Traversal:
         before = len(self.picks)
         reach = self._reach() if len(numbers) >= self.tuning.pruning_batch else None
         self.rows.update(vectors, before, reach)
-        if reach is not None and reach.compared > _WORTHLESS_SHARE * len(reach) * len(numbers):
+        if reach is not None and reach.compared > (1 - _PRUNED_SHARE_NEEDED) * len(reach) * len(numbers):
             self._pruning_centers = before + before // 2
         self.picks = torch.cat([self.picks, numbers])
         if self.shards.world > 1:
@@ -233,11 +234,11 @@ def _rounding(matrices: list[torch.Tensor], shards: Shards, tuning: Tuning) -> R
     largest = float(largest.max())
     if not math.isfinite(largest):
         msg = "embeddings hold NaN or infinite values; farthest-first distances are not defined on them."
-        raise ValueError(msg)
+        raise UsageError(msg)
     longest = (largest + float(mean.abs().max())) * math.sqrt(columns)
     if not longest <= torch.finfo(torch.float32).max / 4:
         msg = f"embeddings hold values up to {largest:.3g}, too large for distances; scale them down first."
-        raise ValueError(msg)
+        raise UsageError(msg)
     # Powers of two that a float32 can hold
     scale = 2.0 ** max(-120, min(120, -math.frexp(longest)[1])) if longest else 1.0
     return Rounding(mean, scale, tuning.product_dtype or faster_dtype(mean.device, columns, torch.get_num_threads()))

@@ -1,1 +1,1 @@
-"""The training world: torch, lightning, anomalib."""
+"""The model in anomalib: Lightning module, torch model, backbone, pre- and post-processing."""

@@ -11,6 +11,7 @@ from anomalib import PrecisionType
 
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.coreset.sampler import BOUNDS as SAMPLER_BOUNDS
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.pre_processing import Normalization
 
 BOUNDS: dict[str, dict[str, Any]] = {
@@ -30,42 +31,42 @@ def check_numbers(**values: Any) -> None:
     """Check numbers by the names of their arguments.
 
     Raises:
-        ValueError: If a value is outside its :data:`BOUNDS`.
+        UsageError: If a value is outside its :data:`BOUNDS`.
     """
     for name, value in values.items():
         check_number(name, value, **BOUNDS[name])
 
 
 def dtype_of_bank(precision: str | PrecisionType) -> torch.dtype:
-    """Type of the memory bank's vectors; a ValueError if ``precision`` names none."""
+    """Type of the memory bank's vectors; a UsageError if ``precision`` names none."""
     value = precision.value if isinstance(precision, PrecisionType) else str(precision).lower()
     dtypes = {"float32": torch.float32, "float16": torch.float16}
     if value not in dtypes:
         msg = f"precision must be 'float32' or 'float16', got {precision!r}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     return dtypes[value]
 
 
 def dtype_of_embeddings(name: str) -> torch.dtype:
-    """Type in which training holds embeddings; a ValueError if ``name`` is none."""
+    """Type in which training holds embeddings; a UsageError if ``name`` is none."""
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in dtypes:
         msg = f"embedding_dtype must be one of {', '.join(map(repr, dtypes))} or None, got {name!r}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     return dtypes[name]
 
 
 def check_image_size(value: Any) -> tuple[int, int]:
-    """Height and width as plain numbers; a ValueError unless ``value`` is two whole numbers of at least 1."""
+    """Height and width as plain numbers; a UsageError unless ``value`` is two whole numbers of at least 1."""
     size = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
     if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, Integral) or side < 1 for side in size):
         msg = f"image_size must be a height and a width in pixels, e.g. [256, 256], got {value!r}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     return int(size[0]), int(size[1])
 
 
 def check_normalization(value: Any) -> None:
-    """Raise a ValueError unless ``value`` names a normalization."""
+    """Raise a UsageError unless ``value`` names a normalization."""
     if value not in get_args(Normalization):
         msg = f"normalization must be one of {', '.join(map(repr, get_args(Normalization)))}, got {value!r}."
-        raise ValueError(msg)
+        raise UsageError(msg)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from torch import nn
 
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.weights import (
     PACKAGED,
     load_file_weights,
@@ -37,7 +38,7 @@ class Backbone(nn.Module):
         weights: Local ``.pth`` or ``.safetensors`` file to load instead, tensors only. Wins over ``pre_trained``.
 
     Raises:
-        ValueError: If timm has no such model, or the model no such layer.
+        UsageError: If timm has no such model, or the model no such layer.
         BackboneWeightsError: If weights cannot be reached, read, or fitted.
     """
 
@@ -74,13 +75,13 @@ class Backbone(nn.Module):
         """Extract features of normalized images (B, 3, H, W): one (B, C, h, w) per layer.
 
         Raises:
-            ValueError: If the backbone cannot take images of this size.
+            UsageError: If the backbone cannot take images of this size.
         """
         try:
             features = self.net(images)
         except AssertionError as error:  # timm's transformers of a fixed image size
             msg = f"{error} Give a size that fits: image_size: [height, width]."
-            raise ValueError(msg) from error
+            raise UsageError(msg) from error
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return [features[position] for position in self._order]
@@ -96,7 +97,7 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
         Mean and standard deviation of each channel (RGB), of values in [0, 1].
 
     Raises:
-        ValueError: If timm does not know them.
+        UsageError: If timm does not know them.
     """
     known = timm.get_pretrained_cfg(timm_name(name))
     if known is None:
@@ -104,7 +105,7 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
             f"timm does not know how images for the backbone {name!r} are to be normalized: give a pre_processor whose "
             "Normalize has the right mean and std."
         )
-        raise ValueError(msg)
+        raise UsageError(msg)
     return tuple(known.mean), tuple(known.std)
 
 
@@ -112,16 +113,16 @@ def _layer_indices(name: str, layers: Sequence[str]) -> list[int]:
     """Positions of ``layers`` among the backbone's feature layers."""
     if isinstance(layers, str) or not layers or not all(isinstance(layer, str) for layer in layers):
         msg = f"layers must be a non-empty list of layer names, got {layers!r}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     model = _create(timm_name(name), None, pretrained=False)
     available = [info["module"] for info in model.feature_info.info]
     missing = [layer for layer in layers if layer not in available]
     if missing:
         msg = f"Backbone {name!r} has no layer {', '.join(map(repr, missing))}. Its feature layers: {', '.join(available)}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     if len(set(layers)) != len(layers):
         msg = f"layers names a layer twice: {list(layers)}."
-        raise ValueError(msg)
+        raise UsageError(msg)
     return [available.index(layer) for layer in layers]
 
 
@@ -143,6 +144,6 @@ def _create(architecture: str, indices: list[int] | None, *, pretrained: bool) -
             similar = timm.list_models(f"*{re.split('[._]', architecture)[0]}*")[:8]
             hint = f" Similar names: {', '.join(similar)}." if similar else ""
             msg = f"timm has no model {architecture!r}.{hint}"
-            raise ValueError(msg) from error
+            raise UsageError(msg) from error
         msg = f"timm cannot build {architecture!r} as a feature extractor (features_only): {error}"
-        raise ValueError(msg) from error
+        raise UsageError(msg) from error

@@ -9,6 +9,7 @@ import torch
 
 from patchcore_plugin.bundle.origins import Origins, locate_patches
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.training_images import check_finite, own_images
 
 if TYPE_CHECKING:
@@ -97,14 +98,14 @@ class PatchCollector:
         """Add the patch embeddings (B, h, w, D) of some images, in the memory bank's type.
 
         Raises:
-            ValueError: If an embedding is NaN or infinite, or too large for the type in which embeddings are held; or if
+            UsageError: If an embedding is NaN or infinite, or too large for the type in which embeddings are held; or if
                 the memory budget is far too small.
         """
         check_finite(embedding, paths)
         held = embedding.to(self.dtype)
         if not held.to(embedding.dtype).isfinite().all():
             msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
-            raise ValueError(msg)
+            raise UsageError(msg)
         images, rows, columns, dimension = embedding.shape
         if self._store is None:
             self._store = self._new_store(self.expected_images and self.expected_images * rows * columns)

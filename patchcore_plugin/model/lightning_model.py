@@ -23,6 +23,7 @@ from torch import nn
 from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.coreset.memory import GIB
 from patchcore_plugin.coreset.sampler import GreedyCoreset
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.arguments import (
     check_image_size,
     check_normalization,
@@ -46,14 +47,18 @@ _GRAPH_BANK_BYTES = 2**30  # of a memory bank in a graph, at most; an ONNX file 
 class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     """PatchCore with an exact, fast coreset and a memory bank searched by FAISS.
 
-    A drop-in for anomalib's ``Patchcore``: its arguments keep their name, meaning and default. Source: Roth et al.,
-    "Towards Total Recall in Industrial Anomaly Detection", arXiv 2106.08265.
+    The model takes the place of anomalib's ``Patchcore``, whose arguments keep their name, meaning and default. Source: Roth
+    et al., "Towards Total Recall in Industrial Anomaly Detection", arXiv 2106.08265.
+
+    With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, and all processes
+    pick the coreset together. Each gets the bank that a single process would have picked, as long as the embeddings fit into
+    the memory budget.
 
     Args:
         backbone: Any timm model that supports ``features_only``, or ``"efficientnet_lite0"`` (or 1, 2), whose ImageNet
             weights come from an installed package, with no model hub.
         layers: Feature layers by timm's module names, shallow to deep (``"layer2"``, ``"blocks.2"``).
-        pre_trained: Load the backbone's ImageNet weights.
+        pre_trained: Whether to load the backbone's ImageNet weights.
         coreset_sampling_ratio: Share of the training patches that the memory bank keeps, in (0, 1].
         num_neighbors: Neighbors that re-weight the image score (equation 7); 1 turns that off.
         precision: ``"float32"`` or ``"float16"``: type of the memory bank's vectors in the model and, on an accelerator, of
@@ -70,8 +75,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         coreset_radius: Largest distance of any training patch to the memory bank, in feature units, instead of
             ``coreset_sampling_ratio``: the bank keeps as many patches as that takes. Start from the radius in the log of a
             training.
-        coreset_projection: Pick by randomly projected embeddings, for speed, with at most this relative error of squared
-            distances, in (0, 1); anomalib's sampler does so with 0.9. ``None`` picks by the embeddings themselves.
+        coreset_projection: Largest relative error of squared distances, in (0, 1), that picking may make for speed, by a
+            random projection of the embeddings; anomalib's sampler uses 0.9. ``None`` picks by the embeddings themselves.
         embedding_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: type in which training holds the embeddings. The
             last two halve their memory. ``None`` takes the bank's type.
         memory_budget: GiB that the embeddings and the coreset may take, per process. Where they need more, the coreset is
@@ -83,12 +88,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the patch distances before the largest
             becomes the image score. 0 is the paper's. The anomaly map stays as it is.
 
-    With several devices (``devices: 2``, ``strategy: ddp``) each process embeds its share of the images, all of them pick
-    the coreset together, and every one gets the bank that a single process would have picked, as long as the embeddings
-    fit into the memory budget.
-
     Raises:
-        ValueError: If an argument is out of range, the backbone unknown, or a layer not one of its own.
+        UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
         BackboneWeightsError: If the backbone's weights cannot be had or do not fit.
 
     Example:
@@ -138,7 +139,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         )
         if coreset_radius is not None and coreset_projection is not None:
             msg = "coreset_radius is a distance of the embeddings themselves: leave coreset_projection out."
-            raise ValueError(msg)
+            raise UsageError(msg)
         rule = ScoreRule(num_neighbors=num_neighbors, score_smoothing=score_smoothing)
         check_normalization(normalization)
         if image_size is not None:
@@ -146,12 +147,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if image_size is not None or normalization != "imagenet":
             if pre_processor is not True:
                 msg = "image_size and normalization set up the default pre-processor: leave them out, or pre_processor."
-                raise ValueError(msg)
+                raise UsageError(msg)
             pre_processor = build_pre_processor(image_size, normalization=normalization, backbone=backbone)
         dtype = dtype_of_bank(precision)
         self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
         if not isinstance(layers, str):
-            layers = list(layers)  # a plain list: what get_model's omegaconf gives could not be loaded from the checkpoint
+            layers = list(layers)  # plain: a checkpoint with the list type of get_model's omegaconf could not be loaded
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -187,7 +188,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             center_crop_size: Height and width of the crop, in pixels; the paper's is 224 x 224. ``None`` crops nothing.
 
         Raises:
-            ValueError: If the crop is larger than the resized image.
+            UsageError: If the crop is larger than the resized image.
         """
         return build_pre_processor(image_size, center_crop_size)
 
@@ -242,7 +243,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Collect the patch embeddings of the batch's normal images.
 
         Raises:
-            ValueError: If the backbone gives NaN or infinite features, or the memory budget is far too small.
+            UsageError: If the backbone gives NaN or infinite features, or the memory budget is far too small.
         """
         del args, kwargs
         images, paths = self._patches.select(batch, self.trainer.train_dataloader)
@@ -268,12 +269,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if anomalous and self.global_rank == 0:
             logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", anomalous)
         if not patches:
-            found = f" It has {anomalous} anomalous ones." if anomalous else ""
-            msg = (
-                f"The training set has no normal image, and PatchCore learns from normal images only.{found} Check the data "
-                "section of the config: normal_dir (or the data set's training split) must hold defect-free images."
-            )
-            raise MemoryBankError(msg)
+            raise MemoryBankError(_no_normal_image(anomalous))
         fitted = self._patches.reduce_to_bank(group)
         self._patches = None
         self.model.memory_bank = fitted.vectors.to(self.model.memory_bank)
@@ -329,7 +325,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the held-out images and the bank's origins with the model."""
+        """Write the held-out images and the bank's origins too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["held_out"] = self.held_out
         if self.origins is not None:
@@ -337,10 +333,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             checkpoint["origins"] = {"patches": patches, "images": self.origins.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore held-out images, the bank's origins and the kind of post-processor; older checkpoints have none.
+        """Read the held-out images, the bank's origins and the kind of post-processor, which older checkpoints lack.
 
-        A checkpoint of version 0.1 may have a ``position_weight`` among its hyper parameters. The weight goes on from there,
-        into the checkpoints that this model is saved to.
+        Hyper parameters of version 0.1 may have a ``position_weight``, which is no argument any more. Among the hyper
+        parameters it also travels to the checkpoints of this model.
         """
         rate = checkpoint.get("anomalib_post_processor_config", {}).get("false_positive_rate")
         if rate is not None and type(self.post_processor) is PostProcessor:
@@ -360,13 +356,13 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.post_processor = new
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to ONNX, the memory bank inside; see anomalib's ``ExportMixin.to_onnx``.
+        """Export to ONNX with the memory bank inside the graph; see anomalib's ``ExportMixin.to_onnx``.
 
         The default operator set is 18, the exporter's own.
 
         Raises:
-            MemoryBankError: If the bank is empty, or too large for a graph: the distances of all patches to all bank
-                vectors are one matrix there.
+            MemoryBankError: If the bank is empty, or too large: a graph computes the distances of all patches to all bank
+                vectors as one matrix.
         """
         size = self.model.memory_bank.numel() * 4
         if not size:
@@ -392,3 +388,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         loose = kwargs.get("strict") is False
         with nullcontext() if loose else weights_from_checkpoint():
             return super().load_from_checkpoint(*args, **kwargs)
+
+
+def _no_normal_image(anomalous: int) -> str:
+    """The message for a training set without normal images, which has some anomalous ones."""
+    found = f" It has {anomalous} anomalous ones." if anomalous else ""
+    return (
+        f"The training set has no normal image, and PatchCore learns from normal images only.{found} Check the data section "
+        "of the config: normal_dir (or the data set's training split) must hold defect-free images."
+    )

@@ -10,6 +10,7 @@ from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.scoring.conformal import images_needed, set_thresholds
 
 if TYPE_CHECKING:
@@ -20,31 +21,31 @@ if TYPE_CHECKING:
 class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     """Sets the thresholds for a false-alarm rate, by the normal images of the validation set.
 
-    In place of anomalib's default, which needs defective images to find the threshold of the best F1 score. Images with a
-    defect may be in the validation set; they are left out. What is promised, and on what condition, says
-    :mod:`patchcore_plugin.scoring.conformal`:
+    anomalib's default needs defective images, to find the threshold of the best F1 score. Here the validation set may hold
+    defective images, which are left out. :mod:`patchcore_plugin.scoring.conformal` says on what condition this holds:
 
     * at most ``false_positive_rate`` of normal images score above the image threshold;
     * at most ``false_positive_rate`` of normal images have any pixel above the pixel threshold.
 
-    Each holds by itself; an image may break the one and not the other.
+    The two rates hold separately: an image may be above one threshold and not above the other.
 
-    Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds a share of
-    the training images back (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
+    Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds back a share
+    of the training images (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
 
-    Normalization follows the thresholds: :func:`patchcore_plugin.scoring.conformal.set_thresholds`. anomalib's sensitivities
-    stay at 0.5: they would move the thresholds away from what was promised.
+    Normalization follows the thresholds: :func:`patchcore_plugin.scoring.conformal.set_thresholds`. Leave anomalib's
+    sensitivities at 0.5: another value moves the thresholds, and the rates with them.
 
     Args:
         false_positive_rate: Share of normal images that may be called anomalous, in (0, 1).
 
     Attributes:
-        calibration: Of each calibration image its score, the largest value of its anomaly map, and the map's mean (n, 3),
-            float32, in feature units. Of more than 10,000 images, as many drawn at random: the promise holds for them too.
+        calibration: Three numbers of each calibration image (n, 3), float32, in feature units: its score, and the largest
+            value and the mean of its anomaly map. At most 10,000 images are kept, drawn at random, for which the rates hold
+            too.
 
     Raises:
-        ValueError: If the rate is out of range; before training or after validation, if there are too few normal images for
-            it (0.01 takes 99).
+        UsageError: If the rate is out of range; before training or after validation, if there are too few normal images for
+            the rate (0.01 needs 99).
 
     Example:
         >>> from patchcore_plugin import ConformalPostProcessor, FaissPatchcore
@@ -59,18 +60,18 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
                 f"false_positive_rate must be at least {1 / (MAX_CALIBRATION + 1):.2g}, got {false_positive_rate!r}: a "
                 f"calibration keeps {MAX_CALIBRATION:,} images at most."
             )
-            raise ValueError(msg)
+            raise UsageError(msg)
         super().__init__()
         self.false_positive_rate = false_positive_rate
         self.register_buffer("calibration", torch.empty(0, 3))
-        self._rows: dict[Any, torch.Tensor | None] = {}  # of each image seen; None of an anomalous one
+        self._rows: dict[Any, torch.Tensor | None] = {}  # by image; None for an anomalous image
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "false_positive_rate")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a validation set that is too small before training, not after it, where its labels are known by then."""
+        """Refuse a validation set that is too small before training starts, where its labels are known by then."""
         del pl_module
         datamodule = getattr(trainer, "datamodule", None)  # absent where loaders were given instead
         if not isinstance(datamodule, AnomalibDataModule):
@@ -82,18 +83,18 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
             self._check_count(int((samples["label_index"] != 1).sum()))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an interrupted validation has left."""
+        """Drop what an interrupted validation has collected."""
         del trainer, pl_module
         self._rows = {}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: Any, **kwargs: Any
     ) -> None:
-        """Collect what is needed of the batch's normal images; without labels, all are normal."""
+        """Collect the calibration's numbers of the batch's normal images; without labels, all images are normal."""
         del pl_module, args, kwargs
         maps = outputs.anomaly_map.flatten(1)
         rows = torch.stack([outputs.pred_score.flatten(), maps.amax(1), maps.mean(1)], dim=1).float().cpu()
-        # A distributed sampler repeats images to make all shares equally large: by their names they count once.
+        # A distributed sampler repeats images to make all shares equally large: by its name, an image counts once.
         start = len(self._rows)
         names = outputs.image_path or [(trainer.global_rank, start + number) for number in range(len(rows))]
         anomalous = torch.zeros(len(rows)) if outputs.gt_label is None else outputs.gt_label.flatten()
@@ -102,10 +103,10 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set thresholds and the range of normalisation.
+        """Set the thresholds and the range of normalization.
 
         Raises:
-            ValueError: If there are too few normal images for the rate.
+            UsageError: If there are too few normal images for the rate.
         """
         del pl_module
         found, self._rows = self._rows, {}
@@ -141,11 +142,11 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         if count < needed:
             msg = (
                 f"false_positive_rate={self.false_positive_rate:g} needs at least {needed} normal images in the validation "
-                f"set, which has {count}. Hold more of the training images back (val_split_mode: from_train, and a larger "
-                f"val_split_ratio), take more images, or allow more false alarms: {1 / (count + 1):.3g} is the least that "
-                f"{count} images can promise."
+                f"set, which has {count}. Hold back more of the training images (val_split_mode: from_train, and a larger "
+                f"val_split_ratio), take more images, or allow more false alarms: {1 / (count + 1):.3g} is the lowest rate "
+                f"for {count} images."
             )
-            raise ValueError(msg)
+            raise UsageError(msg)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of anomalib's post-processor has no calibration; a validation gives it one.

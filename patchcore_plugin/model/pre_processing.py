@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.backbone import pretrained_statistics
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ def build_pre_processor(
         backbone: timm model name; used by ``"backbone"`` alone.
 
     Raises:
-        ValueError: If the crop is larger than the resized image, or timm does not know the backbone's normalization.
+        UsageError: If the crop is larger than the resized image, or timm does not know the backbone's normalization.
     """
     image_size = image_size or (256, 256)
     steps: list[nn.Module] = [Resize(image_size, antialias=True)]
     if center_crop_size is not None:
         if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
             msg = f"center_crop_size {center_crop_size} does not fit into image_size {image_size}."
-            raise ValueError(msg)
+            raise UsageError(msg)
         steps.append(CenterCrop(center_crop_size))
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalization == "imagenet" else pretrained_statistics(backbone)
     steps.append(Normalize(mean=mean, std=std))

@@ -14,7 +14,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import nn
 from torch.nn import functional as F
 
-from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.model.backbone import Backbone
 from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight
@@ -101,7 +101,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         half = self.memory_bank.dtype == torch.float16 and images.device.type != "cpu"
         with torch.no_grad(), torch.autocast(images.device.type, torch.float16) if half else nullcontext():
             features = self.feature_extractor(tiles)
-            # Section 3.1: each patch is averaged with its 3 x 3 neighbourhood, then layers are brought to one grid.
+            # Section 3.1: each patch is averaged with its 3 x 3 neighborhood, then layers are brought to one grid.
             features = [F.avg_pool2d(feature, kernel_size=3, stride=1, padding=1) for feature in features]
             grid = features[0].shape[-2:]
             features[1:] = [F.interpolate(feature, size=grid, mode="bilinear") for feature in features[1:]]
@@ -124,7 +124,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             return images
         if self.tiler.mode != ImageUpscaleMode.PADDING:
             msg = f"Tiling mode {self.tiler.mode.value!r} would resize embeddings like images; use mode 'padding'."
-            raise ValueError(msg)
+            raise UsageError(msg)
         return self.tiler.tile(images)
 
     @staticmethod
@@ -148,7 +148,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
         Raises:
             MemoryBankError: If the bank is empty or was built with other features.
-            ValueError: If the embeddings hold NaN or infinite values.
+            UsageError: If the embeddings hold NaN or infinite values.
         """
         self._check_bank(embedding)
         if not _is_traced() and not bool(embedding.isfinite().all()):
@@ -156,7 +156,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
                 "The backbone gives NaN or infinite features for these images. With 16-bit precision features can overflow: "
                 "use float32. Otherwise check the images, and the backbone's weights for NaN."
             )
-            raise ValueError(msg)
+            raise UsageError(msg)
         autocast = torch.is_autocast_enabled(embedding.device.type)
         # Distances are float32 whatever the trainer's precision: bf16 has three digits.
         with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():

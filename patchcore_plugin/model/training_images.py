@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from patchcore_plugin.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -51,7 +53,7 @@ def check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
         paths: Paths of the B images, if they have any.
 
     Raises:
-        ValueError: If any embedding is NaN or infinite.
+        UsageError: If any embedding is NaN or infinite.
     """
     bad = (~embedding.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
@@ -61,7 +63,7 @@ def check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
             f"The backbone gives NaN or infinite features{names}{more}. With precision='float16' features can overflow: use "
             "'float32'. Otherwise check these images, and the backbone's weights for NaN."
         )
-        raise ValueError(msg)
+        raise UsageError(msg)
 
 
 def hold_out(kept: torch.Tensor | None, normal: torch.Tensor) -> torch.Tensor | None:

@@ -123,7 +123,7 @@ def test_too_few_images(cells, tmp_path):
     few = {"val_split_mode": "from_train", "val_split_ratio": 0.25, "normal_test_dir": None, "abnormal_dir": None}
     datamodule = folder_datamodule(cells, **few, test_split_mode="none")
     expected = (
-        r"needs at least 99 normal images in the validation set, which has 6\. .*val_split_ratio.* 0\.143 is the least"
+        r"needs at least 99 normal images in the validation set, which has 6\. .*val_split_ratio.* 0\.143 is the lowest"
     )
     model = make_model(post_processor=ConformalPostProcessor(0.01))
     with pytest.raises(ValueError, match=expected):

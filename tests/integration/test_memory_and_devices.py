@@ -132,11 +132,11 @@ def test_features_too_large_for_float16(cells, tmp_path):
 def test_peak_memory_of_a_fit(tmp_path):
     """A process that collects embeddings and picks 1 % of them takes 1.25 times their matrix at most, the bank included."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(200, 152)).astype(np.float32) * 2
+    centers = rng.normal(size=(200, 152)).astype(np.float32) * 2
     rows, part = 600_000, 6000
     with (tmp_path / "rows").open("wb") as file:
         for _ in range(rows // part):
-            (centres[rng.integers(0, 200, part)] + rng.normal(size=(part, 152)).astype(np.float32)).tofile(file)
+            (centers[rng.integers(0, 200, part)] + rng.normal(size=(part, 152)).astype(np.float32)).tofile(file)
     benchmark = Path(__file__).parents[1] / "benchmarks/coreset_memory.py"
     job = json.dumps(["fit", "ours", str(tmp_path / "rows"), rows, rows // 100, "float32"])
     done = subprocess.run([sys.executable, benchmark, job], capture_output=True, text=True, timeout=300, check=False)

@@ -44,7 +44,7 @@ def test_maps(compared):
     np.testing.assert_allclose(result.anomaly_map[:, 0], maps, rtol=1e-4)
 
 
-def test_single_neighbour(compared):
+def test_single_neighbor(compared):
     """num_neighbors=1 turns the re-weighting off, in both."""
     ours, embedding, distances, _, _ = compared
     bank = MemoryBank(ours.memory_bank.numpy())
