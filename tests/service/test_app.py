@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from bentoml.exceptions import BentoMLConfigException
+from click.testing import CliRunner
 from helpers.bundles import change_manifest
 from helpers.http import Load, predict, predict_batch, wait_for
 from helpers.pictures import encoded
@@ -29,6 +31,7 @@ from prometheus_client import CollectorRegistry
 
 from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.cli import main
 
 
 @pytest.fixture
@@ -203,8 +206,8 @@ def test_bundle_replaced_under_load(bundle, tmp_path, test_images, log):
 
 
 @pytest.mark.parametrize("sensitivity", [0.3, 0.5, 0.8])
-def test_models_and_answers_show_the_same_threshold(bundle_copy, test_images, sensitivity):
-    """The sensitivity included, by which the verdict goes."""
+def test_every_way_to_ask_shows_the_same_threshold(bundle_copy, test_images, sensitivity):
+    """The sensitivity included, as for the verdict: /models, /predict, /explain, the runtime and ``patchcore info``."""
     scales = {name: getattr(read_manifest(bundle_copy), name).model_dump() for name in ("image", "pixel")}
     change_manifest(bundle_copy, **{name: {**scale, "sensitivity": sensitivity} for name, scale in scales.items()})
     with app_server(bundle=bundle_copy) as server:
@@ -215,6 +218,9 @@ def test_models_and_answers_show_the_same_threshold(bundle_copy, test_images, se
     assert (model["threshold"] == scales["image"]["threshold"]) == (sensitivity == 0.5)
     for answer in answers:
         assert (answer["verdict"] == "anomalous") == (answer["score"] > model["threshold"])
+    assert PatchcoreRuntime.load(bundle_copy).predict(test_images[:1])[0].threshold == model["threshold"]
+    info = CliRunner().invoke(main, ["info", str(bundle_copy)], env={"COLUMNS": "200"}).output
+    assert re.search(rf"image threshold\W+{model['threshold']:.4g}\b", info), info
 
 
 def test_spans(bundle, test_images):
