@@ -17,7 +17,7 @@ TUNINGS = {
     "bfloat16": Tuning(product_dtype=torch.bfloat16),
     # so small that all of it occurs on little data: rounds, blocks, leaves, and clusters out of reach
     "many rounds": Tuning(
-        product_dtype=torch.bfloat16, block_rows=128, leaf_rows=16, segment_columns=8, padding_columns=16, piece_values=512,
+        product_dtype=torch.bfloat16, block_rows=128, leaf_rows=16, segment_columns=8, padding_columns=16, piece_values=4096,
         min_candidates=96, pruning_centers=4, pruning_batch=1,
     ),
 }  # fmt: skip
