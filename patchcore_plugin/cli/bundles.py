@@ -51,6 +51,7 @@ def info(bundle: Path) -> None:
 
 def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     from patchcore_plugin.bundle import FILES, ORIGINS, THUMBNAILS
+    from patchcore_plugin.scoring import ScoreRule
 
     recipe, index = manifest.preprocessing, manifest.index
     yield "name", manifest.name
@@ -63,9 +64,7 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     radius = "unknown" if manifest.covering_radius is None else f"{manifest.covering_radius:.4g}"
     yield "memory bank", f"{manifest.bank_size:,} x {manifest.embedding_dimension}, covering radius {radius}"
     yield "index", f"{index.kind} in {index.storage}" + (f", width {index.width}" if index.width else "")
-    smoothed = f", smoothed by {manifest.score_smoothing:g} patches" if manifest.score_smoothing else ""
-    weighted = f", re-weighted by {manifest.num_neighbors} neighbors" if manifest.num_neighbors > 1 else ""
-    yield "image score", f"largest patch distance{smoothed}{weighted}"
+    yield "image score", str(ScoreRule.of(manifest))
     yield "image threshold", _threshold(manifest.image)
     yield "pixel threshold", _threshold(manifest.pixel)
     if manifest.calibration is None:

@@ -61,6 +61,12 @@ class ScoreRule:
         """Read the rule from the manifest of a bundle."""
         return cls(**{field.name: getattr(manifest, field.name) for field in fields(cls)})
 
+    def __str__(self) -> str:
+        """The rule in words."""
+        smoothed = f", smoothed by {self.score_smoothing:g} patches" if self.score_smoothing else ""
+        weighted = f", re-weighted by {self.num_neighbors} neighbors" if self.num_neighbors > 1 else ""
+        return f"largest patch distance{smoothed}{weighted}"
+
 
 class Scores(NamedTuple):
     """Raw anomaly scores of a batch.

@@ -95,3 +95,8 @@ def test_bank_of_one_vector():
     """With no neighbor to weigh by, the score is the distance, not 0."""
     scores = MemoryBank(np.zeros((1, 2))).score(np.float32([[[[3, 4]]]]), ScoreRule(9))
     assert scores.image.tolist() == [5.0]
+
+
+def test_rule_in_words():
+    assert str(ScoreRule(1, 0)) == "largest patch distance"
+    assert str(ScoreRule(9, 0.5)) == "largest patch distance, smoothed by 0.5 patches, re-weighted by 9 neighbors"
