@@ -36,16 +36,30 @@ def write_network(model: FaissPatchcore, recipe: Preprocessing, path: Path) -> N
         The network, compiled from the file.
 
     Raises:
+        OSError: If a file cannot be written.
         BundleError: If the embeddings have another shape, or differ by more than :data:`TOLERANCE`.
     """
     embedding = _Embedding(model)
     height, width = recipe.size
     example = torch.zeros(2, 3, height, width)
     ir = with_preprocessing(ov.convert_model(embedding, example_input=example, input=[-1, 3, height, width]), recipe)
-    ov.save_model(ir, path, compress_to_fp16=False)
+    save_network(ir, path)
     network = Network(path)
     _compare(network, embedding, recipe, model)
     return network
+
+
+def save_network(network: ov.Model, path: Path) -> None:
+    """Write a network as OpenVINO IR (``.xml``), and its weights in float32 beside it (``.bin``).
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    try:
+        ov.save_model(network, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        msg = f"{path} cannot be written: {error}"
+        raise OSError(msg) from error
 
 
 class _Embedding(nn.Module):

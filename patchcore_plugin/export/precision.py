@@ -11,6 +11,7 @@ import openvino as ov
 
 from patchcore_plugin.bundle import BundleError, PrecisionTrial
 from patchcore_plugin.cpu import has_bfloat16
+from patchcore_plugin.export.network import save_network
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network
 
@@ -171,7 +172,7 @@ def _quantized(path: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
         ),
     )
     file = path.with_name(f"int8_{path.name}")
-    ov.save_model(network, file, compress_to_fp16=False)
+    save_network(network, file)
     return file
 
 

@@ -40,10 +40,17 @@ def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | No
         index: FAISS index.
         neighbors: Bank indices of the neighbors of each vector (M, k), written to ``path`` with the suffix ``.npy``; None
             removes that file.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     draft = path.with_name(f"{path.name}.part")  # the index may be mapped from the very file that it is written to
     if str(draft).isascii():
-        faiss.write_index(index, str(draft))
+        try:
+            faiss.write_index(index, str(draft))
+        except RuntimeError as error:
+            msg = f"{path} cannot be written: {error}"
+            raise OSError(msg) from error
     else:  # not every system lets FAISS open such a name
         draft.write_bytes(faiss.serialize_index(index).tobytes())
     draft.replace(path)

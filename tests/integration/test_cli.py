@@ -130,6 +130,8 @@ print("\\n" + json.dumps([stock, [outcome(arguments) for arguments in commands]]
 FULL_CONFIGS = sorted(str(file) for file in CONFIGS.iterdir() if file.suffix == ".yaml" and file.name != "evaluate.yaml")
 SHORT = ["fit", "--config", "short.yaml", "--data.init_args.root", "cells"]
 WRONG_ARGUMENTS = {
+    "Error: coreset_sampling_ratio must be a number in (0, 1], got 2.0.": ["--model.init_args.coreset_sampling_ratio", "2"],
+    "has no layer 'nowhere'. Its feature layers: blocks.0": ["--model.init_args.layers", "[nowhere]"],
     "Option 'surprise' is not accepted": ["--model.init_args.surprise", "1"],
     "absent/train/good": ["--data.init_args.root", "absent"],
     "All split ratios must be between 0 and 1": [
@@ -217,6 +219,20 @@ def test_export_over_a_bundle(trained, bundle_copy, cells):
     assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
     assert [row[0] for row in table_rows(exported.stdout) if row[-1] == "taken"] == ["ivf", manifest.precision]
     assert {file.name for file in bundle_copy.iterdir()} == {"manifest.json", *manifest.files}
+
+
+def test_export_to_a_full_disk(trained, tmp_path):
+    """A file that may not grow further stands for it: a sentence that names the file, and nothing is left."""
+    resource = pytest.importorskip("resource", reason="this system limits no file sizes")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        result = call("export", trained.checkpoint, tmp_path / "bundle")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1
+    assert "features.xml cannot be written" in words(result.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 def table_rows(output: str) -> list[list[str]]:

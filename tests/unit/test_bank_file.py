@@ -1,5 +1,6 @@
 """Files of a memory bank, sound, damaged and made to harm."""
 
+import re
 from typing import get_args
 
 import faiss
@@ -167,3 +168,10 @@ def test_damaged_neighbors(path, damage):
     damage(path.with_suffix(".npy"))
     with pytest.raises(ValueError, match=r"bank\.npy"):
         MemoryBank.load(path)
+
+
+def test_unwritable_file_is_named(real_embeddings, tmp_path):
+    """FAISS tells of a full disk or an absent folder with its own source file; an OSError names ours."""
+    path = tmp_path / "absent" / "bank.faiss"
+    with pytest.raises(OSError, match=re.escape(f"{path} cannot be written")):
+        MemoryBank(real_embeddings[:10]).save(path)
