@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from patchcore_plugin.cli.common import print_trials, progress_bar, step_bars
@@ -42,7 +43,7 @@ def info(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     table = Table(show_header=False)
     for name, text in _summary(manifest, version_of(bundle)):
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     Console().print(table)
     if manifest.index.trials or manifest.precision_trials:
         click.echo("Measured when the bundle was written:")
@@ -133,14 +134,14 @@ def _print_validation(report: ValidationReport, folder: Path | None) -> None:
     console = Console()
     table = Table("check", "result", "")
     for check in report.checks:
-        table.add_row(check.name, {"failed": "[red]failed[/red]"}.get(check.result, check.result), check.detail)
+        table.add_row(check.name, {"failed": "[red]failed[/red]"}.get(check.result, check.result), escape(check.detail))
     console.print(table)
     if folder and report.images:
         table = Table("image", "score", "threshold", "verdict")
         for row in report.images:
             numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("score", "threshold")]
             verdict = str(row.get("error") or row.get("verdict") or "none")
-            table.add_row(str(Path(str(row["image"])).relative_to(folder)), *numbers, verdict)
+            table.add_row(escape(str(Path(str(row["image"])).relative_to(folder))), *numbers, escape(verdict))
         console.print(table)
 
 
@@ -235,7 +236,7 @@ def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Re
             place = f"{region.width} x {region.height} at {region.left}, {region.top}"
         normal = f"vector {nearest.vector}"
         if nearest.image is not None:
-            normal = f"{nearest.image}, {nearest.row}, {nearest.column}"
+            normal = escape(f"{nearest.image}, {nearest.row}, {nearest.column}")
         box = "" if nearest.box is None else f"{nearest.box.left}, {nearest.box.top}"
         table.add_row(place, f"{reason.row}, {reason.column}", normal, box, f"{nearest.distance:.4g}")
     Console().print(table)

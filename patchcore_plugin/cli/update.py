@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from patchcore_plugin.cli.common import progress_bar, step_bars
@@ -71,7 +72,7 @@ def _print(report: UpdateReport) -> None:
     for number in order[:_TABLE_ROWS_LIMIT]:
         before, after = report.before[number], report.after[number]
         verdicts = (before.verdict or "none", after.verdict or "none")
-        table.add_row(Path(report.names[number]).name, f"{before.score:.4g}", f"{after.score:.4g}", *verdicts)
+        table.add_row(escape(Path(report.names[number]).name), f"{before.score:.4g}", f"{after.score:.4g}", *verdicts)
     if len(order) > _TABLE_ROWS_LIMIT:
         table.add_row(f"and {len(order) - _TABLE_ROWS_LIMIT} more", "", "", "", "")
     Console().print(table)

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.bundles import change_manifest, renew_checksums
 
 from patchcore_plugin import PatchcoreRuntime
-from patchcore_plugin.bundle import FEATURES, MANIFEST, WEIGHTS, describe_files, read_manifest
+from patchcore_plugin.bundle import FEATURES, FILES, MANIFEST, WEIGHTS, read_manifest
 from patchcore_plugin.cli import main
 from patchcore_plugin.runtime import self_test
 
 
 def call(*arguments) -> tuple[int, str]:
+    """Run ``patchcore``; returns its exit code, and its output or error."""
     result = CliRunner().invoke(main, list(map(str, arguments)))
-    return result.exit_code, result.stdout + result.stderr
+    return result.exit_code, result.stdout or result.stderr
 
 
 def validated(*arguments) -> tuple[int, dict]:
@@ -23,11 +26,6 @@ def validated(*arguments) -> tuple[int, dict]:
     report = json.loads(output)
     assert report["ok"] == (code == 0)
     return code, {**report, "results": {check["name"]: check["result"] for check in report["checks"]}}
-
-
-def change_manifest(folder, **changes):
-    content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**content, **changes}))
 
 
 def test_pictures_have_the_same_bytes_everywhere():
@@ -65,7 +63,7 @@ def test_network_that_computes_something_else(bundle_copy):
     largest = np.argsort(-np.abs(weights[1:-1]))[:2000] + 1
     weights[largest] *= 1.02
     weights.tofile(bundle_copy / WEIGHTS)
-    change_manifest(bundle_copy, files={name: file.model_dump() for name, file in describe_files(bundle_copy).items()})
+    renew_checksums(bundle_copy)
     code, report = validated(bundle_copy)
     assert code == 1
     assert report["results"]["network and bank"] == "ok"
@@ -104,23 +102,49 @@ def test_bundle_without_a_self_test(bundle_copy):
     assert any("older version wrote the bundle" in check["detail"] for check in report["checks"])
 
 
-def test_info(bundle):
-    code, output = call("info", bundle)
+def rows(output: str) -> dict[str, str]:
+    """Rows of the table that ``info`` prints, by their first cells."""
+    return {name.strip(): text.strip() for name, text in re.findall(r"^│ (\S.*?)\s*│(.*)│$", output, re.MULTILINE)}
+
+
+def test_info(bundle, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     manifest = read_manifest(bundle)
+    code, output = call("info", bundle)
+    found = rows(output)
     assert code == 0
-    for text in (
-        "efficientnet_lite0",
-        f"{manifest.bank_size:,} x 152",
-        manifest.index.kind,
-        f"{manifest.image.threshold:.4g}",
-        "largest patch distance, re-weighted by 9 neighbors",
-        "none: no p-values, no drift",
-    ):
-        assert text in output
-    assert hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12] in output
+    assert found["version"].startswith(hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()[:12])
+    assert found["backbone"] == "efficientnet_lite0, layers blocks.2, blocks.4, in f32"
+    assert found["input"] == "resized to 256 x 256 pixels; 32 x 32 patches"
+    assert found["memory bank"].startswith(f"{manifest.bank_size:,} x 152, covering radius {manifest.covering_radius:.4g}")
+    assert found["index"].startswith(f"{manifest.index.kind} in {manifest.index.storage}")
+    assert found["image score"] == "largest patch distance, re-weighted by 9 neighbors"
+    assert found["image threshold"].startswith(f"{manifest.image.threshold:.4g};")
+    assert found["calibration"] == "none: no p-values, no drift"
+    for name, file in manifest.files.items():
+        assert found[name] == f"{FILES[name].content}, {file.bytes / 2**20:.2f} MiB"
     code, output = call("info", bundle / "absent")
     assert code == 1
     assert "no bundle folder" in output
+
+
+def test_info_shows_the_threshold_of_verdicts(bundle_copy, monkeypatch):
+    """Sensitivity included, for images and pixels, as a prediction has them; nothing is made up where there is none."""
+    monkeypatch.setenv("COLUMNS", "200")
+    scale = read_manifest(bundle_copy).image.model_dump()
+    change_manifest(
+        bundle_copy,
+        name="cells [red]",
+        image={**scale, "sensitivity": 0.7},
+        pixel={**scale, "minimum": None, "maximum": None},
+    )
+    found = rows(call("info", bundle_copy)[1])
+    assert found["name"] == "cells [red]"
+    expected = scale["threshold"] - 0.2 * (scale["maximum"] - scale["minimum"])
+    assert found["image threshold"].startswith(f"{expected:.4g}, moved from {scale['threshold']:.4g} by sensitivity 0.7;")
+    assert found["pixel threshold"] == f"{scale['threshold']:.4g}"
+    change_manifest(bundle_copy, image={})
+    assert rows(call("info", bundle_copy)[1])["image threshold"] == "none: the model was never validated"
 
 
 def test_info_of_a_calibrated_bundle(calibrated):
