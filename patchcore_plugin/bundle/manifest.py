@@ -44,7 +44,7 @@ FILES = {
     WEIGHTS: FileRule("weights of the network"),
     # vectors (M, D), and beside them the k nearest of each (M, k), int32
     BANK: FileRule("memory bank and its index (FAISS)"),
-    NEIGHBORS: FileRule("nearest neighbors of each bank vector"),
+    NEIGHBORS: FileRule("nearest neighbors of each bank vector", required=False),  # a huge flat bank has none
     # (M, 3), int32; K names; (K, h, w, 3), u8, RGB
     ORIGINS: FileRule("training image, row and column of each bank vector", required=False, needs=(SOURCES,)),
     SOURCES: FileRule("names of the training images", required=False, needs=(ORIGINS,)),

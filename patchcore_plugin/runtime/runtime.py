@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from PIL import Image
 
-from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, BundleError, Manifest, read_manifest, verify
+from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, NEIGHBORS, BundleError, Manifest, read_manifest, verify
 from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.cpu import Mode, cores
@@ -260,6 +260,8 @@ def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     except ValueError as error:
         msg = f"{path / MANIFEST}: {error}"
         raise BundleError(msg) from error
+    if NEIGHBORS not in manifest.files:
+        bank.neighbors = None  # a file that is not listed has no checksum
     return bank
 
 

@@ -263,6 +263,19 @@ def test_bundle_is_one_folder_to_copy(bundle, tmp_path, test_images):
     assert [answer.score for answer in one] == [answer.score for answer in other]
 
 
+def test_bank_too_large_for_neighbors(bundle, tmp_path, test_images):
+    """A bundle without the file of neighbors, as a huge flat bank writes it, finds them when it needs them."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / NEIGHBORS).unlink()
+    renew_checksums(copy)
+    assert NEIGHBORS not in read_manifest(copy).files
+    others = np.zeros((read_manifest(copy).bank_size, 9), np.int32)
+    others[:, 0] = np.arange(len(others))
+    np.save(copy / NEIGHBORS, others)  # of which the manifest says nothing
+    one, other = (PatchcoreRuntime.load(path).predict(test_images[:2]) for path in (bundle, copy))
+    assert [answer.score for answer in other] == pytest.approx([answer.score for answer in one], rel=1e-6)
+
+
 def test_paths_may_be_strings(bundle, tmp_path):
     manifest = read_manifest(str(bundle))
     verify(str(bundle), manifest)
