@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -38,7 +39,6 @@ from patchcore_plugin.scoring.conformal import extend_calibration, set_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -76,7 +76,11 @@ class UpdateReport:
 
 
 def update_bundle(
-    path: Path, images: Sequence[Path], output: Path, holdout: int = 5, progress: Progress = no_progress
+    path: str | Path,
+    images: Sequence[str | Path],
+    output: str | Path,
+    holdout: int = 5,
+    progress: Progress = no_progress,
 ) -> UpdateReport:
     """Write a bundle's successor, whose memory bank knows new normal images too.
 
@@ -101,7 +105,7 @@ def update_bundle(
     old = PatchcoreRuntime.load(path)
     radius = _covering_radius(old)
     with atomic_folder(output) as draft:
-        copy_files(path, old.manifest, draft)  # what follows writes some of them anew
+        copy_files(path, old.manifest, draft)  # those of the bank are written anew below
         patches = _find_uncovered(old, added, radius, progress)
         picks = farthest_first(patches.embeddings, patches.distances, radius, progress)
         embeddings, before = _predict(old, held_out, progress)
@@ -155,12 +159,12 @@ def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Cal
     return *set_thresholds(calibration), calibration
 
 
-def _divide(images: Sequence[Path], holdout: int) -> tuple[list[Path], list[Path]]:
+def _divide(images: Sequence[str | Path], holdout: int) -> tuple[list[Path], list[Path]]:
     """Images for the bank, and held-out ones."""
     if len(images) < 2:
         msg = f"An update needs at least two new normal images, got {len(images)}: one goes into the bank, one is held out."
         raise UsageError(msg)
-    images = sorted(images, key=lambda image: (image.name, str(image)))
+    images = sorted(map(Path, images), key=lambda image: (image.name, str(image)))
     held_out = images[holdout - 1 :: holdout] or images[-1:]
     return [image for image in images if image not in held_out], held_out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ from patchcore_plugin.runtime import PatchcoreRuntime, self_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from patchcore_plugin.bundle import Manifest
     from patchcore_plugin.progress import Progress
@@ -65,7 +65,9 @@ class ValidationReport:
         return all(check.result != "failed" for check in self.checks)
 
 
-def validate_bundle(path: Path, images: Sequence[Path] = (), progress: Progress = no_progress) -> ValidationReport:
+def validate_bundle(
+    path: str | Path, images: Sequence[str | Path] = (), progress: Progress = no_progress
+) -> ValidationReport:
     """Check a bundle from its manifest to its answers.
 
     Args:
@@ -85,6 +87,7 @@ def validate_bundle(path: Path, images: Sequence[Path] = (), progress: Progress 
         checks.append(Check(name, finding.result, finding.detail))
         return finding.value
 
+    path = Path(path)
     manifest = run("manifest", _check_manifest, path)
     intact = run("files", _check_files, path, manifest)
     runtime = run("network and bank", _check_loading, path, intact)
@@ -159,7 +162,7 @@ def _check_latency(runtime: PatchcoreRuntime) -> _Finding:
     return _Finding(detail, {"median": median, "95 % below": high})
 
 
-def _check_images(runtime: PatchcoreRuntime, images: Sequence[Path]) -> _Finding:
+def _check_images(runtime: PatchcoreRuntime, images: Sequence[str | Path]) -> _Finding:
     if not images:
         return _Finding("none given", result="skipped")
     rows = [{"image": str(image), **_judge(runtime, image)} for image in images]
@@ -169,7 +172,7 @@ def _check_images(runtime: PatchcoreRuntime, images: Sequence[Path]) -> _Finding
     return _Finding(detail, rows, "failed" if unreadable else "ok")
 
 
-def _judge(runtime: PatchcoreRuntime, image: Path) -> dict[str, str | float | None]:
+def _judge(runtime: PatchcoreRuntime, image: str | Path) -> dict[str, str | float | None]:
     try:
         (prediction,) = runtime.predict([image])
     except (ImageError, OSError) as error:
