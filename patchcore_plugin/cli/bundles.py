@@ -98,7 +98,7 @@ def _threshold(scale: Scale) -> str:
     if scale.minimum is None or scale.maximum is None:
         return f"{threshold:.4g}"
     moved = "" if scale.sensitivity == 0.5 else f", moved from {scale.threshold:.4g} by sensitivity {scale.sensitivity:g}"
-    return f"{threshold:.4g}{moved}; scores from {scale.minimum:.4g} to {scale.maximum:.4g} are normalized to a length of 1"
+    return f"{threshold:.4g}{moved}; scores are normalized by the range {scale.minimum:.4g} to {scale.maximum:.4g}"
 
 
 @click.command()
