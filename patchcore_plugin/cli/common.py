@@ -59,6 +59,8 @@ def plain_errors() -> Iterator[None]:
         raise click.ClickException(msg) from error
     except PatchcoreError as error:
         raise click.ClickException(str(error)) from error
+    except BrokenPipeError:  # the reader of the output, such as head, has read enough; click ends quietly
+        raise
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         raise click.ClickException(f"{error.filename}: {error.strerror}" if named else str(error)) from error

@@ -64,24 +64,23 @@ def read_scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
     post = model.post_processor
     if post is not None and not isinstance(post, PostProcessor):
         logger.warning("A bundle cannot hold the post-processor %s: it will give raw scores only.", type(post).__name__)
-    if not isinstance(post, PostProcessor):
-        return Scale(), Scale()
-
-    def number(value: torch.Tensor, *, enabled: bool) -> float | None:
-        return float(value) if enabled and math.isfinite(float(value)) else None
-
-    image, pixel = (
-        Scale(
-            threshold=number(getattr(post, f"{level}_threshold"), enabled=post.enable_thresholding),
-            minimum=number(getattr(post, f"{level}_min"), enabled=post.enable_normalization),
-            maximum=number(getattr(post, f"{level}_max"), enabled=post.enable_normalization),
-            sensitivity=getattr(post, f"{level}_sensitivity"),
-        )
-        for level in ("image", "pixel")
-    )
+    image, pixel = (_read_scale(post, level) if isinstance(post, PostProcessor) else Scale() for level in ("image", "pixel"))
     if image.threshold is None:
         logger.warning("The model has no threshold (it was never validated): the bundle will give scores but no verdict.")
     return image, pixel
+
+
+def _read_scale(post: PostProcessor, level: str) -> Scale:
+    def number(name: str, *, enabled: bool) -> float | None:
+        value = float(getattr(post, f"{level}_{name}"))
+        return value if enabled and math.isfinite(value) else None
+
+    return Scale(
+        threshold=number("threshold", enabled=post.enable_thresholding),
+        minimum=number("min", enabled=post.enable_normalization),
+        maximum=number("max", enabled=post.enable_normalization),
+        sensitivity=getattr(post, f"{level}_sensitivity"),
+    )
 
 
 def read_calibration(model: FaissPatchcore) -> Calibration | None:

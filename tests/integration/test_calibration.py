@@ -134,7 +134,7 @@ def test_too_few_images(cells, tmp_path):
     datamodule.setup()
     with pytest.raises(ValueError, match=expected):
         make_engine(tmp_path).fit(model, datamodule.train_dataloader(), datamodule.val_dataloader())
-    with pytest.raises(ValueError, match=r"false_positive_rate must be a finite number in \(0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"false_positive_rate must be a number in \(0, 1\), got 1\."):
         ConformalPostProcessor(1)
     with pytest.raises(ValueError, match=r"at least 0\.0001, got 1e-05: a calibration keeps 10,000 images"):
         ConformalPostProcessor(1e-5)

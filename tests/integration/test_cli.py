@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from helpers.training import LAYERS
+from helpers.training import LAYERS, ROOT
 from PIL import Image
 
 from patchcore_plugin.bundle import read_manifest
@@ -403,6 +403,15 @@ def test_bugs_keep_their_traceback(tmp_path, statement, sentence):
         else:
             assert "Traceback (most recent call last)" in result.stderr
             assert "in broken" in result.stderr
+
+
+def test_reader_that_ends_early():
+    """``patchcore info BUNDLE | head``: the command ends without a word about the pipe."""
+    command = [Path(sys.executable).parent / "patchcore", "info", ROOT / "tests/data/old/bundle-hnsw"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_missing_extra(tmp_path):
