@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import anyio
@@ -23,7 +24,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEYLESS_PATHS = ("/ui", "/docs.json")  # the page asks its user for the key
 
 
-class HttpMiddleware:
+class HttpMiddleware(ABC):
     """Base class of middleware that handles HTTP requests, and passes everything else on.
 
     Args:
@@ -42,9 +43,9 @@ class HttpMiddleware:
         """Whether the middleware handles a request."""
         return scope["type"] == "http"
 
+    @abstractmethod
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        raise NotImplementedError
 
 
 class PostMiddleware(HttpMiddleware):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _MODEL = Query(description="Name of the model; may be left out where there is only one.", max_length=200)
 _HEATMAP = Query(description="Answer the heatmap too.")
 _KIND = Query(
-    description="overlay: the image with its anomalies in color. map: 16-bit gray, 65535 for 1 of the normalized map, whose "
-    "threshold is at 0.5, in the size that the network sees.",
+    description="overlay: the image with its anomalies in color. map: 16-bit gray, 65535 for 1 of the map for display, "
+    "whose pixel threshold, sensitivity included, is at 0.5, in the size that the network sees.",
 )
 
 

@@ -116,7 +116,7 @@ def _read_checkpoint(path: Path) -> FaissPatchcore:
         return FaissPatchcore.load_from_checkpoint(path, map_location="cpu")
     except PatchcoreError:
         raise
-    except (KeyError, UnpicklingError, EOFError, RuntimeError, TypeError) as error:
+    except (KeyError, UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
         msg = f"{path} is not a checkpoint of FaissPatchcore: {error}"
         raise UsageError(msg) from error
 

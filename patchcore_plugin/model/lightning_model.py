@@ -243,9 +243,13 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Collect the patch embeddings of the batch's normal images.
 
         Raises:
+            MemoryBankError: If the training is resumed in the middle of its epoch.
             UsageError: If the backbone gives NaN or infinite features, or the memory budget is far too small.
         """
         del args, kwargs
+        if self._patches is None:
+            msg = "PatchCore cannot resume in the middle of its epoch: the earlier patches are lost. Train from the start."
+            raise MemoryBankError(msg)
         images, paths = self._patches.select(batch, self.trainer.train_dataloader)
         if len(images):
             self._patches.add(self.model.embed(images), paths)
@@ -289,9 +293,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             MemoryBankError: If validation starts before the training epoch has collected all its embeddings.
         """
         if self._is_fitting() and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            collected = 0 if self._patches is None else self._patches.patches
             msg = (
                 "Validation started in the middle of the training epoch, with a half-filled memory bank "
-                f"({self._patches.patches} embeddings so far). PatchCore validates after the epoch: leave "
+                f"({collected} embeddings so far). PatchCore validates after the epoch: leave "
                 "val_check_interval at 1.0."
             )
             raise MemoryBankError(msg)

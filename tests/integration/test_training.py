@@ -304,6 +304,12 @@ def test_validation_in_the_middle_of_training(cells, tmp_path):
         engine.fit(make_model(), datamodule=folder_datamodule(cells))
 
 
+def test_training_resumed_in_the_middle():
+    """Without the epoch's start there is no bank to fill: an error says so, not an attribute of None."""
+    with pytest.raises(MemoryBankError, match="cannot resume in the middle of its epoch"):
+        make_model(pre_trained=False).training_step(None)
+
+
 def test_interrupted_training_leaves_a_half_filled_bank(cells, tmp_path):
     model = make_model()
 
