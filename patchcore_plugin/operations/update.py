@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,12 +39,11 @@ from patchcore_plugin.scoring import Scores, anomaly_map
 from patchcore_plugin.scoring.conformal import extend_calibration, set_thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from patchcore_plugin.progress import Progress
-    from patchcore_plugin.scoring import ScoreRule
 
 _MEASURED_IMAGES_LIMIT = 64
 
@@ -108,12 +108,18 @@ def update_bundle(
         copy_files(path, old.manifest, draft)  # those of the bank are written anew below
         patches = _find_uncovered(old, added, radius, progress)
         picks = farthest_first(patches.embeddings, patches.distances, radius, progress)
-        embeddings, before = _predict(old, held_out, progress)
+        answers = _answers(old, held_out, progress)
+        measured = list(islice(answers, _MEASURED_IMAGES_LIMIT))
+        embeddings = np.stack([embedding for embedding, _ in measured])
         bank, index = _grow_bank(old, patches.embeddings[picks], embeddings, progress)
         bank.save(draft / BANK)
         if old.origins is not None:
             _grow_origins(old, patches, picks, added).write(draft)
-        scores = _score(bank, embeddings, old.rule)
+        found, before = [], []
+        for embedding, prediction in chain(measured, answers):  # one image at a time, as serving scores them
+            found.append(bank.score(embedding[None], old.rule))
+            before.append(prediction)
+        scores = Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
         image, pixel, calibration = recalibrate(old.manifest, scores)
         step = Update(parent=version_of(path), date=datetime.now(timezone.utc), images=len(added), vectors=len(picks))
         manifest = old.manifest.model_copy(
@@ -152,10 +158,12 @@ def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Cal
     """
     if manifest.calibration is None:
         return manifest.image, manifest.pixel, None
-    maps = anomaly_map(held_out.patch, manifest.preprocessing.size)
-    calibration = extend_calibration(
-        manifest.calibration, held_out.image.tolist(), maps.max((1, 2)).tolist(), maps.mean((1, 2)).tolist()
-    )
+    maxima, means = [], []
+    for patch in held_out.patch:
+        shown = anomaly_map(patch[None], manifest.preprocessing.size)
+        maxima.append(float(shown.max()))
+        means.append(float(shown.mean()))
+    calibration = extend_calibration(manifest.calibration, held_out.image.tolist(), maxima, means)
     return *set_thresholds(calibration), calibration
 
 
@@ -216,18 +224,15 @@ def _find_uncovered(runtime: PatchcoreRuntime, images: Sequence[Path], radius: f
     return _Patches(np.concatenate(embeddings), np.concatenate(distances), np.concatenate(numbers), thumbnails)
 
 
-def _predict(
+def _answers(
     runtime: PatchcoreRuntime, images: Sequence[Path], progress: Progress
-) -> tuple[NDArray[np.float32], list[Prediction]]:
-    """Embeddings (B, h, w, D) and predictions of images."""
-    embeddings, predictions = [], []
-    for outcome in runtime.stream_outcomes(images):
+) -> Iterator[tuple[NDArray[np.float32], Prediction]]:
+    """Embedding (h, w, D) and prediction of each image, computed as they are asked for."""
+    for done, outcome in enumerate(runtime.stream_outcomes(images), 1):
         if outcome.error is not None:
             raise outcome.error
-        embeddings.append(outcome.embedding)
-        predictions.append(outcome.prediction)
-        progress("score held-out images", len(predictions), len(images))
-    return np.stack(embeddings), predictions
+        progress("score held-out images", done, len(images))
+        yield outcome.embedding, outcome.prediction
 
 
 def _grow_bank(
@@ -240,7 +245,7 @@ def _grow_bank(
     index = runtime.manifest.index
     bank, trials = choose(
         np.concatenate([runtime.bank.vectors, vectors]),
-        embeddings[:_MEASURED_IMAGES_LIMIT],
+        embeddings,
         runtime.rule,
         index.kind,
         index.storage,
@@ -259,9 +264,3 @@ def _grow_origins(runtime: PatchcoreRuntime, patches: _Patches, picks: NDArray[n
     if patches.thumbnails:
         added = replace(added, thumbnails=np.stack([patches.thumbnails[image] for image in added.images]))
     return runtime.origins.join(added)
-
-
-def _score(bank: MemoryBank, embeddings: NDArray[np.float32], rule: ScoreRule) -> Scores:
-    """Raw scores of images by a bank, one image at a time, as serving computes them."""
-    found = [bank.score(embedding[None], rule) for embedding in embeddings]
-    return Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))

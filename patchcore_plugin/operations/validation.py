@@ -11,7 +11,6 @@ import numpy as np
 
 from patchcore_plugin.bundle import read_manifest, verify, version_of
 from patchcore_plugin.errors import PatchcoreError
-from patchcore_plugin.images import ImageError
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, self_test
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.bundle import Manifest
     from patchcore_plugin.progress import Progress
+    from patchcore_plugin.runtime.prediction import Outcome
 
 _LATENCY_RUNS = 30
 
@@ -165,16 +165,16 @@ def _check_latency(runtime: PatchcoreRuntime) -> _Finding:
 def _check_images(runtime: PatchcoreRuntime, images: Sequence[str | Path]) -> _Finding:
     if not images:
         return _Finding("none given", result="skipped")
-    rows = [{"image": str(image), **_judge(runtime, image)} for image in images]
+    outcomes = zip(images, runtime.stream_outcomes(images), strict=True)
+    rows = [{"image": str(image), **_row(outcome)} for image, outcome in outcomes]
     unreadable = sum("error" in row for row in rows)
     anomalous = sum(row.get("verdict") == "anomalous" for row in rows)
     detail = f"{len(rows)} images: {anomalous} anomalous, {unreadable} unreadable"
     return _Finding(detail, rows, "failed" if unreadable else "ok")
 
 
-def _judge(runtime: PatchcoreRuntime, image: str | Path) -> dict[str, str | float | None]:
-    try:
-        (prediction,) = runtime.predict([image])
-    except (ImageError, OSError) as error:
-        return {"error": str(error)}
+def _row(outcome: Outcome) -> dict[str, str | float | None]:
+    if outcome.error is not None:
+        return {"error": str(outcome.error)}
+    prediction = outcome.prediction
     return {"score": prediction.score, "threshold": prediction.threshold, "verdict": prediction.verdict}
