@@ -242,13 +242,21 @@ class MemoryBank:
         write_bank(Path(path), self._index.faiss, self.neighbors)
 
     @classmethod
-    def load(cls, path: str | Path, index: IndexKind | None = None, mapped_from: int = MAPPED_FILE_BYTES) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        index: IndexKind | None = None,
+        mapped_from: int = MAPPED_FILE_BYTES,
+        *,
+        neighbors: bool = True,
+    ) -> Self:
         """Read a bank that :meth:`save` wrote.
 
         Args:
             path: File of the index.
             index: Kind of the index; None takes the kind that the file shows, and ``"flat"`` for ``"bfloat16"``.
             mapped_from: Size, in bytes, from which the file is mapped into memory instead of read.
+            neighbors: Whether to read the file of neighbors too, where there is one.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -257,7 +265,7 @@ class MemoryBank:
             BundleError: If the file of neighbors is damaged.
         """
         bank = cls.__new__(cls)
-        bank._hold(*read_bank(Path(path), index, mapped_from))
+        bank._hold(*read_bank(Path(path), index, mapped_from, neighbors=neighbors))
         return bank
 
     def _as_queries(self, values: ArrayLike) -> NDArray[np.float32]:

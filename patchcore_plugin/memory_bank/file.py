@@ -62,7 +62,7 @@ def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | No
 
 
 def read_bank(
-    path: Path, kind: IndexKind | None = None, mapped_from: int = MAPPED_FILE_BYTES
+    path: Path, kind: IndexKind | None = None, mapped_from: int = MAPPED_FILE_BYTES, *, neighbors: bool = True
 ) -> tuple[FaissIndex, NDArray[np.int32] | None]:
     """Read the files that :func:`write_bank` wrote.
 
@@ -70,9 +70,10 @@ def read_bank(
         path: File of the index.
         kind: Kind of index to search the file as; None takes the first kind that recognizes the file.
         mapped_from: Size, in bytes, from which the file is mapped into memory.
+        neighbors: Whether to read the file of neighbors too.
 
     Returns:
-        The index, and the neighbors of its vectors (M, k), int32; None without a file of neighbors.
+        The index, and the neighbors of its vectors (M, k), int32; None without such a file, or where it is not read.
 
     Raises:
         FileNotFoundError: If there is no file of the index.
@@ -86,7 +87,7 @@ def read_bank(
             msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
             raise UsageError(msg)
     beside = path.with_suffix(".npy")
-    return index, _read_neighbors(beside, size) if beside.is_file() else None
+    return index, _read_neighbors(beside, size) if neighbors and beside.is_file() else None
 
 
 def _read_index(path: Path, mapped_from: int) -> faiss.Index:

@@ -128,10 +128,7 @@ class PatchcoreRuntime:
 
         The first image that cannot be read ends the stream with its error; :meth:`stream_outcomes` goes on.
         """
-        for outcome in self.stream_outcomes(images):
-            if outcome.error is not None:
-                raise outcome.error
-            yield outcome.prediction
+        return map(_prediction, self.stream_outcomes(images))
 
     def stream_outcomes(self, images: Iterable[Source]) -> Iterator[Outcome]:
         """Score images one after the other, and go on after an image that cannot be read.
@@ -235,6 +232,12 @@ def _decode(image: Source) -> Outcome:
         return Outcome(error=error)
 
 
+def _prediction(outcome: Outcome) -> Prediction:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.prediction
+
+
 def _cache_folder(path: Path, cache: str | Path | bool) -> Path | None:
     if not isinstance(cache, bool):
         return Path(cache)
@@ -244,7 +247,8 @@ def _cache_folder(path: Path, cache: str | Path | bool) -> Path | None:
 
 def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     try:
-        bank = MemoryBank.load(path / BANK, manifest.index.kind)
+        # a file of neighbors that the manifest does not list has no checksum: it is not read
+        bank = MemoryBank.load(path / BANK, manifest.index.kind, neighbors=NEIGHBORS in manifest.files)
     except ValueError as error:
         raise BundleError(str(error)) from error
     found, expected = (len(bank), bank.dimension), (manifest.bank_size, manifest.embedding_dimension)
@@ -260,8 +264,6 @@ def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
     except ValueError as error:
         msg = f"{path / MANIFEST}: {error}"
         raise BundleError(msg) from error
-    if NEIGHBORS not in manifest.files:
-        bank.neighbors = None  # a file that is not listed has no checksum
     return bank
 
 

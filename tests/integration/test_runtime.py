@@ -249,6 +249,8 @@ def test_wrong_input(runtime, tmp_path, test_images):
     with pytest.raises(TypeError, match=r"list of images, got one .*predict\(\[image\]\)"):
         runtime.predict(str(test_images[0]))
     with pytest.raises(TypeError, match="list of images"):
+        runtime.stream(str(test_images[0]))
+    with pytest.raises(TypeError, match="list of images"):
         runtime.predict(np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(TypeError, match="list of images"):
         runtime.predict(Image.new("L", (4, 4)))
