@@ -103,7 +103,10 @@ def _ask_about_cells(test: Path, bundle: Path, log: Path) -> list[_Answer]:
     answers = []
     with (
         console.status("Start the service") as status,
-        run_server(SERVE, log, PATCHCORE_BUNDLE=str(bundle.resolve())) as server,
+        # a home of its own: a server clears the metrics of others that have the same one
+        run_server(
+            SERVE, log, PATCHCORE_BUNDLE=str(bundle.resolve()), BENTOML_HOME=str(log.resolve().parent / "bentoml")
+        ) as server,
     ):
         status.stop()
         for kind, name in {"normal": "good", "defective": "defective"}.items():

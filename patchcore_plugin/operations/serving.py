@@ -26,6 +26,7 @@ SERVE = (*BENTOML, "serve", SERVICE)
 """The command that serves bundles; environment variables say which."""
 
 _START_SECONDS = 120
+_END_SECONDS = 10
 _LOG_TAIL_LINES = 30
 
 
@@ -77,7 +78,7 @@ def run_server(command: Sequence[str], log: Path, cwd: Path | None = None, **env
         _wait_until_ready(server)
         yield server
     finally:
-        _kill(process)
+        _end(process)
 
 
 def _wait_until_ready(server: Server) -> None:
@@ -96,11 +97,13 @@ def _wait_until_ready(server: Server) -> None:
     raise ServerStartError(msg)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its workers at once: they have nothing to save."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let a server end its workers and remove its temporary files; kill what has not ended in time."""
     if process.poll() is None:
         server = psutil.Process(process.pid)
-        for member in [server, *server.children(recursive=True)]:  # the server first: it would start its workers again
+        members = [server, *server.children(recursive=True)]  # the server first: it would start its workers again
+        server.terminate()
+        for member in psutil.wait_procs(members, _END_SECONDS)[1]:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
     process.wait(30)
