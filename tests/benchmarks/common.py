@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.images import find_images
 
+sys.path.append(str(Path(__file__).parents[1]))  # for tests/helpers
 LAYERS = ["blocks.2", "blocks.4"]
 
 
@@ -29,7 +31,7 @@ def heading(*packages: str, columns: int = 152) -> str:
 
     Args:
         packages: Names of packages to show besides patchcore-plugin, anomalib and torch.
-        columns: Length of the embeddings, which decides the number type of the sampler's products.
+        columns: Length of the embeddings, which decides the number format of the sampler's products.
     """
     names = ("patchcore-plugin", "anomalib", "torch", *packages)
     versions = ", ".join(f"{name} {version(name)}" for name in names)

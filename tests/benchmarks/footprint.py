@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import click
+import common  # noqa: F401  finds tests/helpers
 import httpx
 from helpers.server import BENTOML, SERVE, bentoml_serve
 from packaging.requirements import Requirement
