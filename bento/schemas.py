@@ -257,7 +257,7 @@ class ModelSummary(BaseModel):
     )
     bank_size: int | None = Field(None, description="Vectors in the memory bank.")
     index: str | None = Field(None, description="Kind of the memory bank's index, such as flat or hnsw.")
-    storage: str | None = Field(None, description="Data type of the memory bank's vectors, such as float32.")
+    storage: str | None = Field(None, description="Number format of the memory bank's vectors, such as float32.")
     precision: str | None = Field(None, description="Arithmetic of the network, such as f32.")
     bytes: int | None = Field(None, description="Size of the bundle's files.")
     sha256: dict[str, str] | None = Field(None, description="Checksum of each file of the bundle.")

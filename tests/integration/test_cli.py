@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from helpers.training import LAYERS, ROOT
 from PIL import Image
 
+from patchcore_plugin import demo
 from patchcore_plugin.bundle import read_manifest
 from patchcore_plugin.cli import main
 
@@ -437,9 +438,18 @@ def test_demo_lays_out_the_data_alone(tmp_path):
     assert run("patchcore", "demo", "--data-only", cwd=tmp_path).stdout == output
 
 
+def test_demo_on_few_cells(few_cells, tmp_path, monkeypatch):
+    """The small twin: every step of the demo, in this process, on a few cells."""
+    copy = lambda folder: shutil.copytree(few_cells, folder) and {"train/good": 24}  # noqa: E731
+    monkeypatch.setattr(demo, "lay_out", copy)
+    demo.run(tmp_path / "patchcore-demo")
+    assert Image.open(tmp_path / "patchcore-demo/figure.png").size[0] > 800
+    assert read_manifest(tmp_path / "patchcore-demo/bundle").name == "elpv"
+
+
 @pytest.mark.slow
 def test_demo_after_an_earlier_one(bundle, tmp_path):
-    """The main job as a newcomer runs it, over an earlier run's files; its small twins are the tests of its parts."""
+    """The main job as a newcomer runs it, over an earlier run's files."""
     folder = tmp_path / "patchcore-demo"
     shutil.copytree(bundle, folder / "bundle")
     (folder / "figure.png").write_bytes(b"")

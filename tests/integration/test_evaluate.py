@@ -188,7 +188,10 @@ def test_job_ends_with_its_evaluation(evaluated, config, tmp_path):
 
 @pytest.mark.slow
 def test_killed_evaluation_goes_on(evaluated, config, tmp_path):
-    """SIGKILL in the middle of the second job: the first is kept as it is, and the table is that of a run in one go."""
+    """SIGKILL in the middle of the second job: the first is kept as it is, and the table is that of a run in one go.
+
+    Its small twins are test_finished_jobs_are_not_repeated and test_job_ends_with_its_evaluation.
+    """
     jobs = tmp_path / "jobs"
     command = [PATCHCORE, "evaluate", config, "--output", tmp_path, "--only", "*/ours/*", "--only", "*/<img*/0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -97,7 +97,7 @@ def test_coreset_radius(cells, tmp_path, trained):
     assert 20 < len(model.model.memory_bank) < len(trained.model.model.memory_bank)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_half_the_memory_for_embeddings(cells, tmp_path, trained, dtype):
     model = fit(make_model(embedding_dtype=dtype), cells, tmp_path)
     bank = model.model.memory_bank
@@ -214,7 +214,9 @@ def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path, trained):
         assert_origins(Origins(patches.numpy(), images), found["bank"], trained, 23)
 
 
+@pytest.mark.slow
 def test_a_process_without_images_ends_with_the_same_bank(odd_cells, tmp_path):
+    """Its small twin is test_two_processes_end_with_the_bank_of_one, and for the arithmetic unit/test_shards.py."""
     good = tmp_path / "cells/train/good"
     good.mkdir(parents=True)
     image = next((odd_cells / "train/good").iterdir())
@@ -225,7 +227,9 @@ def test_a_process_without_images_ends_with_the_same_bank(odd_cells, tmp_path):
     assert len(first["bank"]) == 1024 * 2 // 100
 
 
+@pytest.mark.slow
 def test_two_processes_within_a_budget(odd_cells, tmp_path, trained):
+    """Its small twins are test_data_ten_times_the_budget and, for the arithmetic, unit/test_shards.py."""
     first, second = train_by(2, odd_cells, tmp_path / "two", {"memory_budget": 0.003})
     assert torch.equal(first["bank"], second["bank"])
     assert len(first["bank"]) == 23 * 1024 * 2 // 100

@@ -128,7 +128,7 @@ def test_random_state_is_the_only_source_of_chance(trained, cells, tmp_path):
     assert not torch.equal(banks[1], banks[0])
 
 
-@pytest.mark.parametrize("precision", ["float16", PrecisionType.FLOAT16])
+@pytest.mark.parametrize("precision", [PrecisionType.FLOAT16, pytest.param("float16", marks=pytest.mark.slow)])
 def test_float16(trained, cells, tmp_path, precision):
     model = make_model(precision=precision)
     metrics = make_engine(tmp_path).train(model, datamodule=folder_datamodule(cells))
@@ -153,8 +153,16 @@ def test_tiling(cells, tmp_path):
     assert model.model.memory_bank.shape[1] == 152
 
 
-@pytest.mark.parametrize("input_size", [(300, 300), None], ids=["fixed size", "any size"])
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("kind", "input_size"),
+    [
+        ("onnx", (300, 300)),
+        ("openvino", None),
+        pytest.param("onnx", None, marks=pytest.mark.slow),
+        pytest.param("openvino", (300, 300), marks=pytest.mark.slow),
+    ],
+    ids=["onnx, fixed size", "openvino, any size", "onnx, any size", "openvino, fixed size"],
+)
 def test_self_contained_export(trained, test_images, tmp_path, kind, input_size):
     """anomalib's own export: bank inside, any batch."""
     path = make_engine(tmp_path).export(trained.model, kind, export_root=tmp_path, input_size=input_size)
@@ -367,7 +375,7 @@ def test_backbone_weights_of_a_file(trained, tmp_path):
     torch.testing.assert_close(model.model.embed(image), trained.model.model.embed(image))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_trainer_in_bfloat16(trained, cells, tmp_path, precision):
     """The trainer's precision may lower the features', never the distances'."""
     model = make_model()
