@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.image_checks import check_image_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +70,7 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8
             return _from_array(source)
         if isinstance(source, Image.Image):
             return _from_pil(source, max_pixels)
-        with Image.open(source, formats=_FORMATS) as image:
+        with _open(source) as image:
             return _from_pil(image, max_pixels)
     except FileNotFoundError:
         raise
@@ -80,6 +81,16 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8
         large = isinstance(error, ImageTooLargeError | Image.DecompressionBombError)
         msg = f"{_name(source)} cannot be read as an image: {reason}"
         raise (ImageTooLargeError if large else ImageError)(msg, reason) from error
+
+
+def _open(source: str | Path | BinaryIO) -> Image.Image:
+    """Open an image file, once it is known that to decode it takes no longer than its pixels do."""
+    if isinstance(source, str | Path):
+        with Path(source).open("rb") as file:
+            check_image_file(file)
+    else:
+        check_image_file(source)
+    return Image.open(source, formats=_FORMATS)
 
 
 def _name(source: Source) -> str:

@@ -3,7 +3,6 @@
 import io
 import json
 import socket
-import struct
 import subprocess
 import sys
 import zipfile
@@ -13,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from helpers.http import predict, wait_for
-from helpers.pictures import encoded
+from helpers.pictures import chunk, encoded, png
 from PIL import Image
 
 from patchcore_plugin.images import MAX_PIXELS, MAX_SIDE, ImageError, ImageTooLargeError, read_image
@@ -72,14 +71,6 @@ def test_truncated_and_flipped(client, runtime, test_images, form):
             assert response.json()["score"] == pytest.approx(expected.score, rel=1e-6)
 
 
-def png(width, height, depth=8, color=2, data=b"") -> bytes:
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("width", [0, 1, 2**15, 2**15 + 1, 2**20, 2**31 - 1, 2**32 - 1])
 @pytest.mark.parametrize("height", [0, 1, 9000, 2**15 + 1, 2**31 - 1, 2**32 - 1])
 def test_dimensions_that_a_header_claims(client, width, height):
@@ -107,10 +98,8 @@ def test_bombs(client):
     for mode, side in (("1", 30_000), ("L", 12_000)):
         check(send(client, encoded(Image.new(mode, (side, side)))), "image_too_large")
     check(send(client, png(100, 100, data=bytes(200_000_000))), None)  # what is behind the last row is left alone
-    chunk = b"zTXta\0\0" + zlib.compress(bytes(150_000_000))
-    text = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    picture = png(8, 8, data=bytes(8 * 25))
-    check(send(client, picture[:33] + text + picture[33:]), "image_unreadable")
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(150_000_000)))
+    check(send(client, png(8, 8, data=bytes(8 * 25), before=text)), "image_unreadable")
     frame = Image.new("L", (64, 64))
     check(send(client, encoded(frame, "TIFF", save_all=True, append_images=[frame] * 500)), None)
 

@@ -26,7 +26,7 @@ LEVELS = (
     {"origins", "scoring"},
     {"bundle"},
     {"images"},
-    {"checks", "cpu", "elpv", "progress", "registry"},
+    {"checks", "cpu", "elpv", "image_checks", "progress", "registry"},
     {"errors"},
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
