@@ -11,7 +11,7 @@ import anyio
 import anyio.to_thread
 from opentelemetry import trace
 
-from patchcore_plugin.bundle import BundleError, read_manifest, version_of
+from patchcore_plugin.bundle import BundleError, read_manifest_and_version
 from patchcore_plugin.images import ImageError, ImageTooLargeError, read_image
 from patchcore_plugin.runtime import PatchcoreRuntime
 
@@ -213,7 +213,8 @@ def describe(image: DecodedImage, scored: Scored, *, heatmap: bool = False) -> I
 def _summary(name: str, path: Path, loaded: bool) -> ModelSummary:
     """The summary of a bundle, or of what is wrong with it."""
     try:
-        return ModelSummary.of(name, loaded=loaded, manifest=read_manifest(path), version=version_of(path))
+        manifest, version = read_manifest_and_version(path)
+        return ModelSummary.of(name, loaded=loaded, manifest=manifest, version=version)
     except BundleError as error:
         return ModelSummary(name=name, loaded=loaded, problem=str(error).replace(str(path), name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ import bentoml
 import numpy as np
 from bentoml.exceptions import NotFound
 
-from patchcore_plugin.bundle import MANIFEST, BundleError, read_manifest, version_of
+from patchcore_plugin.bundle import MANIFEST, BundleError, file_states, find_left_behind, read_manifest
 from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.runtime import PatchcoreRuntime
 
@@ -23,28 +24,19 @@ from .logs import logger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from patchcore_plugin.bundle import FileState
+
     from .metrics import Metrics
     from .settings import Settings
 
 STORE_NAME = "patchcore"
 """Name of the model in BentoML's store; in a bento, the alias of the model that was built in."""
 
+_SECONDS_TO_NEXT_TRY = 60  # of a bundle that could not be loaded for a reason that may pass
+
 
 class UnknownModelError(PatchcoreError, LookupError):
     """A request names a model that does not exist, or names none where there are several."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        runtime: The loaded runtime.
-        version: First 12 digits of the sha256 of the manifest, which covers the checksums of all other files.
-    """
-
-    runtime: PatchcoreRuntime
-    version: str
 
 
 @dataclass
@@ -52,23 +44,40 @@ class _Entry:
     """A model in memory, and what is known of its folder.
 
     Attributes:
-        model: The model.
-        state: State of the folder's files when they were loaded.
-        refused: State of files that cannot be loaded.
+        runtime: The loaded bundle.
         checked_at: When the files were last compared, by the monotonic clock.
         reloading: Whether a thread loads a new version.
     """
 
-    model: LoadedModel
-    state: tuple | None
-    refused: tuple | None = None
+    runtime: PatchcoreRuntime
     checked_at: float = field(default_factory=time.monotonic)
     reloading: bool = False
 
     @property
     def bytes(self) -> int:
         """Size of the bundle's files."""
-        return self.model.runtime.manifest.total_bytes
+        return self.runtime.manifest.total_bytes
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A bundle that cannot be loaded.
+
+    Attributes:
+        path: Its folder.
+        states: State of its files.
+        error: The reason.
+        until: Time, by the monotonic clock, until which the same files are not tried again.
+    """
+
+    path: Path
+    states: dict[str, FileState]
+    error: BundleError
+    until: float
+
+    def holds(self, path: Path) -> bool:
+        """Whether the bundle is still the one that was refused."""
+        return path == self.path and file_states(path) == self.states and time.monotonic() < self.until
 
 
 class ModelRepository:
@@ -100,6 +109,7 @@ class ModelRepository:
         self._check_interval, self._on_load = check_interval, on_load
         self._entries: dict[str, _Entry] = {}  # the least recently used first
         self._lock = threading.Lock()
+        self._refusals: dict[str, _Refusal] = {}
         self._loading: dict[str, threading.Lock] = {}
         self._folders: dict[str, Path] = {}
         self._found_at = -check_interval
@@ -149,7 +159,7 @@ class ModelRepository:
         msg = f"{reason} Models: {names}."
         raise UnknownModelError(msg)
 
-    def get(self, name: str) -> LoadedModel:
+    def get(self, name: str) -> PatchcoreRuntime:
         """Load a model, or take it from memory.
 
         Args:
@@ -164,13 +174,13 @@ class ModelRepository:
                 self._entries[name] = entry  # the most recently used is last
         if entry is not None:
             self._reload_if_changed(name, entry)
-            return entry.model
+            return entry.runtime
         with self._lock:
             loading = self._loading.setdefault(name, threading.Lock())
         with loading:  # the first request loads, the others wait for it
             with self._lock:
                 entry = self._entries.get(name)
-            return entry.model if entry else self._put(name)
+            return entry.runtime if entry else self._put(name)
 
     def preload(self) -> bool:
         """Load the model for requests that name none, so that the first one does not wait.
@@ -185,19 +195,27 @@ class ModelRepository:
             return False
         return True
 
-    def _put(self, name: str) -> LoadedModel:
+    def _put(self, name: str) -> PatchcoreRuntime:
         """Load a model, and make room for it."""
         path = self.folders().get(name)
         if path is None:
             msg = f"The bundle {name!r} has gone."
             raise BundleError(msg)
-        state = _state_of(path)
+        refusal = self._refusals.get(name)
+        if refusal is not None and refusal.holds(path):
+            raise BundleError(str(refusal.error)) from refusal.error
+        states = file_states(path)
         try:
-            entry = _Entry(_load_and_warm_up(path, self._load), state)
-        except (BundleError, OSError) as error:
+            entry = _Entry(_load_and_warm_up(path, self._load))
+        except Exception as error:  # whatever it is, the same files would raise it again
+            refused = BundleError(str(error) if isinstance(error, BundleError) else f"{path} cannot be loaded: {error!r}")
+            if states == file_states(path):  # else they were replaced while they were read
+                until = time.monotonic() + _SECONDS_TO_NEXT_TRY if _may_pass(error) else math.inf
+                self._refusals[name] = _Refusal(path, states, refused, until)
             self._on_load(name, "refused")
-            logger.error("The bundle %s cannot be served: %s", name, error)
-            raise error if isinstance(error, BundleError) else BundleError(str(error)) from error
+            logger.error("The bundle %s cannot be served: %s", name, refused)
+            raise refused from error
+        self._refusals.pop(name, None)
         with self._lock:
             self._entries.pop(name, None)
             self._entries[name] = entry
@@ -206,8 +224,8 @@ class ModelRepository:
                 del self._entries[oldest]  # requests that hold its runtime finish
                 self._on_load(oldest, "dropped")
         self._on_load(name, "loaded")
-        logger.info("The bundle %s is loaded, version %s", name, entry.model.version)
-        return entry.model
+        logger.info("The bundle %s is loaded, version %s", name, entry.runtime.version)
+        return entry.runtime
 
     def _reload_if_changed(self, name: str, entry: _Entry) -> None:
         """Load the new version of a bundle in the background, if its files have changed."""
@@ -217,21 +235,23 @@ class ModelRepository:
                 return
             entry.checked_at = now
         path = self.folders().get(name)
-        state = None if path is None else _state_of(path)
-        if state is None or state in (entry.state, entry.refused):  # absent for the moment, unchanged, or damaged
+        loaded, refusal = entry.runtime.states, self._refusals.get(name)
+        states = {} if path is None else file_states(path, loaded)
+        if MANIFEST not in states or states == loaded:  # absent for the moment, or unchanged
+            return
+        if refusal is not None and refusal.holds(path):
             return
         with self._lock:
             if entry.reloading:
                 return
             entry.reloading = True
-        threading.Thread(target=self._reload, args=(name, entry, state), name=f"load-{name}", daemon=True).start()
+        threading.Thread(target=self._reload, args=(name, entry), name=f"load-{name}", daemon=True).start()
 
-    def _reload(self, name: str, entry: _Entry, state: tuple) -> None:
+    def _reload(self, name: str, entry: _Entry) -> None:
         try:
             self._put(name)
         except BundleError:
-            logger.warning("The bundle %s stays at version %s", name, entry.model.version)
-            entry.refused = state
+            logger.warning("The bundle %s stays at version %s", name, entry.runtime.version)
         finally:
             entry.reloading = False
 
@@ -259,10 +279,29 @@ def find_bundles(settings: Settings) -> dict[str, Path]:
         if not settings.bundles.is_dir():
             msg = f"PATCHCORE_BUNDLES: there is no folder {settings.bundles}."
             raise BundleError(msg)
-        folders = sorted(path for path in settings.bundles.iterdir() if not path.name.startswith("."))
-        return {path.name: path for path in folders if (path / MANIFEST).is_file()}
+        for path, old in find_left_behind(settings.bundles).items():
+            _warn_once(f"{path} is missing. It lies in {old} since an export was killed; rename that folder.")
+        return {path.name: path for path in sorted(settings.bundles.iterdir()) if _holds_bundle(path)}
     path = settings.bundle or _path_in_store()
     return {_first_name(path): path}
+
+
+def _holds_bundle(path: Path) -> bool:
+    """Whether an entry of the folder of bundles is one; logs why an entry that may be meant as one is not."""
+    if path.name.startswith("."):
+        return False
+    try:
+        if path.is_symlink() and not path.exists():
+            _warn_once(f"{path} is a link to nothing, and is left out of the bundles.")
+        return (path / MANIFEST).is_file()
+    except OSError as error:
+        _warn_once(f"{path} is left out of the bundles: {error}")
+        return False
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _path_in_store() -> Path:
@@ -282,8 +321,7 @@ def _first_name(path: Path) -> str:
     return read_manifest(path).name
 
 
-def _load_and_warm_up(path: Path, load: Callable[[Path], PatchcoreRuntime]) -> LoadedModel:
-    version = version_of(path)
+def _load_and_warm_up(path: Path, load: Callable[[Path], PatchcoreRuntime]) -> PatchcoreRuntime:
     runtime = load(path)
     black = np.zeros((*runtime.manifest.preprocessing.resize, 3), np.uint8)
     try:
@@ -291,14 +329,9 @@ def _load_and_warm_up(path: Path, load: Callable[[Path], PatchcoreRuntime]) -> L
     except Exception as error:  # OpenVINO and FAISS have errors of their own
         msg = f"{path} cannot score an image: {error}"
         raise BundleError(msg) from error
-    return LoadedModel(runtime, version)
+    return runtime
 
 
-def _state_of(path: Path) -> tuple | None:
-    """Names, times and sizes of a bundle's files, which change when the bundle is replaced; None while it is absent."""
-    try:
-        files = sorted(path.iterdir())
-        states = [file.stat() for file in files]
-    except OSError:
-        return None
-    return (str(path), *((file.name, state.st_mtime_ns, state.st_size) for file, state in zip(files, states, strict=True)))
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error comes from the machine rather than from the files: too little memory, too many open files."""
+    return error is not None and (isinstance(error, OSError | MemoryError) or _may_pass(error.__cause__))

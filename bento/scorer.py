@@ -71,14 +71,14 @@ class LocalScorer:
 
     def score(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
         """Score images, as :meth:`Scorer.score` says."""
-        loaded = self._repository.get(model)
-        return [Scored(prediction, model, loaded.version) for prediction in loaded.runtime.predict(images)]
+        runtime = self._repository.get(model)
+        return [Scored(prediction, model, runtime.version) for prediction in runtime.predict(images)]
 
     def explain(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
         """Explain images, as :meth:`Scorer.explain` says."""
-        loaded = self._repository.get(model)
-        explained = [loaded.runtime.explain(image) for image in images]
-        return [Scored(prediction, model, loaded.version, tuple(reasons)) for prediction, reasons in explained]
+        runtime = self._repository.get(model)
+        explained = [runtime.explain(image) for image in images]
+        return [Scored(prediction, model, runtime.version, tuple(reasons)) for prediction, reasons in explained]
 
     def is_ready(self) -> bool:
         """Load the model for requests that name none; False if it cannot be loaded."""

@@ -1,34 +1,69 @@
 """The folder of a bundle: read, verify, write.
 
-A bundle is whole or absent: it is written to a draft folder beside its place, and moved there at the end. No file is used
-before all of them match their checksums, and none is ever executed or unpickled.
+No file is used before all of them match their checksums, and none is ever executed or unpickled. What is compared with a
+checksum is what is used: every file is read once, and a bundle that is replaced meanwhile is read as one or the other.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import platform
+import re
+import reprlib
 import shutil
-import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import ValidationError
 
+from patchcore_plugin.bundle.content import FileContent, FileState, opened_folder, parse_json, read_file
+from patchcore_plugin.bundle.draft import find_left_behind
 from patchcore_plugin.bundle.manifest import FILES, MANIFEST, BundleError, File, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterable, Iterator
 
 _READABLE_FORMATS = (2, 3)
 _MANIFEST_BYTES_LIMIT = 1 << 20  # a manifest has about 2,000 bytes, and with the largest calibration 800,000
+
+
+@dataclass(frozen=True)
+class BundleContent:
+    """What the files of a bundle held at one moment. They match the checksums of the manifest.
+
+    Attributes:
+        path: Folder of the bundle.
+        manifest: The manifest.
+        version: Version of the bundle; see :func:`version_of`.
+        files: Content of each file that the manifest lists.
+        states: State of each file that was read, the manifest's too.
+    """
+
+    path: Path
+    manifest: Manifest
+    version: str
+    files: dict[str, FileContent]
+    states: dict[str, FileState]
+
+
+def read_bundle(path: str | Path) -> BundleContent:
+    """Read all files of a bundle, each once, and compare them with their checksums.
+
+    Args:
+        path: Folder of the bundle.
+
+    Raises:
+        BundleError: As of :func:`read_manifest` and :func:`verify`.
+    """
+    path = Path(path)
+    with _opened(path) as folder:
+        content = _read_manifest_file(path, folder)
+        manifest = _parse_manifest(content)
+        files = {name: _read_verified(path / name, expected, folder) for name, expected in manifest.files.items()}
+    states = {MANIFEST: content.state, **{name: file.state for name, file in files.items()}}
+    return BundleContent(path, manifest, _version(content), files, states)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -40,63 +75,99 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         BundleError: If the folder or the manifest is missing, or the manifest is damaged or of another format.
     """
+    return read_manifest_and_version(path)[0]
+
+
+def version_of(path: str | Path) -> str:
+    """Version of a bundle: the first 12 digits of its manifest's sha256. The manifest holds the other files' checksums.
+
+    Args:
+        path: Folder of the bundle.
+
+    Raises:
+        BundleError: If the manifest cannot be read.
+    """
     path = Path(path)
+    with _opened(path) as folder:
+        return _version(_read_manifest_file(path, folder))
+
+
+def read_manifest_and_version(path: str | Path) -> tuple[Manifest, str]:
+    """Read the manifest of a bundle, and the version of what was read; errors are those of :func:`read_manifest`."""
+    path = Path(path)
+    with _opened(path) as folder:
+        content = _read_manifest_file(path, folder)
+    return _parse_manifest(content), _version(content)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """Open the folder of a bundle; see :func:`opened_folder`."""
     if not path.is_dir():
-        msg = f"There is no bundle folder {path}. `patchcore export CHECKPOINT BUNDLE` writes one."
+        place = path.resolve()
+        left = find_left_behind(place.parent).get(place)
+        hint = "`patchcore export CHECKPOINT BUNDLE` writes one."
+        if left is not None:
+            hint = f"Its last one lies in {left}, since an export to this place was killed; rename that folder."
+        msg = f"There is no bundle folder {path}. {hint}"
         raise BundleError(msg)
-    file = path / MANIFEST
-    content = read_json(file, _MANIFEST_BYTES_LIMIT)
+    try:
+        with opened_folder(path) as folder:
+            yield folder
+    except OSError as error:
+        msg = f"{path} cannot be read: {error}"
+        raise BundleError(msg) from error
+
+
+def _read_manifest_file(path: Path, folder: int | None) -> FileContent:
+    try:
+        return read_file(path / MANIFEST, folder, bytes_limit=_MANIFEST_BYTES_LIMIT)
+    except FileNotFoundError as error:
+        msg = f"{path} is not a bundle: {MANIFEST} is missing."
+        raise BundleError(msg) from error
+
+
+def _version(manifest: FileContent) -> str:
+    return manifest.sha256[:12]
+
+
+def _parse_manifest(file: FileContent) -> Manifest:
+    content = parse_json(file)
     format_version = content.get("format_version") if isinstance(content, dict) else None
     if format_version not in _READABLE_FORMATS:
         known = " and ".join(map(str, _READABLE_FORMATS))
         msg = (
-            f"{file} has bundle format {format_version!r}; this patchcore-plugin reads formats {known}. Export the model "
-            "again, or install the version that wrote the bundle."
+            f"{file.path} has bundle format {reprlib.repr(format_version)}; this patchcore-plugin reads formats {known}. "
+            "Export the model again, or install the version that wrote the bundle."
         )
         raise BundleError(msg)
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
-        msg = f"{file} is not valid: {problems}"
+        problems = "; ".join(f"{_place(item['loc'])}: {item['msg']}" for item in error.errors()[:5])
+        msg = f"{file.path} is not valid: {problems}"
         raise BundleError(msg) from error
 
 
-def read_json(file: Path, bytes_limit: float = math.inf) -> Any:
-    """Read a JSON file that may be damaged or made to harm.
+def _place(location: tuple[str | int, ...]) -> str:
+    """The place of a field in the manifest. Its names may be anything."""
+    return ".".join(part if re.fullmatch(r"[\w-]{1,100}", part) else reprlib.repr(part) for part in map(str, location))
 
-    Args:
-        file: File of a bundle.
-        bytes_limit: Largest size of the file.
 
-    Raises:
-        BundleError: If the file is missing, too large or damaged.
-    """
+def _read_verified(file: Path, expected: File, folder: int | None) -> FileContent:
+    """Read a file of a bundle, and compare it with its checksum."""
     try:
-        if file.stat().st_size > bytes_limit:
-            msg = f"it is larger than {bytes_limit} bytes"
-            raise ValueError(msg)
-        return json.loads(file.read_bytes())
+        content = read_file(file, folder)
     except FileNotFoundError as error:
-        msg = f"{file.parent} is not a bundle: {file.name} is missing."
+        msg = f"{file.parent} is incomplete: {file.name} is missing. Export or copy the bundle again."
         raise BundleError(msg) from error
-    except (ValueError, RecursionError, OSError) as error:
-        msg = f"{file} is damaged: {error}"
-        raise BundleError(msg) from error
-
-
-def read_array(file: Path) -> NDArray:
-    """Read a NumPy array (.npy) that may be damaged or made to harm.
-
-    Raises:
-        BundleError: If the file is damaged, or holds Python objects.
-    """
-    try:
-        with file.open("rb") as stream:  # np.load would open an archive too
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, OSError, EOFError, MemoryError) as error:
-        msg = f"{file} is damaged: {error}"
-        raise BundleError(msg) from error
+    if content.state.bytes != expected.bytes:
+        msg = f"{file} has {content.state.bytes} bytes, its manifest says {expected.bytes}. Export or copy the bundle again."
+        raise BundleError(msg)
+    if content.sha256 != expected.sha256:
+        msg = f"{file} does not match its checksum: it is damaged, or not the file that was exported."
+        raise BundleError(msg)
+    return content
 
 
 def verify(path: str | Path, manifest: Manifest) -> None:
@@ -109,35 +180,24 @@ def verify(path: str | Path, manifest: Manifest) -> None:
     Raises:
         BundleError: If a file is missing, or its size or content differs from the manifest's.
     """
-    for name, expected in manifest.files.items():
-        file = Path(path) / name
-        if not file.is_file():
-            msg = f"{path} is incomplete: {name} is missing. Export or copy the bundle again."
-            raise BundleError(msg)
-        size = file.stat().st_size
-        if size != expected.bytes:
-            msg = f"{file} has {size} bytes, its manifest says {expected.bytes}. Export or copy the bundle again."
-            raise BundleError(msg)
-        if _sha256(file) != expected.sha256:
-            msg = f"{file} does not match its checksum: it is damaged, or not the file that was exported."
-            raise BundleError(msg)
+    path = Path(path)
+    with _opened(path) as folder:
+        for name, expected in manifest.files.items():
+            _read_verified(path / name, expected, folder)
 
 
-def version_of(path: str | Path) -> str:
-    """Version of a bundle: the first 12 digits of its manifest's sha256. The manifest holds the other files' checksums.
+def file_states(path: str | Path, names: Iterable[str] = (MANIFEST, *FILES)) -> dict[str, FileState]:
+    """State of the files of a bundle that are there: what changes when the bundle is replaced.
 
     Args:
         path: Folder of the bundle.
-
-    Raises:
-        BundleError: If the manifest cannot be read.
+        names: Files to look at.
     """
-    file = Path(path) / MANIFEST
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        msg = f"{file} cannot be read: {error}"
-        raise BundleError(msg) from error
+    states = {}
+    for name in names:
+        with suppress(OSError):
+            states[name] = FileState.of((Path(path) / name).stat())
+    return states
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
@@ -149,7 +209,11 @@ def describe_files(folder: str | Path) -> dict[str, File]:
     """Checksum and size of each file of a bundle, as its manifest lists them."""
     folder = Path(folder)
     names = [name for name, rule in FILES.items() if rule.required or (folder / name).is_file()]
-    return {name: File(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
+    return {name: _describe(read_file(folder / name)) for name in names}
+
+
+def _describe(content: FileContent) -> File:
+    return File(sha256=content.sha256, bytes=content.state.bytes)
 
 
 def describe_versions(*packages: str) -> dict[str, str]:
@@ -164,64 +228,10 @@ def copy_files(path: str | Path, manifest: Manifest, target: str | Path) -> None
         path: Folder of the bundle.
         manifest: Manifest of the bundle.
         target: Folder to copy to.
+
+    Raises:
+        BundleError: If the copies do not match the checksums, as when the bundle was replaced meanwhile.
     """
     for name in manifest.files:
         shutil.copyfile(Path(path) / name, Path(target) / name)
-
-
-@contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty draft folder to write a bundle into, and move it to ``path`` at the end.
-
-    After any error, an interrupt too, ``path`` is as it was, and nothing else is left.
-
-    Args:
-        path: Folder of the bundle. Where it is a link, the folder that the link names is replaced.
-        overwrite: Replace a bundle that exists at ``path``.
-
-    Raises:
-        BundleError: If ``path`` exists and may not be overwritten or is not a bundle, or if the folder cannot be written.
-    """
-    path = Path(path).resolve()
-    if path.exists():
-        _check_replaceable(path, overwrite=overwrite)
-    unique = uuid.uuid4().hex[:8]
-    draft, old = path.with_name(f".{path.name}.{unique}.tmp"), path.with_name(f".{path.name}.{unique}.old")
-    try:
-        draft.mkdir(parents=True)
-    except OSError as error:
-        msg = f"The folder {path} cannot be written: {error}"
-        raise BundleError(msg) from error
-    try:
-        yield draft
-        try:
-            if path.exists():
-                path.rename(old)
-            draft.rename(path)
-        except OSError as error:
-            msg = f"The bundle cannot be moved to {path}: {error}. Is a file of the old one in use?"
-            raise BundleError(msg) from error
-    finally:
-        if old.exists():
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(path)
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
-    if not overwrite:
-        msg = f"{path} exists already. Choose another folder, or pass --overwrite (overwrite=True)."
-        raise BundleError(msg)
-    if not path.is_dir() or not {MANIFEST} <= {file.name for file in path.iterdir()} <= {MANIFEST, *FILES}:
-        msg = f"{path} is not a bundle, or holds other files too; it is not overwritten."
-        raise BundleError(msg)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    verify(target, manifest)

@@ -6,12 +6,13 @@ read, and the sha256 of every other file (:data:`FILES`). :mod:`patchcore_plugin
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from patchcore_plugin.errors import PatchcoreError
 
@@ -62,17 +63,38 @@ MAX_WIDTH = 65_536
 MAX_CALIBRATION = 10_000
 """Most calibration images that a bundle keeps."""
 
+MAX_NEIGHBORS = 1000
+"""Most neighbors that re-weight an image score."""
+
+MAX_SMOOTHING = 1000
+"""Greatest standard deviation, in patches, of the Gaussian that smooths patch distances."""
+
+MAX_NAME_LENGTH = 200
+"""Most characters of a model's name."""
+
 
 def _check_name(name: str) -> str:
     if name not in FILES:
-        msg = f"{name!r} is not a file of a bundle"
+        msg = f"{reprlib.repr(name)} is not a file of a bundle"
         raise ValueError(msg)
     return name
 
 
+def _check_printable(text: str) -> str:
+    if not text.isprintable():  # a terminal would obey what is not
+        msg = "must have printable characters alone"
+        raise ValueError(msg)
+    return text
+
+
 FileName = Annotated[str, AfterValidator(_check_name)]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_check_printable)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Number = Annotated[FiniteFloat, Field(ge=-1e20, le=1e20)]
+"""A number so small that float32 holds it, and the difference of two of them. Distances in a bank are below 1e20."""
+PositiveNumber = Annotated[Number, Field(ge=0)]
 Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
-Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Triple = tuple[Number, Number, Number]
 
 
 class BundleError(PatchcoreError, ValueError):
@@ -86,7 +108,7 @@ def _check_order(values: list[float]) -> list[float]:
     return values
 
 
-Ascending = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_CALIBRATION), AfterValidator(_check_order)]
+Ascending = Annotated[list[Number], Field(min_length=1, max_length=MAX_CALIBRATION), AfterValidator(_check_order)]
 """One number for each calibration image, in ascending order."""
 
 
@@ -218,10 +240,17 @@ class Scale(_Record):
         sensitivity: Shift of the threshold, in [0, 1]: 0.5 leaves it, more makes it lower.
     """
 
-    threshold: FiniteFloat | None = None
-    minimum: FiniteFloat | None = None
-    maximum: FiniteFloat | None = None
+    threshold: Number | None = None
+    minimum: Number | None = None
+    maximum: Number | None = None
     sensitivity: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            msg = f"minimum {self.minimum:g} is above maximum {self.maximum:g}"
+            raise ValueError(msg)
+        return self
 
 
 class Calibration(_Record):
@@ -270,10 +299,10 @@ class IndexTrial(_Record):
     index: IndexKind
     storage: Storage
     width: Annotated[int, Field(ge=0)]
-    milliseconds: Annotated[FiniteFloat, Field(ge=0)]
+    milliseconds: PositiveNumber
     recall: Annotated[float, Field(ge=0, le=1)]
-    error: Annotated[FiniteFloat, Field(ge=0)]
-    storage_error: Annotated[FiniteFloat, Field(ge=0)] = 0
+    error: PositiveNumber
+    storage_error: PositiveNumber = 0
     good: bool
 
     @model_validator(mode="before")
@@ -322,9 +351,9 @@ class PrecisionTrial(_Record):
     """
 
     precision: Precision
-    milliseconds: Annotated[FiniteFloat, Field(ge=0)]
+    milliseconds: PositiveNumber
     correlation: Annotated[float, Field(ge=-1, le=1)]
-    error: Annotated[FiniteFloat, Field(ge=0)]
+    error: PositiveNumber
     good: bool
 
 
@@ -337,7 +366,7 @@ class File(_Record):
     """
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    bytes: PositiveInt
+    bytes: Count
 
 
 class SelfTest(_Record):
@@ -347,7 +376,7 @@ class SelfTest(_Record):
         scores: Raw image score of each test picture.
     """
 
-    scores: Annotated[list[Annotated[FiniteFloat, Field(ge=0)]], Field(min_length=1, max_length=100)]
+    scores: Annotated[list[PositiveNumber], Field(min_length=1, max_length=100)]
 
 
 class Update(_Record):
@@ -362,8 +391,8 @@ class Update(_Record):
 
     parent: Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
     date: datetime
-    images: PositiveInt
-    vectors: Annotated[int, Field(ge=0)]
+    images: Count
+    vectors: Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Manifest(_Record):
@@ -397,18 +426,18 @@ class Manifest(_Record):
     """
 
     format_version: Literal[2, 3] = FORMAT_VERSION
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
-    backbone: str
-    layers: list[str]
+    backbone: Text
+    layers: Annotated[list[Text], Field(max_length=100)]
     preprocessing: Preprocessing
     grid: Size
-    embedding_dimension: PositiveInt
-    bank_size: PositiveInt
+    embedding_dimension: Count
+    bank_size: Count
     coreset_sampling_ratio: Annotated[float, Field(gt=0, le=1)]
-    covering_radius: Annotated[FiniteFloat, Field(ge=0)] | None = None
-    num_neighbors: PositiveInt
-    score_smoothing: Annotated[FiniteFloat, Field(ge=0)] = 0
+    covering_radius: PositiveNumber | None = None
+    num_neighbors: Annotated[int, Field(ge=1, le=MAX_NEIGHBORS)]
+    score_smoothing: Annotated[float, Field(ge=0, le=MAX_SMOOTHING)] = 0
     index: Index = Index()
     precision: Precision = "f32"
     precision_trials: list[PrecisionTrial] = []
@@ -417,7 +446,7 @@ class Manifest(_Record):
     calibration: Calibration | None = None
     self_test: SelfTest | None = None
     lineage: list[Update] = []
-    versions: dict[str, str]
+    versions: Annotated[dict[Text, Text], Field(max_length=100)]
     files: dict[FileName, File]
 
     @model_validator(mode="after")

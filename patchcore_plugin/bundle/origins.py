@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from patchcore_plugin.bundle.folder import read_array, read_json
+from patchcore_plugin.bundle.content import FileContent, parse_array, parse_json
 from patchcore_plugin.bundle.manifest import ORIGINS, SOURCES, THUMBNAILS, BundleError
 from patchcore_plugin.images import read_image
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle.folder import BundleContent
     from patchcore_plugin.bundle.manifest import Manifest, Preprocessing
 
 THUMBNAIL_SIDE = 256
@@ -78,51 +79,50 @@ def locate_patches(numbers: NDArray[np.int64], images: Sequence[tuple[str, int, 
     return Origins(patches, [images[number][0] for number in used])
 
 
-def read_origins(path: str | Path, manifest: Manifest) -> Origins | None:
+def read_origins(bundle: BundleContent) -> Origins | None:
     """Read the origins of a bundle's vectors; None where the bundle has none.
 
     Args:
-        path: Folder of the bundle.
-        manifest: Manifest of the bundle.
+        bundle: Content of the bundle.
 
     Raises:
         BundleError: If a file is damaged or does not fit the manifest.
     """
-    if ORIGINS not in manifest.files:
+    files, manifest = bundle.files, bundle.manifest
+    if ORIGINS not in files:
         return None
-    images = _read_names(Path(path) / SOURCES)
-    patches = _read_patches(Path(path) / ORIGINS, manifest, len(images))
-    if THUMBNAILS not in manifest.files:
+    images = _read_names(files[SOURCES])
+    patches = _read_patches(files[ORIGINS], manifest, len(images))
+    if THUMBNAILS not in files:
         return Origins(patches, images)
-    file = Path(path) / THUMBNAILS
-    pictures, shape = read_array(file), (len(images), *_thumbnail_shape(manifest.preprocessing), 3)
+    pictures, shape = parse_array(files[THUMBNAILS]), (len(images), *_thumbnail_shape(manifest.preprocessing), 3)
     if pictures.dtype != np.uint8 or pictures.shape != shape:
-        msg = f"{file} holds {pictures.dtype} values of shape {pictures.shape}, expected uint8 of {shape}."
+        msg = f"{files[THUMBNAILS].path} holds {pictures.dtype} values of shape {pictures.shape}, expected uint8 of {shape}."
         raise BundleError(msg)
     return Origins(patches, images, pictures)
 
 
-def _read_names(file: Path) -> list[str]:
-    names = read_json(file)
+def _read_names(file: FileContent) -> list[str]:
+    names = parse_json(file)
     if not isinstance(names, list) or not all(
         isinstance(name, str) and 0 < len(name) <= _NAME_LENGTH_LIMIT for name in names
     ):
-        msg = f"{file} does not hold a list of image names."
+        msg = f"{file.path} does not hold a list of image names."
         raise BundleError(msg)
     return names
 
 
-def _read_patches(file: Path, manifest: Manifest, images: int) -> NDArray[np.int32]:
-    patches = read_array(file)
+def _read_patches(file: FileContent, manifest: Manifest, images: int) -> NDArray[np.int32]:
+    patches = parse_array(file)
     if patches.dtype != np.int32 or patches.shape != (manifest.bank_size, 3):
         msg = (
-            f"{file} holds {patches.dtype} values of shape {patches.shape}, expected int32 of {(manifest.bank_size, 3)}: "
-            "image, row and column of each bank vector."
+            f"{file.path} holds {patches.dtype} values of shape {patches.shape}, expected int32 of "
+            f"{(manifest.bank_size, 3)}: image, row and column of each bank vector."
         )
         raise BundleError(msg)
     limits = (images, *manifest.grid)
     if patches.min() < 0 or (patches >= limits).any():
-        msg = f"{file} names an image, row or column out of range; there are {limits} of them."
+        msg = f"{file.path} names an image, row or column out of range; there are {limits} of them."
         raise BundleError(msg)
     return patches
 

@@ -38,11 +38,11 @@ def info(bundle: Path) -> None:
 
     Prints its model, memory bank, thresholds, files and origin. Its manifest.json has every detail.
     """
-    from patchcore_plugin.bundle import read_manifest, version_of
+    from patchcore_plugin.bundle import read_manifest_and_version
 
-    manifest = read_manifest(bundle)
+    manifest, version = read_manifest_and_version(bundle)
     table = Table(show_header=False)
-    for name, text in _summary(manifest, version_of(bundle)):
+    for name, text in _summary(manifest, version):
         table.add_row(name, escape(text))
     Console().print(table)
     if manifest.index.trials or manifest.precision_trials:
@@ -285,12 +285,21 @@ def pack(bundle: Path) -> None:
     """
     import bentoml
 
-    from patchcore_plugin.bundle import MANIFEST, copy_files, read_manifest, verify
+    from patchcore_plugin.bundle import (
+        MANIFEST,
+        BundleError,
+        copy_files,
+        ended_by_signals,
+        read_manifest_and_version,
+        version_of,
+    )
 
-    manifest = read_manifest(bundle)
-    verify(bundle, manifest)
+    manifest, version = read_manifest_and_version(bundle)
     labels = {"model": manifest.name, "backbone": manifest.backbone, "format_version": str(manifest.format_version)}
-    with bentoml.models.create("patchcore", labels=labels) as stored:
+    with ended_by_signals(), bentoml.models.create("patchcore", labels=labels) as stored:
         copy_files(bundle, manifest, stored.path)
         shutil.copyfile(bundle / MANIFEST, Path(stored.path) / MANIFEST)
+        if version_of(stored.path) != version:
+            msg = f"{bundle} was replaced meanwhile; pack it again."
+            raise BundleError(msg)
     click.echo(f"Packed as {stored.tag}. Serve it: bentoml serve patchcore_plugin.bento.service:PatchcoreService")

@@ -13,6 +13,7 @@ import numpy as np
 from patchcore_plugin.bundle import (
     BANK,
     FEATURES,
+    MAX_NAME_LENGTH,
     BundleError,
     Index,
     Manifest,
@@ -98,6 +99,7 @@ def export_bundle(
         ImageError: If an image cannot be read.
     """
     path = Path(path)
+    name = _checked_name(name or path.name)
     torch_model = model.model
     _check_exportable(torch_model)
     recipe = read_preprocessing(model)
@@ -124,7 +126,7 @@ def export_bundle(
                 precision,
             )
         manifest = Manifest(
-            name=name or path.name,
+            name=name,
             created=datetime.now(timezone.utc),
             backbone=str(model.hparams.get("backbone")),
             layers=list(torch_model.layers),
@@ -148,6 +150,13 @@ def export_bundle(
         progress("self-test", 0, 1)
         self_test.record(draft)
     return path
+
+
+def _checked_name(name: str) -> str:
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        msg = f"The name of a model has 1 to {MAX_NAME_LENGTH} printable characters, got {name[:MAX_NAME_LENGTH]!r}."
+        raise BundleError(f"{msg} Give another one (--name).")
+    return name
 
 
 def _check_exportable(model: FaissPatchcoreModel) -> None:

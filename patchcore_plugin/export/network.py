@@ -12,7 +12,7 @@ from torch import nn
 
 from patchcore_plugin.bundle import BundleError
 from patchcore_plugin.export.preprocessing_graph import with_preprocessing
-from patchcore_plugin.runtime.network import Network
+from patchcore_plugin.runtime.network import Network, NetworkFiles
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +44,7 @@ def write_network(model: FaissPatchcore, recipe: Preprocessing, path: Path) -> N
     example = torch.zeros(2, 3, height, width)
     ir = with_preprocessing(ov.convert_model(embedding, example_input=example, input=[-1, 3, height, width]), recipe)
     save_network(ir, path)
-    network = Network(path)
+    network = Network(NetworkFiles.read(path))
     _compare(network, embedding, recipe, model)
     return network
 

@@ -13,7 +13,7 @@ from patchcore_plugin.bundle import BundleError, PrecisionTrial
 from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export.network import save_network
 from patchcore_plugin.progress import no_progress
-from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network
+from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network, NetworkFiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,7 +113,7 @@ def _measure(
     for precision, file in files.items():
         progress(f"precision {precision}", 0, 1)
         try:
-            milliseconds, scores = _run(Network(file, precision), bank, images, rule)
+            milliseconds, scores = _run(Network(NetworkFiles.read(file), precision), bank, images, rule)
         except (RuntimeError, ValueError) as error:  # OpenVINO cannot compile it, or it gives NaN
             if precision in (asked, "f32"):
                 msg = f"The network cannot be used in {precision}: {error}"

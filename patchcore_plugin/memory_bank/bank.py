@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
-from patchcore_plugin.bundle import MAX_WIDTH
+from patchcore_plugin.bundle import MAPPED_FILE_BYTES, MAX_WIDTH, read_file
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.memory_bank.faiss_index import exact_distances
-from patchcore_plugin.memory_bank.file import MAPPED_FILE_BYTES, VALUE_LIMIT, read_bank, write_bank
+from patchcore_plugin.memory_bank.file import read_bank, write_bank
 from patchcore_plugin.memory_bank.indexes import KINDS
+from patchcore_plugin.memory_bank.layout import is_finite
 from patchcore_plugin.scoring.scores import Scores, farthest_patches, image_score, reweight
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
-    from patchcore_plugin.bundle import IndexKind, Storage
+    from patchcore_plugin.bundle import FileContent, IndexKind, Storage
     from patchcore_plugin.memory_bank.faiss_index import FaissIndex, Found
     from patchcore_plugin.scoring import ScoreRule
 
@@ -242,15 +243,8 @@ class MemoryBank:
         write_bank(Path(path), self._index.faiss, self.neighbors)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        index: IndexKind | None = None,
-        mapped_from: int = MAPPED_FILE_BYTES,
-        *,
-        neighbors: bool = True,
-    ) -> Self:
-        """Read a bank that :meth:`save` wrote.
+    def load(cls, path: str | Path, index: IndexKind | None = None, mapped_from: int = MAPPED_FILE_BYTES) -> Self:
+        """Read a bank that :meth:`save` wrote, with its neighbors if there is such a file.
 
         Args:
             path: File of the index.
@@ -262,10 +256,28 @@ class MemoryBank:
             FileNotFoundError: If there is no such file.
             UsageError: If the file is not an L2 FAISS index of this kind or does not hold finite vectors, or if the file
                 beside it does not hold their neighbors.
+            BundleError: If a file is not a regular one, or the file of neighbors is damaged.
+        """
+        path = Path(path)
+        beside = path.with_suffix(".npy")
+        neighbors = read_file(beside) if beside.exists() else None
+        return cls.from_content(read_file(path, mapped_from=mapped_from), neighbors, index)
+
+    @classmethod
+    def from_content(cls, file: FileContent, neighbors: FileContent | None = None, index: IndexKind | None = None) -> Self:
+        """Make the bank that :meth:`save` wrote from the content of its files.
+
+        Args:
+            file: Content of the file of the index.
+            neighbors: Content of the file of neighbors; None without one.
+            index: Kind of the index, as for :meth:`load`.
+
+        Raises:
+            UsageError: As of :meth:`load`.
             BundleError: If the file of neighbors is damaged.
         """
         bank = cls.__new__(cls)
-        bank._hold(*read_bank(Path(path), index, mapped_from, neighbors=neighbors))
+        bank._hold(*read_bank(file, neighbors, index))
         return bank
 
     def _as_queries(self, values: ArrayLike) -> NDArray[np.float32]:
@@ -330,7 +342,7 @@ def _as_matrix(values: ArrayLike, name: str) -> NDArray[np.float32]:
     if matrix.ndim != 2 or not matrix.shape[1]:
         msg = f"{name} must be a matrix (N, D), got shape {matrix.shape}."
         raise UsageError(msg)
-    if not (np.abs(matrix) < VALUE_LIMIT).all():
+    if not is_finite(matrix):
         msg = f"{name} hold NaN or infinite values, or values too large for float32 distances."
         raise UsageError(msg)
     return matrix

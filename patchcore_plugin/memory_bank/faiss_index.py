@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from patchcore_plugin.memory_bank.layout import Header, IndexFile
+
     Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 _BLOCK_ROWS = 4096
@@ -35,6 +37,7 @@ class FaissIndex(ABC):
 
     Attributes:
         kind: Name of the kind.
+        magics: First four bytes of its files.
         storages: Number formats in which the kind can keep vectors.
         width_limits: Least and greatest width of a search.
         default_width: Width of a search where none is given.
@@ -47,6 +50,7 @@ class FaissIndex(ABC):
     """
 
     kind: ClassVar[IndexKind]
+    magics: ClassVar[tuple[bytes, ...]]
     storages: ClassVar[tuple[Storage, ...]] = get_args(Storage)
     width_limits: ClassVar[tuple[int, int]] = (1, MAX_WIDTH)
     default_width: ClassVar[int]
@@ -86,6 +90,19 @@ class FaissIndex(ABC):
     @abstractmethod
     def recognize(cls, index: faiss.Index) -> Storage | None:
         """Tell in which storage a FAISS index keeps its vectors; None where this kind would not build such an index."""
+
+    @classmethod
+    @abstractmethod
+    def check_file(cls, file: IndexFile, header: Header) -> None:
+        """Check all that FAISS relies on when it reads and searches an index of this kind.
+
+        Args:
+            file: The file, read up to the end of its header.
+            header: The header.
+
+        Raises:
+            UsageError: If the file holds something else than this kind writes.
+        """
 
     @classmethod
     def suits(cls, size: int, dimension: int, storage: Storage) -> bool:

@@ -1,7 +1,7 @@
 """The files of a memory bank: a FAISS index, and beside it the neighbors of its vectors (.npy).
 
 A file may be damaged or made to harm, and FAISS checks little of what it reads. So everything that a search relies on is
-checked here.
+checked here; :mod:`patchcore_plugin.memory_bank.layout` looks at a file before FAISS does.
 """
 
 from __future__ import annotations
@@ -11,23 +11,18 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
-from patchcore_plugin.bundle import read_array
+from patchcore_plugin.bundle import parse_array
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.memory_bank.indexes import KINDS
+from patchcore_plugin.memory_bank.layout import IndexFile, check, is_finite
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import IndexKind
+    from patchcore_plugin.bundle import FileContent, IndexKind
     from patchcore_plugin.memory_bank.faiss_index import FaissIndex
-
-VALUE_LIMIT = 1e16
-"""Bound of a vector's values: the sum of a few thousand squares of smaller values is still a float32 number."""
-
-MAPPED_FILE_BYTES = 2**28
-"""Size from which a file is mapped into memory instead of read."""
 
 _BLOCK_ROWS = 4096
 
@@ -62,50 +57,66 @@ def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | No
 
 
 def read_bank(
-    path: Path, kind: IndexKind | None = None, mapped_from: int = MAPPED_FILE_BYTES, *, neighbors: bool = True
+    file: FileContent, neighbors: FileContent | None = None, kind: IndexKind | None = None
 ) -> tuple[FaissIndex, NDArray[np.int32] | None]:
     """Read the files that :func:`write_bank` wrote.
 
     Args:
-        path: File of the index.
+        file: Content of the file of the index.
+        neighbors: Content of the file of neighbors; None without one.
         kind: Kind of index to search the file as; None takes the first kind that recognizes the file.
-        mapped_from: Size, in bytes, from which the file is mapped into memory.
-        neighbors: Whether to read the file of neighbors too.
 
     Returns:
-        The index, and the neighbors of its vectors (M, k), int32; None without such a file, or where it is not read.
+        The index, and the neighbors of its vectors (M, k), int32; None without a file of neighbors.
 
     Raises:
-        FileNotFoundError: If there is no file of the index.
         UsageError: If a file does not hold what a memory bank writes.
         BundleError: If the file of neighbors is damaged.
     """
-    index = _recognized(_read_index(path, mapped_from), kind, path)
+    path = file.path
+    try:
+        _check_layout(file)
+        index = _recognized(_read_index(file), kind, path)
+    except (RuntimeError, MemoryError) as error:  # FAISS's
+        msg = f"{path} is not a readable FAISS index of a memory bank: {error}"
+        raise UsageError(msg) from error
     size = index.faiss.ntotal
     for start in range(0, size, _BLOCK_ROWS):
-        if not (np.abs(index.faiss.reconstruct_n(start, min(_BLOCK_ROWS, size - start))) < VALUE_LIMIT).all():
+        if not is_finite(index.faiss.reconstruct_n(start, min(_BLOCK_ROWS, size - start))):
             msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
             raise UsageError(msg)
-    beside = path.with_suffix(".npy")
-    return index, _read_neighbors(beside, size) if neighbors and beside.is_file() else None
+    return index, None if neighbors is None else _read_neighbors(neighbors, size)
 
 
-def _read_index(path: Path, mapped_from: int) -> faiss.Index:
+def _check_layout(content: FileContent) -> None:
+    """Check that a file holds an index that a memory bank writes, and all of it, before FAISS reads the file."""
     try:
-        if path.stat().st_size >= mapped_from and str(path).isascii():
-            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        return faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
-    except (RuntimeError, MemoryError) as error:
-        msg = f"{path} is not a readable FAISS index (truncated or damaged)."
+        file = IndexFile(content.data)
+        header = file.header()
+        kind = next((kind for kind in KINDS.values() if header.magic in kind.magics), None)
+        check(kind is not None, "it is none of these kinds")
+        kind.check_file(file, header)
+        file.check_end()
+    except UsageError as error:
+        msg = (
+            f"{content.path} is not a readable FAISS index of a memory bank: {error}. It is damaged, or of another kind; a "
+            f"memory bank is an L2 index of plain vectors: {', '.join(KINDS)}."
+        )
         raise UsageError(msg) from error
+
+
+def _read_index(file: FileContent) -> faiss.Index:
+    data = np.frombuffer(file.data, np.uint8)
+    if isinstance(file.data, bytes):
+        return faiss.deserialize_index(data)
+    index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), len(data)))
+    index.referenced_objects = [data]  # whose memory the index uses
+    return index
 
 
 def _recognized(index: faiss.Index, kind: IndexKind | None, path: Path) -> FaissIndex:
     """The index as one of a memory bank."""
-    found = next((known for known in KINDS.values() if known.recognize(index)), None)
-    if found is None:
-        msg = f"{path} holds a {type(index).__name__}; a memory bank is an L2 index of plain vectors: {', '.join(KINDS)}."
-        raise UsageError(msg)
+    found = next(known for known in KINDS.values() if known.recognize(index))
     if not index.ntotal:
         msg = f"{path} holds an empty memory bank."
         raise UsageError(msg)
@@ -113,15 +124,11 @@ def _recognized(index: faiss.Index, kind: IndexKind | None, path: Path) -> Faiss
     if not wanted.recognize(index):
         msg = f"{path} is a {found.kind} index of {found.recognize(index)}, not one of the kind {kind!r}."
         raise UsageError(msg)
-    try:
-        return wanted(index)
-    except UsageError as error:
-        msg = f"{path} is damaged: {error}"
-        raise UsageError(msg) from error
+    return wanted(index)
 
 
-def _read_neighbors(path: Path, size: int) -> NDArray[np.int32]:
-    neighbors = read_array(path)
+def _read_neighbors(file: FileContent, size: int) -> NDArray[np.int32]:
+    neighbors, path = parse_array(file), file.path
     if neighbors.dtype != np.int32 or neighbors.ndim != 2 or len(neighbors) != size or not neighbors.shape[1]:
         msg = f"{path} holds {neighbors.dtype} values of shape {neighbors.shape}, not neighbors of {size} vectors."
         raise UsageError(msg)

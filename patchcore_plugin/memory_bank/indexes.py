@@ -13,21 +13,22 @@ import faiss
 import numpy as np
 
 from patchcore_plugin.cpu import has_bfloat16
-from patchcore_plugin.errors import UsageError
 from patchcore_plugin.memory_bank.bfloat16 import CANDIDATES_LIMIT, BFloat16Candidates
 from patchcore_plugin.memory_bank.faiss_index import ApproximateIndex, FaissIndex, exact_distances, plain_storage
+from patchcore_plugin.memory_bank.layout import check, check_graph, check_lists, is_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patchcore_plugin.bundle import IndexKind, Storage
     from patchcore_plugin.memory_bank.faiss_index import Found
+    from patchcore_plugin.memory_bank.layout import Header, IndexFile
 
 
 class FlatIndex(FaissIndex):
     """Compares each query with every vector: exact search."""
 
-    kind = "flat"
+    kind, magics = "flat", (b"IxF2", b"IxSQ")
     default_width, widths, width_limits = 0, (0,), (0, 0)
     min_vectors = 1
     exhaustive = True
@@ -42,6 +43,14 @@ class FlatIndex(FaissIndex):
         """See :meth:`FaissIndex.recognize`."""
         flat = isinstance(index, (faiss.IndexFlat, faiss.IndexScalarQuantizer))
         return plain_storage(index) if flat else None
+
+    @classmethod
+    def check_file(cls, file: IndexFile, header: Header) -> None:
+        """See :meth:`FaissIndex.check_file`."""
+        if header.magic == b"IxF2":
+            file.vectors(header)
+        else:
+            file.codes(header)
 
     def _search_block(self, queries: NDArray[np.float32], k: int, width: int) -> Found:
         if len(queries) <= self._EXACT_QUERIES_LIMIT:
@@ -58,7 +67,7 @@ class BFloat16Index(FlatIndex):
     The width is the number of candidates. The file is that of a flat index, and :meth:`search` is exact.
     """
 
-    kind = "bfloat16"
+    kind, magics = "bfloat16", (b"IxF2",)
     storages = ("float32",)
     default_width, widths, width_limits = 4, (2, 3, 4), (1, CANDIDATES_LIMIT)
     min_vectors = FaissIndex.min_vectors
@@ -102,12 +111,14 @@ class IVFIndex(ApproximateIndex):
     The width is the number of cells.
     """
 
-    kind = "ivf"
+    kind, magics = "ivf", (b"IwFl", b"IwSq")
     default_width, widths = 16, (1, 2, 4, 8, 16, 32, 64, 128)
 
     def __init__(self, index: faiss.IndexIVF) -> None:
         super().__init__(index)
-        _map_directly(index)
+        # The table of the cell that each vector is in, so that it can be read by its bank index. A file's is not trusted.
+        index.set_direct_map_type(faiss.DirectMap.NoMap)
+        index.make_direct_map()
 
     @staticmethod
     def _new(size: int, dimension: int, quantizer: int | None) -> faiss.Index:
@@ -127,6 +138,22 @@ class IVFIndex(ApproximateIndex):
         )
         return plain_storage(index) if cells else None
 
+    @classmethod
+    def check_file(cls, file: IndexFile, header: Header) -> None:
+        """See :meth:`FaissIndex.check_file`."""
+        cells, visited = file.numbers("QQ")
+        centers = file.header()
+        fits = (centers.magic, centers.dimension, centers.count) == (b"IxF2", header.dimension, cells)
+        check(fits and 1 <= visited <= cells, "its cells are not around centers among its vectors")
+        check(is_finite(file.vectors(centers)), "the centers of its cells are not finite")
+        (kind,) = file.numbers("B")  # of the table in which cell each vector is, which is not trusted
+        check(len(file.array("<i8")) == (header.count if kind else 0) and kind in (0, 1), "its table of cells is damaged")
+        size = header.dimension * 4
+        if header.magic == b"IwSq":
+            size = file.quantizer(header)
+            check(file.numbers("QB") == (size, 0), "its cells do not hold the vectors themselves")
+        check_lists(file, header, cells, size)
+
     def _parameters(self, k: int, width: int) -> faiss.SearchParameters:
         return faiss.SearchParametersIVF(nprobe=min(width, self.faiss.nlist))
 
@@ -141,7 +168,7 @@ class HNSWIndex(ApproximateIndex):
     The width is the number of candidates that are kept on the way.
     """
 
-    kind = "hnsw"
+    kind, magics = "hnsw", (b"IHNf", b"IHNs")
     default_width = 32
     widths = (6, 8, 9, 10, 11, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)
     _LINKS = 24  # neighbors of a vector in the graph
@@ -166,27 +193,21 @@ class HNSWIndex(ApproximateIndex):
         same = (inner.ntotal, inner.d) == (index.ntotal, index.d)
         return FlatIndex.recognize(inner) if same else None
 
+    @classmethod
+    def check_file(cls, file: IndexFile, header: Header) -> None:
+        """See :meth:`FaissIndex.check_file`."""
+        check_graph(file, header)
+        storage = file.header()
+        magic = {b"IHNf": b"IxF2", b"IHNs": b"IxSQ"}[header.magic]
+        check(storage == header._replace(magic=magic), "its graph is not one of its vectors")
+        FlatIndex.check_file(file, storage)
+
     @staticmethod
     def _inner(index: faiss.Index) -> faiss.Index:
         return faiss.downcast_index(index.storage)
 
     def _parameters(self, k: int, width: int) -> faiss.SearchParameters:
         return faiss.SearchParametersHNSW(efSearch=max(width, k))
-
-
-def _map_directly(index: faiss.IndexIVF) -> None:
-    """Note in which cell each vector is, so that it can be read by its bank index.
-
-    Raises:
-        UsageError: If the cells do not hold each vector once; then the file that the index comes from is damaged.
-    """
-    lists = index.invlists
-    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)) for cell in range(index.nlist)]
-    if not np.array_equal(np.sort(np.concatenate(ids)), np.arange(index.ntotal)):
-        msg = f"The cells of the index do not hold each of its {index.ntotal} vectors once."
-        raise UsageError(msg)
-    index.set_direct_map_type(faiss.DirectMap.NoMap)  # what a file says of it is not trusted
-    index.make_direct_map()
 
 
 KINDS: dict[IndexKind, type[FaissIndex]] = {index.kind: index for index in (FlatIndex, BFloat16Index, IVFIndex, HNSWIndex)}

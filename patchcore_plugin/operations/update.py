@@ -23,7 +23,6 @@ from patchcore_plugin.bundle import (
     copy_files,
     describe_files,
     describe_versions,
-    version_of,
     write_manifest,
 )
 from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnail
@@ -121,7 +120,7 @@ def update_bundle(
             before.append(prediction)
         scores = Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
         image, pixel, calibration = recalibrate(old.manifest, scores)
-        step = Update(parent=version_of(path), date=datetime.now(timezone.utc), images=len(added), vectors=len(picks))
+        step = Update(parent=old.version, date=datetime.now(timezone.utc), images=len(added), vectors=len(picks))
         manifest = old.manifest.model_copy(
             update={
                 "format_version": FORMAT_VERSION,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from patchcore_plugin.bundle import read_manifest, verify, version_of
+from patchcore_plugin.bundle import BundleError, read_manifest_and_version, verify
 from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, self_test
@@ -88,15 +88,15 @@ def validate_bundle(
         return finding.value
 
     path = Path(path)
-    manifest = run("manifest", _check_manifest, path)
+    manifest, version = run("manifest", _check_manifest, path) or (None, None)
     intact = run("files", _check_files, path, manifest)
-    runtime = run("network and bank", _check_loading, path, intact)
+    runtime = run("network and bank", _check_loading, path, version, intact)
     deviations = run("self-test", _check_self_test, runtime)
     milliseconds = run("latency", _check_latency, runtime)
     rows = run("images", _check_images, runtime, images)
     return ValidationReport(
         checks=checks,
-        version=manifest and version_of(path),
+        version=version,
         deviations=deviations,
         tolerance=deviations and self_test.TOLERANCE[manifest.precision],
         milliseconds=milliseconds,
@@ -122,8 +122,8 @@ def _find(check: Callable[..., _Finding], *needed: Any) -> _Finding:
 
 
 def _check_manifest(path: Path) -> _Finding:
-    manifest = read_manifest(path)
-    return _Finding(f"{manifest.name}, version {version_of(path)}, format {manifest.format_version}", manifest)
+    manifest, version = read_manifest_and_version(path)
+    return _Finding(f"{manifest.name}, version {version}, format {manifest.format_version}", (manifest, version))
 
 
 def _check_files(path: Path, manifest: Manifest) -> _Finding:
@@ -132,8 +132,11 @@ def _check_files(path: Path, manifest: Manifest) -> _Finding:
     return _Finding(f"{len(manifest.files)} files, {size:.1f} MiB, match their checksums", manifest)
 
 
-def _check_loading(path: Path, manifest: Manifest) -> _Finding:
-    runtime = PatchcoreRuntime.load(path, cache=False)
+def _check_loading(path: Path, version: str, manifest: Manifest) -> _Finding:
+    runtime = PatchcoreRuntime.load(path, cache=False)  # a compiled network that is kept beside the bundle is no part of it
+    if runtime.version != version:
+        msg = f"{path} was replaced by version {runtime.version} meanwhile; validate it again."
+        raise BundleError(msg)
     shape = f"{manifest.bank_size:,} x {manifest.embedding_dimension}"
     return _Finding(f"network in {manifest.precision}, bank of {shape}", runtime)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
+from patchcore_plugin.bundle import FileContent, read_file
 from patchcore_plugin.cpu import compile_options, cores
 from patchcore_plugin.runtime.network_cache import cache_file, compile_or_restore
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from patchcore_plugin.bundle import Precision
     from patchcore_plugin.cpu import Mode
@@ -28,11 +30,28 @@ INPUT, NORMALIZED = "images", "normalised"
 _LARGE_IMAGE_VALUES = 16_000_000  # OpenVINO keeps buffers for the largest image so far, four bytes a value
 
 
+class NetworkFiles(NamedTuple):
+    """The files of a network in OpenVINO's format (IR).
+
+    Attributes:
+        model: Content of the network file (``.xml``).
+        weights: Content of the file of its weights (``.bin``).
+    """
+
+    model: FileContent
+    weights: FileContent
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a network file, and the weights beside it."""
+        return cls(read_file(path), read_file(path.with_suffix(".bin")))
+
+
 class Network:
     """Computes the patch embeddings of images.
 
     Args:
-        path: The network file (OpenVINO IR), with its weights beside it.
+        files: The network's files.
         precision: Arithmetic: ``"f32"``, ``"bf16"`` (of the backbone; the pre-processing stays f32) or ``"int8"``, which
             is part of the file.
         mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images at once as threads.
@@ -48,7 +67,7 @@ class Network:
 
     def __init__(
         self,
-        path: Path,
+        files: NetworkFiles,
         precision: Precision = "f32",
         mode: Mode = "latency",
         threads: int | None = None,
@@ -56,16 +75,15 @@ class Network:
     ) -> None:
         options = compile_options(mode, threads or cores())
         core = ov.Core()
-        # A mapped file must not change: if someone copied another file over it, the system would kill the process.
-        core.set_property({"ENABLE_MMAP": False})
         # Without a hint, OpenVINO computes in bfloat16 where the CPU can, and scores would depend on the machine.
-        parts = {"f32": lambda: _read(core, path)}
+        parts = {"f32": lambda: _read(core, files)}
         if precision == "bf16":
-            parts = {"f32": lambda: read_preprocessing(core, path), "bf16": lambda: _read_backbone(core, path)}
+            parts = {"f32": lambda: read_preprocessing(core, files), "bf16": lambda: _read_backbone(core, files)}
+        checksums = [file.sha256 for file in files]
         self._parts = []
         for hint, read in parts.items():
             hinted = {**options, "INFERENCE_PRECISION_HINT": hint}
-            kept = None if cache is None else cache_file(cache, path, {**hinted, "parts": len(parts)}, core)
+            kept = None if cache is None else cache_file(cache, checksums, {**hinted, "parts": len(parts)}, core)
             self._parts.append(compile_or_restore(core, read, hinted, kept))
         shape = self._parts[-1].output(0).partial_shape
         fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
@@ -95,22 +113,26 @@ class Embedder:
         return embedding
 
 
-def read_preprocessing(core: ov.Core, path: Path) -> ov.Model:
+def read_preprocessing(core: ov.Core, files: NetworkFiles) -> ov.Model:
     """Read the steps of a network file up to the backbone's input."""
-    network = _read(core, path)
+    network = _read(core, files)
     return ov.Model([_find_normalized(network)], network.get_parameters())
 
 
-def _read(core: ov.Core, path: Path) -> ov.Model:
+def _read(core: ov.Core, files: NetworkFiles) -> ov.Model:
     """Read a network file for one image at a time: fixed sizes after the resize are faster by a sixth."""
-    network = core.read_model(path)
+    model = bytes(files.model.data)
+    if not model.lstrip().startswith(b"<"):  # OpenVINO reads other formats too, some of which open further files
+        msg = "the file is no XML"
+        raise RuntimeError(msg)
+    network = core.read_model(model, bytes(files.weights.data))
     network.reshape([1, -1, -1, 3])
     return network
 
 
-def _read_backbone(core: ov.Core, path: Path) -> ov.Model:
+def _read_backbone(core: ov.Core, files: NetworkFiles) -> ov.Model:
     """Read the steps of a network file after its pre-processing."""
-    network = _read(core, path)
+    network = _read(core, files)
     normalized = _find_normalized(network)
     images = ops.parameter(normalized.partial_shape, np.float32)
     normalized.replace(images.output(0))

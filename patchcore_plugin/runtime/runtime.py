@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from PIL import Image
 
-from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, NEIGHBORS, BundleError, Manifest, read_manifest, verify
+from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, NEIGHBORS, WEIGHTS, BundleError, read_bundle
 from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.cpu import Mode, cores
@@ -22,7 +22,7 @@ from patchcore_plugin.images import ImageError, read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime.explain import Reason, explain
 from patchcore_plugin.runtime.heatmap import overlay
-from patchcore_plugin.runtime.network import Embedder, Network
+from patchcore_plugin.runtime.network import Embedder, Network, NetworkFiles
 from patchcore_plugin.runtime.prediction import Outcome, Prediction
 from patchcore_plugin.scoring import ScoreRule
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from patchcore_plugin.bundle import BundleContent
     from patchcore_plugin.images import Source
 
 
@@ -45,12 +46,14 @@ class PatchcoreRuntime:
         threads: Number of threads; all cores by default.
         cache: Folder that keeps compiled networks for the next start; several bundles may share it. True is the folder
             ``<bundle>.cache`` beside the bundle, False keeps nothing. Where the folder cannot be written, the network is
-            compiled at every start. The folder may be deleted at any time. Its files are trusted: let nobody else write
-            there.
+            compiled at every start. The folder may be deleted at any time. Its files are trusted, so a folder that others
+            own or can write is not used; see :mod:`patchcore_plugin.runtime.network_cache`.
 
     Attributes:
         path: Folder of the bundle.
         manifest: Manifest of the bundle.
+        version: Version of the bundle: the first 12 digits of the manifest's sha256.
+        states: State of each file of the bundle when it was read; see :func:`patchcore_plugin.bundle.file_states`.
         rule: How patch distances become an image score.
         bank: Memory bank of the bundle.
         origins: Where the bank's vectors come from; None where the bundle does not say.
@@ -80,13 +83,13 @@ class PatchcoreRuntime:
         if threads is not None:
             check_number("threads", threads, 1, whole=True)
         path = self.path = Path(path)
-        self.manifest: Manifest = read_manifest(path)
-        verify(path, self.manifest)
+        bundle = read_bundle(path)
+        self.manifest, self.version, self.states = bundle.manifest, bundle.version, bundle.states
         self.rule = ScoreRule.of(self.manifest)
-        self.bank = _load_bank(path, self.manifest)
         self.mode, self.threads = mode, threads or cores()
-        network = _load_network(path, self.manifest, mode, self.threads, _cache_folder(path, cache))
-        self.origins = read_origins(path, self.manifest)
+        self.bank = _load_bank(bundle)
+        network = _load_network(bundle, mode, self.threads, _cache_folder(path, cache))
+        self.origins = read_origins(bundle)
         self._workers = 1 if mode == "latency" else self.threads
         self.bank.threads = self.threads if mode == "latency" else None
         self._embedders: LifoQueue[Embedder] = LifoQueue()
@@ -245,36 +248,39 @@ def _cache_folder(path: Path, cache: str | Path | bool) -> Path | None:
     return path.with_name(f"{path.name}.cache") if cache else None
 
 
-def _load_bank(path: Path, manifest: Manifest) -> MemoryBank:
+def _load_bank(bundle: BundleContent) -> MemoryBank:
+    files, manifest = bundle.files, bundle.manifest
+    path = files[BANK].path
     try:
-        # a file of neighbors that the manifest does not list has no checksum: it is not read
-        bank = MemoryBank.load(path / BANK, manifest.index.kind, neighbors=NEIGHBORS in manifest.files)
+        # Only files that the manifest lists are here. The bytes of the bank are given away, as the index copies them.
+        bank = MemoryBank.from_content(files.pop(BANK), files.get(NEIGHBORS), manifest.index.kind)
     except ValueError as error:
         raise BundleError(str(error)) from error
     found, expected = (len(bank), bank.dimension), (manifest.bank_size, manifest.embedding_dimension)
     if found != expected:
-        msg = f"{path / BANK} holds vectors of shape {found}, the manifest says {expected}."
+        msg = f"{path} holds vectors of shape {found}, the manifest says {expected}."
         raise BundleError(msg)
     if bank.storage != manifest.index.storage:
-        msg = f"{path / BANK} holds vectors in {bank.storage}, the manifest says {manifest.index.storage}."
+        msg = f"{path} holds vectors in {bank.storage}, the manifest says {manifest.index.storage}."
         raise BundleError(msg)
     try:
         if manifest.index.width:
             bank.width = manifest.index.width
     except ValueError as error:
-        msg = f"{path / MANIFEST}: {error}"
+        msg = f"{bundle.path / MANIFEST}: {error}"
         raise BundleError(msg) from error
     return bank
 
 
-def _load_network(path: Path, manifest: Manifest, mode: Mode, threads: int, cache: Path | None) -> Network:
+def _load_network(bundle: BundleContent, mode: Mode, threads: int, cache: Path | None) -> Network:
+    files, manifest = NetworkFiles(bundle.files[FEATURES], bundle.files[WEIGHTS]), bundle.manifest
     try:
-        network = Network(path / FEATURES, manifest.precision, mode, threads, cache)
-    except RuntimeError as error:
-        msg = f"{path / FEATURES} cannot be compiled by OpenVINO: {error}"
+        network = Network(files, manifest.precision, mode, threads, cache)
+    except Exception as error:  # OpenVINO raises nearly any on a file that is made to harm
+        msg = f"{files.model.path} cannot be compiled by OpenVINO: {error}"
         raise BundleError(msg) from error
     expected = (*manifest.grid, manifest.embedding_dimension)
     if network.shape != expected:
-        msg = f"{path / FEATURES} gives embeddings of shape {network.shape}, the manifest says {expected}."
+        msg = f"{files.model.path} gives embeddings of shape {network.shape}, the manifest says {expected}."
         raise BundleError(msg)
     return network

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from patchcore_plugin.bundle import MAX_NEIGHBORS, MAX_SMOOTHING
 from patchcore_plugin.checks import check_number
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ class ScoreRule:
     score_smoothing: float = 0
 
     def __post_init__(self) -> None:
-        check_number("num_neighbors", self.num_neighbors, 1, whole=True)
+        check_number("num_neighbors", self.num_neighbors, 1, MAX_NEIGHBORS, whole=True)
         check_number(
             "score_smoothing",
             self.score_smoothing,
             0,
+            MAX_SMOOTHING,
             hint="1 smooths over about five by five patches, 0 not at all.",
         )
 

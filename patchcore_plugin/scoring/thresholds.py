@@ -75,9 +75,11 @@ def normalize(values: NDArray[np.float32], scale: Scale) -> NDArray[np.float32] 
         return None
     middle = np.float32((scale.minimum + scale.maximum) / 2 if scale.threshold is None else scale.threshold)
     values = np.asarray(values, dtype=np.float32)
-    if scale.maximum == scale.minimum:
+    length = np.float32(scale.maximum - scale.minimum)
+    if not length:
         return (0.5 + 0.5 * np.sign(values - middle)).astype(np.float32)
-    return np.clip((values - middle) / np.float32(scale.maximum - scale.minimum) + np.float32(0.5), 0, 1)
+    with np.errstate(over="ignore"):  # of a tiny length
+        return np.clip((values - middle) / length + np.float32(0.5), 0, 1)
 
 
 def display_values(values: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:

@@ -1,5 +1,6 @@
 """Files of a memory bank, sound, damaged and made to harm."""
 
+import os
 import re
 from typing import get_args
 
@@ -144,7 +145,7 @@ def test_cells_whose_ids_are_wrong(path, real_embeddings):
     ids = faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell))
     ids[0] = ids[1]
     write(path, index)
-    with pytest.raises(ValueError, match=r"bank\.faiss is damaged: .* do not hold each of its 400 vectors once"):
+    with pytest.raises(ValueError, match=r"bank\.faiss is not a readable .* do not hold each of its 400 vectors once"):
         MemoryBank.load(path)
 
 
@@ -161,6 +162,10 @@ def test_cells_whose_ids_are_wrong(path, real_embeddings):
         lambda path: np.save(path, np.zeros((30, 3), np.int32)),
         lambda path: np.savez(path.open("wb"), np.zeros((30, 3), np.int32)),
         lambda path: path.write_bytes(path.read_bytes().replace(b"(30, 3)", b"(30, 3000000000)")),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"(30, 3), }", b"(30, 3    ")),  # a tokenizer's error
+        lambda path: path.write_bytes(path.read_bytes().replace(b"(30, 3), }", b"((((((((((")),
+        lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff\xff" + b"(" * 65535),
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     ],
 )
 def test_damaged_neighbors(path, damage):
@@ -175,3 +180,100 @@ def test_unwritable_file_is_named(real_embeddings, tmp_path):
     path = tmp_path / "absent" / "bank.faiss"
     with pytest.raises(OSError, match=re.escape(f"{path} cannot be written")):
         MemoryBank(real_embeddings[:10]).save(path)
+
+
+def random_vectors(size: int, dimension: int = 6) -> np.ndarray:
+    return np.random.default_rng(size).normal(size=(size, dimension)).astype(np.float32)
+
+
+def cells_around(centers: faiss.Index) -> faiss.Index:
+    """Seven cells of 60 vectors, whose centers are then replaced."""
+    own, vectors = faiss.IndexFlatL2(6), random_vectors(60)
+    index = faiss.IndexIVFFlat(own, 6, 7)
+    index.cp.min_points_per_centroid = 1
+    index.train(vectors)
+    index.add(vectors)
+    index.quantizer = centers
+    index.referenced_objects = [own, centers]
+    return index
+
+
+def centers(size: int, dimension: int = 6, kind: type = faiss.IndexFlatL2) -> faiss.Index:
+    index = kind(dimension)
+    index.add(random_vectors(max(size, 1), dimension)[:size])
+    return index
+
+
+def graph(change) -> faiss.Index:
+    """A graph of 300 vectors, with a change to what FAISS says of it."""
+    index = faiss.IndexHNSWFlat(6, 4)
+    index.add(random_vectors(300))
+    change(index.hnsw)
+    return index
+
+
+def lead_to_a_lower_level(graph: faiss.HNSW) -> None:
+    """Let a vector of the second level have a neighbor on it that is on the first level alone."""
+    levels, offsets, starts = map(faiss.vector_to_array, (graph.levels, graph.offsets, graph.cum_nneighbor_per_level))
+    upper = int(np.flatnonzero(levels > 1)[0])
+    neighbors = faiss.rev_swig_ptr(graph.neighbors.data(), graph.neighbors.size())
+    neighbors[int(offsets[upper] + starts[1])] = len(levels) - 1
+    graph.entry_point, graph.max_level = upper, 1
+
+
+def change_array(name: str, value: int):
+    def change(graph: faiss.HNSW) -> None:
+        array = getattr(graph, name)
+        values = faiss.vector_to_array(array)
+        values[1:] = value
+        faiss.copy_array_to_vector(values, array)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: cells_around(centers(7, 2000)),
+        lambda: cells_around(centers(7, 3)),
+        lambda: cells_around(centers(0)),
+        lambda: cells_around(centers(3)),
+        lambda: cells_around(centers(50)),
+        lambda: cells_around(centers(7, 6, faiss.IndexFlatIP)),
+        lambda: cells_around(graph(lambda graph: None)),
+        lambda: graph(lead_to_a_lower_level),
+        lambda: graph(lambda graph: setattr(graph, "entry_point", 10**6)),
+        lambda: graph(lambda graph: setattr(graph, "max_level", 50)),
+        lambda: graph(change_array("offsets", 2**40)),
+        lambda: graph(change_array("levels", 1000)),
+        lambda: graph(change_array("cum_nneighbor_per_level", 2**30)),
+    ],
+)
+def test_index_whose_search_would_leave_it(path, make):
+    """Of these FAISS reads some, and then crashes or finds wrong neighbors."""
+    write(path, make())
+    with pytest.raises(ValueError, match=r"bank\.faiss is not a readable FAISS index of a memory bank: its? "):
+        MemoryBank.load(path)
+
+
+@pytest.mark.parametrize(("index", "storage"), [("flat", "float32"), *BANKS])
+def test_every_number_of_a_header_counts(index, storage, path):
+    """A file with other numbers at its beginning is refused, or is a bank that can be searched."""
+    MemoryBank(random_vectors(60), index, storage).save(path)
+    content, queries = path.read_bytes(), random_vectors(4)
+    for place in range(4, 200):
+        for value in (0, 1, 127, 255):
+            path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+            try:
+                bank = MemoryBank.load(path, index)
+            except ValueError:
+                continue
+            assert (len(bank), bank.dimension) == (60, 6)
+            assert (bank.search(queries, 3)[1] >= 0).all()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_pipe(path):
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"bank\.faiss is damaged: it is not a regular file"):
+        MemoryBank.load(path)

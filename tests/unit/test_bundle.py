@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from patchcore_plugin.bundle import (
     WEIGHTS,
     BundleError,
     Manifest,
+    Scale,
     atomic_folder,
     copy_files,
     describe_files,
@@ -29,8 +31,10 @@ from patchcore_plugin.bundle import (
     version_of,
     write_manifest,
 )
+from patchcore_plugin.export import export_bundle
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime import PatchcoreRuntime
+from patchcore_plugin.scoring.thresholds import normalize
 
 FILES = [FEATURES, WEIGHTS, BANK, NEIGHBORS, ORIGINS, SOURCES]
 
@@ -162,6 +166,17 @@ def test_huge_manifest(bundle_copy):
     [
         ({"num_neighbors": 0}, "num_neighbors"),
         ({"num_neighbors": "many"}, "num_neighbors"),
+        ({"num_neighbors": 1001}, "num_neighbors: Input should be less than or equal to 1000"),
+        ({"score_smoothing": 1e6}, "score_smoothing: Input should be less than or equal to 1000"),
+        ({"covering_radius": 1e300}, "covering_radius: Input should be less than or equal to 1"),
+        ({"image": {"threshold": 1.7e308}}, "image.threshold"),
+        ({"image": {"minimum": -1.7e308, "maximum": 1.7e308}}, "image.minimum"),
+        ({"pixel": {"minimum": 2, "maximum": 1}}, "pixel: Value error, minimum 2 is above maximum 1"),
+        ({"bank_size": 10**400}, "bank_size: Input should be less than"),
+        ({"name": "cells\x1b[2J"}, "name: Value error, must have printable characters alone"),
+        ({"backbone": "x" * 1001}, "backbone: String should have at most 1000 characters"),
+        ({"x\x1b" * 100_000: 1}, r"not valid: '[^']{,40}': Extra inputs are not permitted$"),
+        ({"format_version": [2] * 100_000}, r"has bundle format \[2, 2, .{,30}\]; this"),
         ({"grid": [32]}, "grid"),
         ({"image": {"threshold": "high"}}, "image.threshold"),
         ({"image": {"sensitivity": 7}}, "image.sensitivity"),
@@ -372,3 +387,67 @@ def test_largest_calibration_fits(bundle_copy):
     manifest = Manifest.model_validate({**json.loads((bundle_copy / MANIFEST).read_text()), "calibration": calibration})
     (bundle_copy / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     assert read_manifest(bundle_copy).calibration.scores == values
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_file_that_would_never_end(bundle_copy, name, kind):
+    (bundle_copy / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(bundle_copy / name)
+    else:
+        (bundle_copy / name).symlink_to("/dev/zero")
+    for read in (PatchcoreRuntime.load, read_manifest if name == MANIFEST else describe_files):
+        with pytest.raises(BundleError, match=rf"{name} is damaged: it is not a regular file"):
+            read(bundle_copy)
+
+
+def test_tiny_range_of_normalization():
+    """The length of a range may be 0 in float32 though it is not in float64."""
+    scale = Scale(threshold=0, minimum=0, maximum=1e-300)
+    assert normalize(np.float32([-1, 0, 1]), scale).tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "cells\x1b[2J", "cells\udcff"])
+def test_name_that_no_manifest_takes(fitted, tmp_path, name):
+    with pytest.raises(BundleError, match="The name of a model has 1 to 200 printable characters"):
+        export_bundle(fitted, tmp_path / "x" / (name or "\n"), name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_network_that_is_another_format(bundle_copy):
+    """OpenVINO reads ONNX too, which names further files to open."""
+    (bundle_copy / FEATURES).write_bytes(b"\x08\x08:\x00")
+    renew_checksums(bundle_copy)
+    with pytest.raises(BundleError, match=r"features\.xml cannot be compiled by OpenVINO: the file is no XML"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('offset="0"', f'offset="{2**62}"', 1),
+        lambda text: text.replace("<layers>", "<layers>" + "<layer>" * 10_000, 1),
+        lambda text: text.replace('type="Const"', 'type="Surprise"', 1),
+        lambda text: text[: len(text) // 2],
+        lambda text: '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>' + text.replace('name="images"', 'name="&b;"'),
+    ],
+)
+def test_damaged_network(bundle_copy, change):
+    """Whatever OpenVINO makes of a network file, it is an error of the bundle, or does no harm."""
+    text = (bundle_copy / FEATURES).read_text()
+    (bundle_copy / FEATURES).write_text(change(text))
+    renew_checksums(bundle_copy)
+    with contextlib.suppress(BundleError):
+        PatchcoreRuntime.load(bundle_copy, cache=False)
+
+
+def test_bundle_that_is_replaced_while_it_is_copied(bundle, bundle_copy, tmp_path):
+    manifest = read_manifest(bundle)
+    weights = bytearray((bundle_copy / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (bundle_copy / WEIGHTS).write_bytes(weights)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(BundleError, match=r"features\.bin does not match its checksum"):
+        copy_files(bundle_copy, manifest, tmp_path / "target")

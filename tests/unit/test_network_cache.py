@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 
 import numpy as np
 import openvino as ov
@@ -31,7 +32,11 @@ def core():
 @pytest.fixture
 def file(core, tmp_path):
     ov.save_model(network(2), tmp_path / "network.xml")
-    return cache_file(tmp_path / "cache", tmp_path / "network.xml", OPTIONS, core)
+    return cache_file(tmp_path / "cache", checksums(tmp_path), OPTIONS, core)
+
+
+def checksums(folder) -> list[str]:
+    return [hashlib.sha256((folder / f"network.{suffix}").read_bytes()).hexdigest() for suffix in ("xml", "bin")]
 
 
 def answer(compiled: ov.CompiledModel) -> float:
@@ -77,9 +82,67 @@ def test_folder_that_cannot_be_written(core, tmp_path):
 
 
 def test_another_network_or_option_is_another_file(core, file, tmp_path):
-    path = tmp_path / "network.xml"
+    path = checksums(tmp_path)
     files = {file, cache_file(tmp_path / "cache", path, {**OPTIONS, "NUM_STREAMS": 2}, core)}
     assert cache_file(tmp_path / "cache", path, dict(OPTIONS), core) == file
-    ov.save_model(network(3), path)
-    files.add(cache_file(tmp_path / "cache", path, OPTIONS, core))
+    ov.save_model(network(3), tmp_path / "network.xml")
+    files.add(cache_file(tmp_path / "cache", checksums(tmp_path), OPTIONS, core))
     assert len(files) == 3
+
+
+def plant(core, file) -> None:
+    """A sound file in the cache, but of another network."""
+    compile_or_restore(core, lambda: network(3), OPTIONS, file)
+    assert answer(compile_or_restore(core, unread, OPTIONS, file)) == 12
+
+
+needs_owners = pytest.mark.skipif(os.name == "nt", reason="Windows has access control lists instead")
+
+
+@needs_owners
+@pytest.mark.parametrize("target", ["folder", "file"])
+@pytest.mark.parametrize("harm", ["others can write", "others own"])
+def test_planted_by_others(core, file, target, harm, caplog):
+    plant(core, file)
+    planted = file.parent if target == "folder" else file
+    if harm == "others can write":
+        planted.chmod(0o777)
+    elif os.geteuid():
+        pytest.skip("only root can give a file away")
+    else:
+        os.chown(planted, 65534, -1)
+    content = file.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+    assert "others own it or can write it" in caplog.text
+    assert (file.read_bytes() == content) == (target == "folder"), "a folder of others is left as it is"
+
+
+@needs_owners
+def test_nobody_else_can_read_or_write(core, file):
+    plant(core, file)
+    assert [path.stat().st_mode & 0o777 for path in (file.parent, file)] == [0o700, 0o600]
+
+
+def test_file_of_another_network_under_this_name(core, file):
+    other = file.with_name("other.blob")
+    plant(core, other)
+    other.replace(file)
+    assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+
+
+@needs_owners
+def test_pipe_in_the_place_of_a_file(core, file):
+    file.parent.mkdir(mode=0o700)
+    os.mkfifo(file)
+    assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+
+
+def test_draft_of_a_killed_process_is_removed(core, file):
+    file.parent.mkdir(mode=0o700)
+    old, new = (file.with_name(f".{file.name}.{age}.tmp") for age in ("old", "new"))
+    for draft in (old, new):
+        draft.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    compile_or_restore(core, lambda: network(2), OPTIONS, file)
+    assert {path.name for path in file.parent.iterdir()} == {file.name, new.name}

@@ -16,6 +16,7 @@ from patchcore_plugin.bundle import (
     THUMBNAILS,
     BundleError,
     Preprocessing,
+    read_bundle,
     read_manifest,
 )
 from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnails, read_origins
@@ -39,7 +40,7 @@ def test_numbers_of_rows_to_patches(grids, data):
 
 def test_bundle_keeps_folder_and_file_name_only(bundle):
     manifest = read_manifest(bundle)
-    found = read_origins(bundle, manifest)
+    found = read_origins(read_bundle(bundle))
     assert all(name.startswith("good/") and len(Path(name).parts) == 2 for name in found.images)
     assert found.patches.shape == (manifest.bank_size, 3)
     assert found.thumbnails is None
@@ -128,9 +129,9 @@ def test_thumbnails_are_what_the_network_sees(tmp_path):
 
 
 def test_origins_are_written_as_they_are_read(bundle_copy):
-    before = read_origins(bundle_copy, read_manifest(bundle_copy))
+    before = read_origins(read_bundle(bundle_copy))
     Origins(before.patches, [f"/home/someone/secret/{name}" for name in before.images]).write(bundle_copy)
     renew_checksums(bundle_copy)
-    after = read_origins(bundle_copy, read_manifest(bundle_copy))
+    after = read_origins(read_bundle(bundle_copy))
     assert after.images == before.images
     np.testing.assert_array_equal(after.patches, before.patches)

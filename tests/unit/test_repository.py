@@ -1,13 +1,16 @@
 """Many models in one process: loaded on demand, within a limit of memory, replaced while they answer."""
 
+import contextlib
 import json
 import shutil
 import threading
 import time
 
 import pytest
+from helpers.bundles import renew_checksums
 from helpers.http import wait_for
-from patchcore_plugin.bento.repository import ModelRepository, UnknownModelError
+from patchcore_plugin.bento.repository import ModelRepository, UnknownModelError, find_bundles
+from patchcore_plugin.bento.settings import Settings
 
 from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError, read_manifest, version_of
@@ -62,7 +65,7 @@ def rename(folder, name):
 def test_loaded_on_demand(repository, folder, events, test_images):
     assert repository.loaded() == []
     model = repository.get(repository.resolve("left"))
-    assert model.runtime.predict(test_images[:1])[0].score > 0
+    assert model.predict(test_images[:1])[0].score > 0
     assert model.version == version_of(folder / "left")
     assert repository.get("left") is model
     assert events == [("left", "loaded")]
@@ -113,7 +116,7 @@ def test_new_version_without_a_failed_request(repository, folder, test_images):
         while not stop.is_set():
             try:
                 model = repository.get(repository.resolve("left"))
-                model.runtime.predict(test_images[:1])
+                model.predict(test_images[:1])
                 answers.append(model.version)
             except Exception as error:
                 failures.append(error)
@@ -171,7 +174,7 @@ def test_damaged_from_the_start(repository, folder):
     with pytest.raises(BundleError, match=r"bank\.faiss has 0 bytes"):
         repository.get("right")
     assert repository.loaded() == []
-    assert repository.get("left").runtime.manifest.name == "cells"
+    assert repository.get("left").manifest.name == "cells"
 
 
 def test_many_requests_load_a_model_once(repository, events):
@@ -184,3 +187,99 @@ def test_many_requests_load_a_model_once(repository, events):
     assert len(found) == 6
     assert len({id(model) for model in found}) == 1
     assert events == [("top", "loaded")]
+
+
+def spoil_neighbors(folder) -> None:
+    """A bundle whose checksums are right, and whose array begins as no array does: NumPy's tokenizer fails on it."""
+    file = folder / "bank.npy"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"), }", b"    ", 1))
+    renew_checksums(folder)
+
+
+def test_whatever_a_load_raises_refuses_the_bundle_once(repository, folder, events):
+    spoil_neighbors(folder / "right")
+    for _ in range(3):
+        with pytest.raises(BundleError, match=r"bank\.npy is damaged: it does not begin as an array"):
+            repository.get("right")
+    assert events == [("right", "refused")]
+    old = repository.get("left")
+    spoil_neighbors(folder / "left")
+    repository.get("left")
+    wait_for(lambda: events.count(("left", "refused")) == 1)
+    wait_for(lambda: not any(thread.name == "load-left" for thread in threading.enumerate()))
+    assert all(repository.get("left") is old for _ in range(5))
+    assert events.count(("left", "refused")) == 1
+
+
+def test_error_that_no_check_foresaw(folder, events):
+    """An exception of any kind is the reason of a refusal."""
+
+    def load(path):
+        raise ZeroDivisionError(path.name)
+
+    repository = ModelRepository(
+        lambda: {"left": folder / "left"}, load, 1, on_load=lambda name, result: events.append((name, result))
+    )
+    assert not any(repository.preload() for _ in range(3))
+    with pytest.raises(BundleError, match=r"left cannot be loaded: ZeroDivisionError"):
+        repository.get("left")
+    assert events == [("left", "refused")]
+
+
+def test_swaps_while_models_are_read(repository, folder):
+    """However fast two versions change places, an answer names the version that it is from, and the last one stays."""
+    shutil.copytree(folder / "left", folder / ".other")
+    rename(folder / ".other", "newer")
+    versions = {read_manifest(path).name: version_of(path) for path in (folder / "left", folder / ".other")}
+    stop, seen = threading.Event(), []
+
+    def ask():
+        while not stop.is_set():
+            with contextlib.suppress(BundleError, UnknownModelError):
+                model = repository.get(repository.resolve("left"))
+                seen.append((model.manifest.name, model.version))
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(61):
+        (folder / "left").rename(folder / ".away")
+        (folder / ".other").rename(folder / "left")
+        (folder / ".away").rename(folder / ".other")
+        time.sleep(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert set(seen) <= set(versions.items())
+    assert len(set(seen)) == 2
+
+    def is_settled():
+        is_loading = any(thread.name == "load-left" for thread in threading.enumerate())
+        return repository.get("left").version == version_of(folder / "left") and not is_loading
+
+    wait_for(is_settled)
+    assert repository.get("left").manifest == read_manifest(folder / "left")
+
+
+def test_links_to_nothing(folder, caplog):
+    """A link to nothing, in a bundle or beside it, does not keep new versions out, and is named once."""
+    (folder / "gone").symlink_to(folder / "nowhere")
+    settings = Settings(bundles=folder)
+    repository = ModelRepository(
+        lambda: find_bundles(settings), lambda path: PatchcoreRuntime.load(path, cache=False), 1 << 40, check_interval=0
+    )
+    old = repository.get("left")
+    (folder / "left" / "notes").symlink_to(folder / "nowhere")
+    rename(folder / "left", "newer")
+    wait_for(lambda: repository.get("left").version != old.version)
+    assert [record.getMessage() for record in caplog.records if "link to nothing" in record.getMessage()] == [
+        f"{folder / 'gone'} is a link to nothing, and is left out of the bundles."
+    ]
+
+
+def test_bundle_that_a_killed_export_moved_away(folder, caplog):
+    (folder / "left").rename(folder / ".left.0123abcd.old")
+    assert set(find_bundles(Settings(bundles=folder))) == {"right", "top"}
+    assert f"{folder / 'left'} is missing. It lies in {folder / '.left.0123abcd.old'} since" in caplog.text
