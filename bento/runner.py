@@ -20,6 +20,7 @@ from .metrics import Metrics
 from .problems import ProblemError
 from .repository import make_repository
 from .scorer import LocalScorer, Scored
+from .server import UnixSocketOnlyMiddleware, end_with_supervisor, open_http_port_only
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -175,10 +176,17 @@ def make_runner(settings: Settings) -> bentoml.Service[Any]:
         """Networks and memory banks. A batch may come from several requests, and be of several models."""
 
         def __init__(self) -> None:
+            end_with_supervisor()
             start_logging(settings.log)
             repository = make_repository(settings, Metrics())
             repository.preload()
             self.scorer = LocalScorer(repository)
+
+        @bentoml.on_deployment
+        @staticmethod
+        def prepare() -> None:
+            """Prepare the supervisor, where somebody starts this service alone."""
+            open_http_port_only()
 
         @bentoml.api(**batches)
         def score(self, images: list[Any]) -> list[Any]:
@@ -190,6 +198,7 @@ def make_runner(settings: Settings) -> bentoml.Service[Any]:
             """Explain pairs of a model's name and an RGB image (H, W, 3), u8; returns a message for each."""
             return _answer(self.scorer.explain, images)
 
+    PatchcoreRunner.add_asgi_middleware(UnixSocketOnlyMiddleware)
     return PatchcoreRunner
 
 

@@ -21,6 +21,7 @@ from .logs import start_logging
 from .metrics import Metrics
 from .repository import find_bundles
 from .runner import common_options, make_runner
+from .server import end_with_supervisor, open_http_port_only, set_uvicorn_options
 from .settings import read_settings
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
             runner = bentoml.depends(make_runner(settings))
 
         def __init__(self) -> None:
+            end_with_supervisor()
             start_logging(settings.log)
             client = self.runner.to_async if settings.runner == "process" else None
             self.pipeline = app.state.pipeline = make_pipeline(settings, Metrics(), client)
@@ -57,8 +59,9 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
 
         @bentoml.on_deployment
         @staticmethod
-        def check() -> None:
-            """Check what there is to serve, once, before the processes start."""
+        def prepare() -> None:
+            """Prepare the supervisor, and check what there is to serve, once, before the processes start."""
+            open_http_port_only()
             check(settings)
 
     return PatchcoreService
@@ -109,4 +112,6 @@ def _tracing_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-PatchcoreService = make_service(read_settings())
+_settings = read_settings()
+set_uvicorn_options(_settings)
+PatchcoreService = make_service(_settings)

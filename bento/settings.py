@@ -42,7 +42,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024, description="Threads for scoring; if not set, one for each core.")
     workers: int = Field(1, ge=1, le=256, description="Processes that answer requests.")
     runner: Literal["inside", "process"] = Field(
-        "inside", description="Where images are scored: inside the process that answers, or in a process of their own."
+        "inside",
+        description="Where images are scored: inside the process that answers, or in a process of their own; inside on "
+        "Windows.",
     )
     runner_workers: int = Field(1, ge=1, le=256, description="With runner=process: processes that score.")
     max_batch_size: int = Field(8, ge=1, le=1024, description="With runner=process: most images of a batch.")

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,13 @@ def test_wrong_setting_ends_the_start(bundle, tmp_path):
         pytest.fail("it must not start")
     assert "Traceback" not in str(caught.value)
     assert psutil.Process().children(recursive=True) == before
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # in between
+        return False
 
 
 def pickle_is_refused_everywhere(server, canary: Path):
@@ -89,7 +97,32 @@ def test_terminated_under_load(bundle, test_images, tmp_path):
             assert server.process.wait(30) == 0
             time.sleep(0.3)
         assert set(load.statuses) == {200}
-        wait_for(lambda: not any(member.is_running() and member.status() != "zombie" for member in family), 10)
+        wait_for(lambda: not any(map(runs, family)), 10)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+def test_terminated_while_a_client_reads_nothing(bundle, tmp_path):
+    """The client's connection is closed, and the service ends."""
+    with bentoml_serve(SERVE, tmp_path, PATCHCORE_BUNDLE=str(bundle), PATCHCORE_TIMEOUT="1") as server:
+        host, port = server.removeprefix("http://").split(":")
+        requests = f"GET /docs.json HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode() * 3000
+        with socket.create_connection((host, port), timeout=20) as client:
+            client.sendall(requests)  # their answers are more than the buffers on the way can hold
+            time.sleep(1)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+
+
+def test_killed_supervisor(bundle, tmp_path):
+    """Its processes end too: one that goes on would keep the port."""
+    with bentoml_serve(SERVE, tmp_path, PATCHCORE_BUNDLE=str(bundle), PATCHCORE_RUNNER="process") as server:
+        family = server.children()
+        server.process.kill()
+        try:
+            wait_for(lambda: not any(map(runs, family)), 20)
+        finally:
+            for member in filter(runs, family):
+                member.kill()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
