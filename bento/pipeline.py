@@ -12,7 +12,7 @@ import anyio.to_thread
 from opentelemetry import trace
 
 from patchcore_plugin.bundle import BundleError, read_manifest_and_version
-from patchcore_plugin.images import ImageError, ImageTooLargeError, read_image
+from patchcore_plugin.images import ImageError, ImageTooLargeError, decode_image
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 from .drift import DriftMonitors
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from .metrics import Metrics
@@ -52,11 +51,14 @@ class DecodedImage:
     """A decoded image.
 
     Attributes:
-        pixels: RGB image (H, W, 3), u8.
+        name: Name of the file, for messages.
+        pixels: RGB image (H, W, 3), u8; for an image deeper than 8 bits its values (H, W) or (H, W, 3), which the model
+            scales or refuses.
         milliseconds: Time that decoding took.
     """
 
-    pixels: NDArray[np.uint8]
+    name: str
+    pixels: NDArray
     milliseconds: float
 
 
@@ -131,7 +133,7 @@ class Pipeline:
 
     def _predict(self, file: ImageFile, model: str, heatmap: bool) -> ImageAnswer:
         image = decode(file, self._max_pixels)
-        (scored,) = self._scorer.score(model, [image.pixels])
+        scored = _accepted(image, self._scorer.score(model, [image.pixels]))
         answer = describe(image, scored, heatmap=heatmap)
         self._observe_times(answer)
         self._count(scored, answer)
@@ -139,7 +141,7 @@ class Pipeline:
 
     def _draw(self, file: ImageFile, model: str, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
         image = decode(file, self._max_pixels)
-        (scored,) = self._scorer.score(model, [image.pixels])
+        scored = _accepted(image, self._scorer.score(model, [image.pixels]))
         answer = describe(image, scored)
         self._observe_times(answer)
         self._count(scored, answer)
@@ -149,7 +151,7 @@ class Pipeline:
 
     def _explain(self, file: ImageFile, model: str) -> Explanation:
         image = decode(file, self._max_pixels)
-        (scored,) = self._scorer.explain(model, [image.pixels])
+        scored = _accepted(image, self._scorer.explain(model, [image.pixels]))
         answer = describe(image, scored)
         self._observe_times(answer)
         return Explanation(**dict(answer), reasons=list(scored.reasons))
@@ -181,12 +183,24 @@ def decode(file: ImageFile, max_pixels: int) -> DecodedImage:
     """
     started, name = time.perf_counter(), repr(file.name[:80])
     try:
-        pixels = read_image(io.BytesIO(file.content), max_pixels)
+        pixels = decode_image(io.BytesIO(file.content), max_pixels)
     except ImageTooLargeError as error:
         raise ProblemError("image_too_large", f"{name} is too large: {error.reason}.") from error
     except ImageError as error:
-        raise ProblemError("image_unreadable", f"{name} cannot be read as an image: {error.reason}.") from error
-    return DecodedImage(pixels, _milliseconds_since(started))
+        raise _unreadable(name, error) from error
+    return DecodedImage(name, pixels, _milliseconds_since(started))
+
+
+def _accepted(image: DecodedImage, results: list[Scored | ImageError]) -> Scored:
+    """The result of one image; a ProblemError if the model cannot read it."""
+    (result,) = results
+    if isinstance(result, ImageError):
+        raise _unreadable(image.name, result)
+    return result
+
+
+def _unreadable(name: str, error: ImageError) -> ProblemError:
+    return ProblemError("image_unreadable", f"{name} cannot be read as an image: {error.reason}.")
 
 
 def describe(image: DecodedImage, scored: Scored, *, heatmap: bool = False) -> ImageAnswer:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 PROBLEMS = {
     "image_missing": (400, "The request holds no image file."),
-    "image_unreadable": (400, "The file cannot be decoded as an image."),
+    "image_unreadable": (
+        400,
+        "The file cannot be decoded as an image, has several pages, or is not as deep as those that the model reads.",
+    ),
     "form_invalid": (400, "The form cannot be read, or has too many files or fields."),
     "field_invalid": (400, "A field has a wrong value."),
     "disconnected": (400, "The body ended before its stated length."),

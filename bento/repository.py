@@ -16,6 +16,7 @@ import numpy as np
 from bentoml.exceptions import NotFound
 
 from patchcore_plugin.bundle import MANIFEST, BundleError, file_states, find_left_behind, read_manifest
+from patchcore_plugin.depth import from_pixels
 from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.runtime import PatchcoreRuntime
 
@@ -323,7 +324,7 @@ def _first_name(path: Path) -> str:
 
 def _load_and_warm_up(path: Path, load: Callable[[Path], PatchcoreRuntime]) -> PatchcoreRuntime:
     runtime = load(path)
-    black = np.zeros((*runtime.manifest.preprocessing.resize, 3), np.uint8)
+    black = from_pixels(np.zeros((*runtime.manifest.preprocessing.resize, 3), np.uint8), runtime.intensity_range)
     try:
         runtime.predict([black])  # the first image takes longer than others
     except Exception as error:  # OpenVINO and FAISS have errors of their own

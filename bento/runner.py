@@ -11,6 +11,7 @@ import anyio.from_thread
 import bentoml
 
 from patchcore_plugin.bundle import Box, BundleError, Manifest
+from patchcore_plugin.images import ImageError
 from patchcore_plugin.runtime import Prediction
 from patchcore_plugin.runtime.explain import NormalPatch, Reason
 from patchcore_plugin.scoring.regions import Region
@@ -59,11 +60,19 @@ class ErrorMessage(TypedDict):
     error: str
 
 
-Message = ScoredMessage | ErrorMessage
+class RefusalMessage(TypedDict):
+    """Why a model cannot read an image."""
+
+    refusal: str
 
 
-def to_message(scored: Scored) -> ScoredMessage:
+Message = ScoredMessage | ErrorMessage | RefusalMessage
+
+
+def to_message(scored: Scored | ImageError) -> ScoredMessage | RefusalMessage:
     """Take a result apart."""
+    if isinstance(scored, ImageError):
+        return {"refusal": scored.reason}
     prediction = scored.prediction
     return {
         "score": prediction.score,
@@ -76,7 +85,7 @@ def to_message(scored: Scored) -> ScoredMessage:
     }
 
 
-def from_message(message: ScoredMessage | ErrorMessage, model: str) -> Scored:
+def from_message(message: Message, model: str) -> Scored | ImageError:
     """Put a result together.
 
     Raises:
@@ -84,6 +93,8 @@ def from_message(message: ScoredMessage | ErrorMessage, model: str) -> Scored:
     """
     if "error" in message:
         raise BundleError(message["error"])
+    if "refusal" in message:
+        return ImageError(message["refusal"])
     prediction = Prediction(
         score=message["score"],
         patch_distances=message["patch_distances"],
@@ -107,10 +118,10 @@ def _manifest(text: str) -> Manifest:
 class RunnerClient(Protocol):
     """BentoML's asynchronous client of the runner's service."""
 
-    async def score(self, images: list[tuple[str, NDArray[np.uint8]]]) -> list[Message]:
+    async def score(self, images: list[tuple[str, NDArray]]) -> list[Message]:
         """Score pairs of a model's name and an image."""
 
-    async def explain(self, images: list[tuple[str, NDArray[np.uint8]]]) -> list[Message]:
+    async def explain(self, images: list[tuple[str, NDArray]]) -> list[Message]:
         """Explain pairs of a model's name and an image."""
 
 
@@ -124,11 +135,11 @@ class RunnerScorer:
     def __init__(self, client: RunnerClient) -> None:
         self._client = client
 
-    def score(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+    def score(self, model: str, images: Sequence[NDArray]) -> list[Scored | ImageError]:
         """Score images, as :meth:`.Scorer.score` says."""
         return self._call(self._client.score, model, images)
 
-    def explain(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+    def explain(self, model: str, images: Sequence[NDArray]) -> list[Scored | ImageError]:
         """Explain images, as :meth:`.Scorer.explain` says."""
         return self._call(self._client.explain, model, images)
 
@@ -137,8 +148,8 @@ class RunnerScorer:
         return True
 
     def _call(
-        self, method: Callable[..., Awaitable[list[Message]]], model: str, images: Sequence[NDArray[np.uint8]]
-    ) -> list[Scored]:
+        self, method: Callable[..., Awaitable[list[Message]]], model: str, images: Sequence[NDArray]
+    ) -> list[Scored | ImageError]:
         try:
             messages = anyio.from_thread.run(method, [(model, image) for image in images])
         except CancelledError:  # the request has ended
@@ -190,12 +201,12 @@ def make_runner(settings: Settings) -> bentoml.Service[Any]:
 
         @bentoml.api(**batches)
         def score(self, images: list[Any]) -> list[Any]:
-            """Score pairs of a model's name and an RGB image (H, W, 3), u8; returns a message for each."""
+            """Score pairs of a model's name and an image; returns a message for each."""
             return _answer(self.scorer.score, images)
 
         @bentoml.api(**batches)
         def explain(self, images: list[Any]) -> list[Any]:
-            """Explain pairs of a model's name and an RGB image (H, W, 3), u8; returns a message for each."""
+            """Explain pairs of a model's name and an image; returns a message for each."""
             return _answer(self.scorer.explain, images)
 
     PatchcoreRunner.add_asgi_middleware(UnixSocketOnlyMiddleware)
@@ -203,7 +214,7 @@ def make_runner(settings: Settings) -> bentoml.Service[Any]:
 
 
 def _answer(
-    method: Callable[[str, list[NDArray[np.uint8]]], list[Scored]], images: list[tuple[str, NDArray[np.uint8]]]
+    method: Callable[[str, list[NDArray]], list[Scored | ImageError]], images: list[tuple[str, NDArray]]
 ) -> list[Message]:
     """Call a scorer's method once for each model of a batch, and return the messages in the order of the images."""
     numbers: dict[str, list[int]] = {}

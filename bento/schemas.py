@@ -235,6 +235,7 @@ class ModelSummary(BaseModel):
             "created": "2026-11-23T10:00:00Z",
             "backbone": "efficientnet_lite0",
             "input_size": {"width": 256, "height": 256},
+            "intensity_range": None,
             "threshold": 30.2,
             "bank_size": 4208,
             "index": "hnsw",
@@ -252,6 +253,9 @@ class ModelSummary(BaseModel):
     created: str | None = Field(None, description="When the bundle was written, ISO 8601.")
     backbone: str | None = Field(None, description="Name of the network that computes the features.")
     input_size: HeightAndWidth | None = Field(None, description="Size that the network sees, after resize and crop.")
+    intensity_range: tuple[float, float] | None = Field(
+        None, description="Values of the images that become 0 and 255; null for a model of 8-bit images."
+    )
     threshold: float | None = Field(
         None, description="Raw score above which an image is anomalous, sensitivity included, in feature units."
     )
@@ -281,6 +285,7 @@ class ModelSummary(BaseModel):
             created=manifest.created.isoformat(),
             backbone=manifest.backbone,
             input_size=manifest.preprocessing.size,
+            intensity_range=manifest.preprocessing.intensity_range,
             threshold=raw_threshold(manifest.image),
             bank_size=manifest.bank_size,
             index=manifest.index.kind,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from patchcore_plugin.images import ImageError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
-    from patchcore_plugin.runtime import Prediction
+    from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
     from patchcore_plugin.runtime.explain import Reason
 
     from .repository import ModelRepository
@@ -37,22 +38,25 @@ class Scored:
 class Scorer(Protocol):
     """Scores images with the models of a repository. Safe to call from several threads."""
 
-    def score(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+    def score(self, model: str, images: Sequence[NDArray]) -> list[Scored | ImageError]:
         """Score images.
 
         Args:
             model: Name of the model.
-            images: RGB images (H, W, 3), u8, of any sizes.
+            images: Images of any sizes, as :func:`patchcore_plugin.images.decode_image` gives them.
+
+        Returns:
+            For each image its result, or the error for which the model cannot read it: its depth, or a value that is NaN.
 
         Raises:
             BundleError: If the model cannot be loaded.
             ProblemError: If the process that scores does not answer.
         """
 
-    def explain(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+    def explain(self, model: str, images: Sequence[NDArray]) -> list[Scored | ImageError]:
         """Score images, and give the reasons too: the normal patches that the anomalous ones are nearest to.
 
-        Arguments and errors are those of :meth:`score`.
+        Arguments, results and errors are those of :meth:`score`.
         """
 
     def is_ready(self) -> bool:
@@ -69,17 +73,27 @@ class LocalScorer:
     def __init__(self, repository: ModelRepository) -> None:
         self._repository = repository
 
-    def score(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+    def score(self, model: str, images: Sequence[NDArray]) -> list[Scored | ImageError]:
         """Score images, as :meth:`Scorer.score` says."""
         runtime = self._repository.get(model)
-        return [Scored(prediction, model, runtime.version) for prediction in runtime.predict(images)]
+        return [
+            outcome.error or Scored(outcome.prediction, model, runtime.version)
+            for outcome in runtime.stream_outcomes(images)
+        ]
 
-    def explain(self, model: str, images: Sequence[NDArray[np.uint8]]) -> list[Scored]:
+    def explain(self, model: str, images: Sequence[NDArray]) -> list[Scored | ImageError]:
         """Explain images, as :meth:`Scorer.explain` says."""
         runtime = self._repository.get(model)
-        explained = [runtime.explain(image) for image in images]
-        return [Scored(prediction, model, runtime.version, tuple(reasons)) for prediction, reasons in explained]
+        return [_explained(runtime, model, image) for image in images]
 
     def is_ready(self) -> bool:
         """Load the model for requests that name none; False if it cannot be loaded."""
         return self._repository.preload()
+
+
+def _explained(runtime: PatchcoreRuntime, model: str, image: NDArray) -> Scored | ImageError:
+    try:
+        prediction, reasons = runtime.explain(image)
+    except ImageError as error:
+        return error
+    return Scored(prediction, model, runtime.version, tuple(reasons))

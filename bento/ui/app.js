@@ -114,8 +114,12 @@ function askForKey() {
   return unlocking;
 }
 
+const deep = new Set(); // names of the models whose images a browser would show too dark, or clipped
+
 async function loadModels() {
   const { models, default: first } = await read(await ask("../models"));
+  deep.clear();
+  for (const { name, intensity_range: range } of models) if (range) deep.add(name);
   const before = $("model").value;
   const options = models.map(({ name, problem }) => {
     const option = make("option", problem ? `${name} (cannot be served)` : name);
@@ -326,12 +330,15 @@ function showScore({ score, threshold, normalized_score: normalized, p_value: p 
   $("meter").setAttribute("aria-valuetext", `${digits.format(score)}, threshold ${digits.format(threshold)}`);
 }
 
-function showPictures({ blob, heatmap, answer: { size, regions } }) {
+function showPictures({ blob, heatmap, answer: { size, regions, model } }) {
   $("pictures").style.setProperty("--ratio", size.width / size.height);
   $("pictures").classList.toggle("wide", size.width > 2 * size.height);
-  showBlind(false);
-  const url = urlOf(blob);
-  $("image").src = $("under").src = url;
+  showBlind(deep.has(model));
+  if (deep.has(model)) {
+    for (const id of ["image", "under"]) $(id).removeAttribute("src");
+  } else {
+    $("image").src = $("under").src = urlOf(blob);
+  }
   if (heatmap) $("heatmap").src = urlOf(heatmap);
   else $("heatmap").removeAttribute("src");
   const boxes = (regions ?? []).map(({ left, top, width, height }, index) => {

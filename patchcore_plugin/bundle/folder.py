@@ -25,7 +25,7 @@ from patchcore_plugin.bundle.manifest import FILES, MANIFEST, BundleError, File,
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_READABLE_FORMATS = (2, 3)
+_READABLE_FORMATS = (2, 3, 4)
 _MANIFEST_BYTES_LIMIT = 1 << 20  # a manifest has about 2,000 bytes, and with the largest calibration 800,000
 
 
@@ -135,7 +135,7 @@ def _parse_manifest(file: FileContent) -> Manifest:
     content = parse_json(file)
     format_version = content.get("format_version") if isinstance(content, dict) else None
     if format_version not in _READABLE_FORMATS:
-        known = " and ".join(map(str, _READABLE_FORMATS))
+        known = ", ".join(map(str, _READABLE_FORMATS))
         msg = (
             f"{file.path} has bundle format {reprlib.repr(format_version)}; this patchcore-plugin reads formats {known}. "
             "Export the model again, or install the version that wrote the bundle."

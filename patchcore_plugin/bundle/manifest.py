@@ -12,14 +12,23 @@ from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
+from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import PatchcoreError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FORMAT_VERSION = 3
 MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
 ORIGINS, SOURCES, THUMBNAILS = "origins.npy", "sources.json", "thumbnails.npy"
@@ -155,19 +164,30 @@ class Box:
 
 
 class Preprocessing(_Record):
-    """Steps from an image to the network's input, all of them inside the network file.
+    """Steps from an image to the network's input; all but the first are inside the network file.
 
     Attributes:
+        intensity_range: Values of a deeper image that become 0 and 255; see :func:`patchcore_plugin.images.read_image`.
+            None for a model of 8-bit images.
         resize: Height and width after the antialiased bilinear resize, in pixels.
         crop: Height and width of the center crop, in pixels; None without a crop.
         mean: Mean of each channel (RGB), in [0, 1], which is subtracted.
         std: Standard deviation of each channel (RGB), in [0, 1], which is divided by.
     """
 
+    intensity_range: Annotated[IntensityRange, AfterValidator(check_intensity_range)] | None = None
     resize: Size
     crop: Size | None = None
     mean: Triple
     std: Triple
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a range that is not there: earlier versions refuse the field."""
+        content = serialize(self)
+        if self.intensity_range is None:
+            del content["intensity_range"]
+        return content
 
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
@@ -175,6 +195,11 @@ class Preprocessing(_Record):
             msg = f"crop {self.crop} is larger than resize {self.resize}"
             raise ValueError(msg)
         return self
+
+    @property
+    def format_version(self) -> int:
+        """Lowest version of the bundle format that has these steps."""
+        return 3 if self.intensity_range is None else 4
 
     @property
     def size(self) -> tuple[int, int]:
@@ -399,7 +424,8 @@ class Manifest(_Record):
     """Content of manifest.json.
 
     Attributes:
-        format_version: Version of the bundle format; what version 3 added has a default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 4 added the intensity range, and only bundles that have one are
+            of version 4; what version 3 added has a default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -425,7 +451,7 @@ class Manifest(_Record):
         files: Checksum and size of each other file.
     """
 
-    format_version: Literal[2, 3] = FORMAT_VERSION
+    format_version: Literal[2, 3, 4]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -448,6 +474,13 @@ class Manifest(_Record):
     lineage: list[Update] = []
     versions: Annotated[dict[Text, Text], Field(max_length=100)]
     files: dict[FileName, File]
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if self.preprocessing.intensity_range is not None and self.format_version < self.preprocessing.format_version:
+            msg = f"format_version {self.format_version} has no intensity_range"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:

@@ -144,7 +144,7 @@ def make_thumbnails(paths: Sequence[str | Path], preprocessing: Preprocessing) -
     thumbnails = np.empty((len(paths), *_thumbnail_shape(preprocessing), 3), np.uint8)
     for thumbnail, path in zip(thumbnails, paths, strict=True):
         try:
-            thumbnail[:] = make_thumbnail(read_image(path), preprocessing)
+            thumbnail[:] = make_thumbnail(read_image(path, intensity_range=preprocessing.intensity_range), preprocessing)
         except FileNotFoundError as error:
             msg = f"There is no thumbnail without the image: {path} is missing. Put it back, or leave thumbnails out."
             raise BundleError(msg) from error

@@ -61,6 +61,10 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     yield "backbone", f"{manifest.backbone}, layers {', '.join(manifest.layers)}, in {manifest.precision}"
     crop = "" if recipe.crop is None else f", of which the middle {_width_by_height(recipe.crop)}"
     patches = f"{_width_by_height(manifest.grid)} patches"
+    if recipe.intensity_range is None:
+        yield "images", "of 8 bits"
+    else:
+        yield "images", f"deeper than 8 bits: values {recipe.intensity_range} become 0 to 255"
     yield "input", f"resized to {_width_by_height(recipe.resize)} pixels{crop}; {patches}"
     radius = "unknown" if manifest.covering_radius is None else f"{manifest.covering_radius:.4g}"
     yield "memory bank", f"{manifest.bank_size:,} x {manifest.embedding_dimension}, covering radius {radius}"

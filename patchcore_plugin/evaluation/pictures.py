@@ -12,6 +12,8 @@ from matplotlib import colormaps
 from PIL import Image
 from torchvision.transforms.v2 import Normalize
 
+from patchcore_plugin.model.deep_images import read_scaled
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -77,6 +79,8 @@ def _choose(labels: list[int], scores: list[float], kinds: list[str]) -> dict[st
 def _view(model: AnomalibModule, item: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Image ``(H, W, 3)`` in [0, 1] at the size of the network's input, anomaly map ``(H, W)`` and mask ``(H, W)``."""
     image, mask = item.image[None], item.gt_mask
+    if getattr(model, "intensity_range", None) is not None:  # the data set has clipped it
+        image = read_scaled(item.image_path, model.intensity_range)[None]
     transform = model.pre_processor.transform if model.pre_processor is not None else None
     if transform is not None:
         image, mask = (transform(image), None) if mask is None else transform(image, mask)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import IndexKind, IndexTrial, Precision, Storage
+    from patchcore_plugin.bundle import IndexKind, IndexTrial, Precision, Preprocessing, Storage
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
     from patchcore_plugin.progress import Progress
@@ -105,7 +105,7 @@ def export_bundle(
     recipe = read_preprocessing(model)
     image, pixel = read_scales(model)
     origins = read_origins(model, recipe, thumbnails=thumbnails)
-    measured = read_held_out(model, recipe) if images is None else _read_some(images)
+    measured = read_held_out(model, recipe) if images is None else _read_some(images, recipe)
     with atomic_folder(path, overwrite=overwrite) as draft:
         progress("network", 0, 1)
         network = write_network(model, recipe, draft / FEATURES)
@@ -126,6 +126,7 @@ def export_bundle(
                 precision,
             )
         manifest = Manifest(
+            format_version=recipe.format_version,
             name=name,
             created=datetime.now(timezone.utc),
             backbone=str(model.hparams.get("backbone")),
@@ -168,9 +169,10 @@ def _check_exportable(model: FaissPatchcoreModel) -> None:
         raise BundleError(msg)
 
 
-def _read_some(images: Sequence[str | Path]) -> list[NDArray[np.uint8]]:
+def _read_some(images: Sequence[str | Path], recipe: Preprocessing) -> list[NDArray[np.uint8]]:
     """Images (H, W, 3), u8, RGB, at even steps, so many as are used to measure on."""
-    return [read_image(image) for image in images[:: -(-len(images) // _MEASURED_IMAGES_LIMIT)]]
+    some = images[:: -(-len(images) // _MEASURED_IMAGES_LIMIT)]
+    return [read_image(image, intensity_range=recipe.intensity_range) for image in some]
 
 
 def _build_bank(

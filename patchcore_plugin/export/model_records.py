@@ -52,6 +52,7 @@ def read_preprocessing(model: FaissPatchcore) -> Preprocessing:
         msg = f"A bundle holds a bilinear Resize with antialias=True; the pre-processor has {resize}."
         raise BundleError(msg)
     return Preprocessing(
+        intensity_range=model.intensity_range,
         resize=tuple(resize.size),
         crop=tuple(crop[0].size) if crop else None,
         mean=tuple(normalization.mean),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib import LearningType, PrecisionType
@@ -23,6 +23,7 @@ from torch import nn
 from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.coreset.memory import GIB
 from patchcore_plugin.coreset.sampler import GreedyCoreset
+from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.arguments import (
     check_image_size,
@@ -32,6 +33,7 @@ from patchcore_plugin.model.arguments import (
     dtype_of_embeddings,
 )
 from patchcore_plugin.model.collector import PatchCollector
+from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
@@ -87,6 +89,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             backbone's weights were trained with.
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the patch distances before the largest
             becomes the image score. 0 is the paper's. The anomaly map stays as it is.
+        intensity_range: For images deeper than 8 bits (integers of 16 or 32 bits, floats): the two values that become 0 and
+            255, e.g. ``[0, 4095]``, or ``"auto"``, the smallest and the largest value of the training images. Values outside
+            are clipped: a single hot pixel widens ``"auto"``, and a defect brighter than every normal image ends at 255.
+            ``None`` reads 8-bit images and refuses deeper ones; with a range, 8-bit ones are refused.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -101,6 +107,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
     model: FaissPatchcoreModel
     _patches: PatchCollector | None = None  # from the start of training to the memory bank
+    _finds_range = False
+
+    intensity_range: IntensityRange | None = None
+    """Values that become 0 and 255 when an image is read; None for 8-bit images, and with ``"auto"`` until fitted."""
 
     held_out: torch.Tensor | None
     """Pre-processed normal images (B, 3, H, W), float16, that are not in the memory bank; None until validated."""
@@ -129,6 +139,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         normalization: Normalization = "imagenet",
         score_smoothing: float = 0,
+        intensity_range: tuple[float, float] | Literal["auto"] | None = None,
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -172,6 +183,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             dtype=dtype,
             rule=rule,
         )
+        self._finds_range = intensity_range == "auto"
+        self.intensity_range = None if intensity_range in (None, "auto") else check_intensity_range(intensity_range)
         self.held_out = None
         self.origins = None
 
@@ -212,14 +225,44 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return LearningType.ONE_CLASS
 
     def setup(self, stage: str) -> None:
-        """Give DistributedDataParallel the parameter without which it refuses to run; its gradient is always zero."""
+        """Give DistributedDataParallel the parameter without which it refuses to run; its gradient is always zero.
+
+        Raises:
+            UsageError: If the data module's images cannot be read with the intensity range.
+        """
         super().setup(stage)
+        if self.intensity_range is not None or self._finds_range:  # long before the first batch
+            datamodule = getattr(self.trainer, "datamodule", None)
+            subsets = (getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test"))
+            for dataset in filter(None, subsets):
+                check_dataset(dataset)
         if stage == "fit" and self.trainer.world_size > 1:
             next(self.model.feature_extractor.parameters()).requires_grad_(True)
 
     def on_fit_end(self) -> None:
         """Freeze the whole backbone again."""
         self.model.feature_extractor.requires_grad_(False)
+
+    def on_train_start(self) -> None:
+        """Find the intensity range, where the training images give it."""
+        super().on_train_start()
+        loader = self.trainer.train_dataloader
+        if self._finds_range:
+            group = torch.distributed.group.WORLD if self.trainer.world_size > 1 else None
+            self.intensity_range = find_intensity_range(loader, group)
+        self._check_loaders(loader)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Read deep images by the intensity range, which the data sets of anomalib clip; without a range, refuse them."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        read_again(batch, self.intensity_range, getattr(self.pre_processor, "transform", None))
+        return batch
+
+    def _check_loaders(self, loaders: Any) -> None:
+        """Refuse data sets whose images cannot be read with the intensity range."""
+        if self.intensity_range is not None:
+            for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+                check_dataset(getattr(loader, "dataset", None))
 
     def on_train_epoch_start(self) -> None:
         """Start a new memory bank: training again replaces the old one."""
@@ -301,15 +344,18 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             )
             raise MemoryBankError(msg)
         self._refuse_half_filled()
+        self._check_loaders(self.trainer.val_dataloaders)
         super().on_validation_start()
 
     def on_test_start(self) -> None:
         """Refuse to test with an unfinished memory bank."""
         self._refuse_half_filled()
+        self._check_loaders(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
         """Refuse to predict with an unfinished memory bank."""
         self._refuse_half_filled()
+        self._check_loaders(self.trainer.predict_dataloaders)
 
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
@@ -330,15 +376,16 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the held-out images and the bank's origins too."""
+        """Write the intensity range, the held-out images and the bank's origins too."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["intensity_range"] = self.intensity_range and list(self.intensity_range)
         checkpoint["held_out"] = self.held_out
         if self.origins is not None:
             patches = torch.from_numpy(self.origins.patches)
             checkpoint["origins"] = {"patches": patches, "images": self.origins.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read the held-out images, the bank's origins and the kind of post-processor, which older checkpoints lack.
+        """Read what older checkpoints lack: intensity range, held-out images, the bank's origins, kind of post-processor.
 
         Hyper parameters of version 0.1 may have a ``position_weight``, which is no argument any more. Among the hyper
         parameters it also travels to the checkpoints of this model.
@@ -347,6 +394,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if rate is not None and type(self.post_processor) is PostProcessor:
             self._replace_post_processor(ConformalPostProcessor(rate))
         super().on_load_checkpoint(checkpoint)
+        values = checkpoint.get("intensity_range")
+        self.intensity_range = values and check_intensity_range(values)
         self.held_out = checkpoint.get("held_out")
         origins = checkpoint.get("origins")
         self.origins = origins and Origins(origins["patches"].numpy(), origins["images"])
@@ -359,6 +408,19 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             callbacks = self.trainer.callbacks
             callbacks[callbacks.index(self.post_processor)] = new
         self.post_processor = new
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export the torch model, memory bank included; see anomalib's ``ExportMixin.to_torch``."""
+        self._warn_of_export()
+        return super().to_torch(*args, **kwargs)
+
+    def _warn_of_export(self) -> None:
+        if self.intensity_range is not None:
+            logger.warning(
+                "This export takes images in [0, 1], and anomalib's inferencers clip images deeper than 8 bits: scale their "
+                "values from %s to [0, 1] yourself, or export a bundle, which does (`patchcore export CHECKPOINT BUNDLE`).",
+                self.intensity_range,
+            )
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
         """Export to ONNX with the memory bank inside the graph; see anomalib's ``ExportMixin.to_onnx``.
@@ -380,6 +442,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 "by an index: `patchcore export CHECKPOINT BUNDLE`. Or lower coreset_sampling_ratio."
             )
             raise MemoryBankError(msg)
+        self._warn_of_export()
         kwargs.setdefault("opset_version", 18)
         return super().to_onnx(*args, **kwargs)
 

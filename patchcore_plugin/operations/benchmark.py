@@ -42,7 +42,7 @@ def stages(runtime: PatchcoreRuntime, images: Sequence[Path]) -> dict[str, list[
 
 def _image_stages(runtime: PatchcoreRuntime, steps: ov.CompiledModel, image: Path) -> tuple[float, ...]:
     """Milliseconds of each stage for one image."""
-    pixels, decode = _timed(read_image, image)
+    pixels, decode = _timed(read_image, image, intensity_range=runtime.intensity_range)
     _, preprocess = _timed(steps, [pixels[None]], share_inputs=True, share_outputs=True)
     embedding, network = _timed(runtime.embed, [pixels])
     scores, search = _timed(runtime.bank.score, embedding, runtime.rule)

@@ -12,7 +12,6 @@ import numpy as np
 
 from patchcore_plugin.bundle import (
     BANK,
-    FORMAT_VERSION,
     BundleError,
     Calibration,
     Index,
@@ -123,7 +122,7 @@ def update_bundle(
         step = Update(parent=old.version, date=datetime.now(timezone.utc), images=len(added), vectors=len(picks))
         manifest = old.manifest.model_copy(
             update={
-                "format_version": FORMAT_VERSION,
+                "format_version": max(3, old.manifest.format_version),
                 "created": step.date,
                 "bank_size": len(bank),
                 "index": index,
@@ -210,7 +209,7 @@ def _find_uncovered(runtime: PatchcoreRuntime, images: Sequence[Path], radius: f
     embeddings, distances, numbers, thumbnails = [], [], [], {}
     for place, image in enumerate(images):
         progress("embed new images", place, len(images))
-        pixels = read_image(image)
+        pixels = read_image(image, intensity_range=runtime.intensity_range)
         patches = runtime.embed([pixels])[0]
         patches = patches.reshape(-1, patches.shape[-1])
         distance = exact.search(patches)[0][:, 0]

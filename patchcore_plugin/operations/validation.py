@@ -154,7 +154,7 @@ def _check_self_test(runtime: PatchcoreRuntime) -> _Finding:
 
 
 def _check_latency(runtime: PatchcoreRuntime) -> _Finding:
-    picture, times = self_test.pictures()[:1], []
+    picture, times = self_test.pictures(runtime.intensity_range)[:1], []
     for _ in range(_LATENCY_RUNS):
         started = time.perf_counter()
         runtime.predict(picture)

@@ -8,17 +8,18 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from patchcore_plugin.bundle import FileContent, read_file
+from patchcore_plugin.bundle import BundleError, FileContent, read_file
 from patchcore_plugin.cpu import compile_options, cores
 from patchcore_plugin.runtime.network_cache import cache_file, compile_or_restore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from patchcore_plugin.bundle import Precision
+    from patchcore_plugin.bundle import Precision, Preprocessing
     from patchcore_plugin.cpu import Mode
 
 # OpenVINO fills its table of NumPy's types at first use, and hangs forever where two threads do so at once.
@@ -57,12 +58,14 @@ class Network:
         mode: ``"latency"`` for one image with all threads, ``"throughput"`` for as many images at once as threads.
         threads: Number of threads; all cores by default.
         cache: Folder that keeps the compiled network; see :mod:`patchcore_plugin.runtime.network_cache`. None keeps nothing.
+        recipe: Pre-processing that the file must have; None checks nothing. A network from the cache was checked before.
 
     Attributes:
         shape: Rows and columns of the patch grid, and values of an embedding; None where the file leaves one of them open.
 
     Raises:
         RuntimeError: If OpenVINO cannot read or compile the file.
+        BundleError: If the file has another pre-processing.
     """
 
     def __init__(
@@ -72,18 +75,22 @@ class Network:
         mode: Mode = "latency",
         threads: int | None = None,
         cache: Path | None = None,
+        recipe: Preprocessing | None = None,
     ) -> None:
         options = compile_options(mode, threads or cores())
         core = ov.Core()
         # Without a hint, OpenVINO computes in bfloat16 where the CPU can, and scores would depend on the machine.
-        parts = {"f32": lambda: _read(core, files)}
+        parts = {"f32": lambda: _read_checked(core, files, recipe, _read)}
         if precision == "bf16":
-            parts = {"f32": lambda: read_preprocessing(core, files), "bf16": lambda: _read_backbone(core, files)}
-        checksums = [file.sha256 for file in files]
+            parts = {
+                "f32": lambda: _read_checked(core, files, recipe, read_preprocessing),
+                "bf16": lambda: _read_backbone(core, files),
+            }
+        checksums, facts = [file.sha256 for file in files], {"parts": len(parts), "recipe": recipe}
         self._parts = []
         for hint, read in parts.items():
             hinted = {**options, "INFERENCE_PRECISION_HINT": hint}
-            kept = None if cache is None else cache_file(cache, checksums, {**hinted, "parts": len(parts)}, core)
+            kept = None if cache is None else cache_file(cache, checksums, {**hinted, **facts}, core)
             self._parts.append(compile_or_restore(core, read, hinted, kept))
         shape = self._parts[-1].output(0).partial_shape
         fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
@@ -137,6 +144,38 @@ def _read_backbone(core: ov.Core, files: NetworkFiles) -> ov.Model:
     images = ops.parameter(normalized.partial_shape, np.float32)
     normalized.replace(images.output(0))
     return ov.Model(network.outputs, [images])
+
+
+def _read_checked(
+    core: ov.Core, files: NetworkFiles, recipe: Preprocessing | None, read: Callable[[ov.Core, NetworkFiles], ov.Model]
+) -> ov.Model:
+    """Read a network file, or a part of it; its pre-processing must be that of a recipe, if there is one."""
+    if recipe is not None:
+        steps = read_preprocessing(core, files)
+        shape, (height, width) = steps.output(0).partial_shape, recipe.size
+        if shape != ov.PartialShape([1, 3, height, width]):
+            msg = f"{files.model.path} has an input of {shape[3]} x {shape[2]} pixels, the manifest says {width} x {height}."
+            raise BundleError(msg)
+        if not _computes(core.compile_model(steps, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}), recipe):
+            msg = f"{files.model.path} resizes, crops or normalizes otherwise than the manifest says."
+            raise BundleError(msg)
+    return read(core, files)
+
+
+def _computes(steps: ov.CompiledModel, recipe: Preprocessing) -> bool:
+    """Whether the steps of a network are those of a recipe.
+
+    A column of pixels as high as the resized image, and a row as wide, show it: resizing leaves their values as they are.
+    """
+    rng = np.random.default_rng(0)
+    column = rng.integers(0, 256, (1, recipe.resize[0], 1, 3), np.uint8)
+    row = rng.integers(0, 256, (1, 1, recipe.resize[1], 3), np.uint8)
+    (top, left), (height, width) = recipe.offset, recipe.size
+    for image, seen in ((column, column[:, top : top + height]), (row, row[:, :, left : left + width])):
+        expected = (seen / 255 - recipe.mean) / recipe.std
+        if not np.allclose(steps([image])[0], expected.transpose(0, 3, 1, 2), atol=1e-3):
+            return False
+    return True
 
 
 def _find_normalized(network: ov.Model) -> ov.Output:

@@ -17,8 +17,9 @@ from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, NEIGHBORS, WEIGHTS
 from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.cpu import Mode, cores
+from patchcore_plugin.depth import to_pixels
 from patchcore_plugin.errors import UsageError
-from patchcore_plugin.images import ImageError, read_image
+from patchcore_plugin.images import ImageError, decode_image, read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime.explain import Reason, explain
 from patchcore_plugin.runtime.heatmap import overlay
@@ -55,6 +56,7 @@ class PatchcoreRuntime:
         version: Version of the bundle: the first 12 digits of the manifest's sha256.
         states: State of each file of the bundle when it was read; see :func:`patchcore_plugin.bundle.file_states`.
         rule: How patch distances become an image score.
+        intensity_range: Values that become 0 and 255 when an image is read; None for 8-bit images.
         bank: Memory bank of the bundle.
         origins: Where the bank's vectors come from; None where the bundle does not say.
         mode: Mode of work.
@@ -86,6 +88,7 @@ class PatchcoreRuntime:
         bundle = read_bundle(path)
         self.manifest, self.version, self.states = bundle.manifest, bundle.version, bundle.states
         self.rule = ScoreRule.of(self.manifest)
+        self.intensity_range = self.manifest.preprocessing.intensity_range
         self.mode, self.threads = mode, threads or cores()
         self.bank = _load_bank(bundle)
         network = _load_network(bundle, mode, self.threads, _cache_folder(path, cache))
@@ -113,8 +116,8 @@ class PatchcoreRuntime:
         """Score images of any size.
 
         Args:
-            images: Paths, open binary files, PIL images, or u8 arrays (H, W), (H, W, 1) or (H, W, 3) in RGB. The score of an
-                image does not depend on the other images.
+            images: Paths, open binary files, PIL images, or arrays (H, W), (H, W, 1) or (H, W, 3) in RGB: u8, or for a
+                bundle with an intensity range any other type. The score of an image does not depend on the other images.
 
         Returns:
             One prediction for each image, in order.
@@ -131,7 +134,7 @@ class PatchcoreRuntime:
 
         The first image that cannot be read ends the stream with its error; :meth:`stream_outcomes` goes on.
         """
-        return map(_prediction, self.stream_outcomes(images))
+        return (_prediction(outcome) for outcome in self.stream_outcomes(images))  # ends with an error, as map does not
 
     def stream_outcomes(self, images: Iterable[Source]) -> Iterator[Outcome]:
         """Score images one after the other, and go on after an image that cannot be read.
@@ -160,14 +163,14 @@ class PatchcoreRuntime:
     def _one_by_one(self, images: Iterator[Source]) -> Iterator[Outcome]:
         """Score each image in this thread, while the pool's thread decodes the next one."""
         try:
-            decoded = _decode(next(images))
+            decoded = self._decode(next(images))
         except StopIteration:
             return
         for image in images:
-            ahead = self._pool.submit(_decode, image)
+            ahead = self._pool.submit(self._decode, image)
             yield self._score(decoded)
             # a job that can be cancelled waits behind another caller's images
-            decoded = _decode(image) if ahead.cancel() else ahead.result()
+            decoded = self._decode(image) if ahead.cancel() else ahead.result()
         yield self._score(decoded)
 
     def _side_by_side(self, images: Iterator[Source]) -> Iterator[Outcome]:
@@ -175,7 +178,7 @@ class PatchcoreRuntime:
         pending = deque()
         try:
             for image in images:
-                pending.append(self._pool.submit(lambda image=image: self._score(_decode(image))))
+                pending.append(self._pool.submit(lambda image=image: self._score(self._decode(image))))
                 if len(pending) > self._workers:
                     yield pending.popleft().result()
             while pending:
@@ -206,13 +209,23 @@ class PatchcoreRuntime:
             FileNotFoundError: If the file does not exist.
             ImageError: If the image cannot be read.
         """
-        outcome = self._score(Outcome(read_image(image)))
+        outcome = self._score(Outcome(read_image(image, intensity_range=self.intensity_range)))
         return outcome.prediction, explain(outcome, self.bank, self.origins)
 
     @staticmethod
     def heatmap(image: Source, prediction: Prediction) -> Image.Image:
         """Lay a prediction's map over its image; see :func:`patchcore_plugin.runtime.heatmap.overlay`."""
-        return overlay(read_image(image), prediction.shown_map, prediction.manifest.preprocessing)
+        recipe = prediction.manifest.preprocessing
+        pixels = decode_image(image)
+        if pixels.dtype != np.uint8:  # those of an outcome are ready
+            pixels = to_pixels(pixels, recipe.intensity_range)
+        return overlay(pixels, prediction.shown_map, recipe)
+
+    def _decode(self, image: Source) -> Outcome:
+        try:
+            return Outcome(read_image(image, intensity_range=self.intensity_range))
+        except (ImageError, OSError) as error:
+            return Outcome(error=error)
 
     def _score(self, decoded: Outcome) -> Outcome:
         """Add embedding and prediction to a decoded image."""
@@ -226,13 +239,6 @@ class PatchcoreRuntime:
         times = {"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)}
         prediction = Prediction.of(scores, 0, decoded.pixels.shape[:2], self.manifest, **times)
         return Outcome(decoded.pixels, embedding[0], prediction)
-
-
-def _decode(image: Source) -> Outcome:
-    try:
-        return Outcome(read_image(image))
-    except (ImageError, OSError) as error:
-        return Outcome(error=error)
 
 
 def _prediction(outcome: Outcome) -> Prediction:
@@ -275,7 +281,9 @@ def _load_bank(bundle: BundleContent) -> MemoryBank:
 def _load_network(bundle: BundleContent, mode: Mode, threads: int, cache: Path | None) -> Network:
     files, manifest = NetworkFiles(bundle.files[FEATURES], bundle.files[WEIGHTS]), bundle.manifest
     try:
-        network = Network(files, manifest.precision, mode, threads, cache)
+        network = Network(files, manifest.precision, mode, threads, cache, manifest.preprocessing)
+    except BundleError:
+        raise
     except Exception as error:  # OpenVINO raises nearly any on a file that is made to harm
         msg = f"{files.model.path} cannot be compiled by OpenVINO: {error}"
         raise BundleError(msg) from error

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patchcore_plugin.bundle import BundleError, SelfTest, write_manifest
+from patchcore_plugin.depth import from_pixels
 from patchcore_plugin.runtime.runtime import PatchcoreRuntime
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from patchcore_plugin.depth import IntensityRange
 
 TOLERANCE = {"f32": 2e-3, "bf16": 5e-2, "int8": 5e-2}
 """Largest relative difference of a self-test's score, by the network's precision.
@@ -30,16 +33,18 @@ and a CPU without 8-bit products (VNNI) rounds otherwise; 2.5 % was measured.
 _SHAPE = 240, 320
 
 
-def pictures() -> list[NDArray[np.uint8]]:
-    """Make the test pictures (240, 320, 3), u8, RGB: a ramp, rings, widening stripes, coarse and fine noise.
+def pictures(intensity_range: IntensityRange | None = None) -> list[NDArray]:
+    """Make the test pictures (240, 320, 3), RGB: a ramp, rings, widening stripes, coarse and fine noise.
 
-    No picture repeats itself: among patches that are equally far from the bank, rounding would choose the farthest.
+    They are u8, or float64 values within a bundle's intensity range that become the same pixels. No picture repeats itself:
+    among patches that are equally far from the bank, rounding would choose the farthest.
     """
     row, column = np.indices(_SHAPE, dtype=np.int64)
     rings = ((row - 90) ** 2 + (column - 130) ** 2) // 97
     stripes = (column * column // 211 + row // 3) % 256
     values = [row * 2 // 3 + column // 4, rings % 256, stripes, _noise(row // 12, column // 12), _noise(row, column)]
-    return [np.stack([(first + shift * row // 7) % 256 for shift in range(3)], 2).astype(np.uint8) for first in values]
+    pixels = [np.stack([(first + shift * row // 7) % 256 for shift in range(3)], 2).astype(np.uint8) for first in values]
+    return [from_pixels(picture, intensity_range) for picture in pixels]
 
 
 def _noise(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -51,7 +56,7 @@ def _noise(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int6
 
 def scores(runtime: PatchcoreRuntime) -> list[float]:
     """Raw image score of each test picture."""
-    return [prediction.score for prediction in runtime.stream(pictures())]
+    return [prediction.score for prediction in runtime.stream(pictures(runtime.intensity_range))]
 
 
 def record(folder: Path) -> None:

@@ -64,6 +64,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "image_size",
         "normalization",
         "score_smoothing",
+        "intensity_range",
     }
 
 

@@ -60,7 +60,10 @@ def test_unreadable_sample(bundle, tmp_path):
 def test_network_that_computes_something_else(bundle_copy):
     """Files that match their checksums, and fit together, but answer otherwise than when they were written."""
     weights = np.fromfile(bundle_copy / WEIGHTS, np.float32)
-    largest = np.argsort(-np.abs(weights[1:-1]))[:2000] + 1
+    of_backbone = np.where(
+        np.abs(weights) < 20, np.abs(weights), 0
+    )  # the mean of pixels is checked when the bundle is loaded
+    largest = np.argsort(-of_backbone[1:-1])[:2000] + 1
     weights[largest] *= 1.02
     weights.tofile(bundle_copy / WEIGHTS)
     renew_checksums(bundle_copy)

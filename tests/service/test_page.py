@@ -6,8 +6,9 @@ import re
 import shutil
 import time
 
+import numpy as np
 import pytest
-from helpers.bundles import change_manifest
+from helpers.bundles import change_manifest, set_intensity_range
 from helpers.pictures import encoded
 from helpers.server import app_server
 from PIL import Image, ImageChops, ImageStat
@@ -385,6 +386,24 @@ def test_p_value(page, defect):
     choose(page, defect[0])
     expect(page.locator("#p-value")).to_have_text("0.048")
     expect(page.locator("#p-value-item")).to_be_visible()
+
+
+def test_deep_image(visit, bundle_copy, defect):
+    """A browser shows it too dark, or clipped: the heatmap, over the scaled image, stands alone."""
+    set_intensity_range(bundle_copy, [0, 4095])
+    pixels = np.rint(np.asarray(Image.open(defect[0]).convert("L")) * (4095 / 255)).astype(np.uint16)
+    with app_server(bundle=bundle_copy) as server:
+        page = visit(server)
+        drop(page, **{"cell.png": encoded(Image.fromarray(pixels))})
+        verdict_is(page, "Anomalous", "cell.png")
+        expect(page.locator("#blind")).to_be_visible()
+        expect(page.locator("#image")).to_be_hidden()
+        expect(page.locator("#under")).to_be_hidden()
+        assert natural_size(page, "heatmap") == [300, 300]
+        drop(page, **{"plain.png": defect[0].read_bytes()})
+        verdict_is(page, "Not checked", "plain.png")
+        expect(page.locator("#problem")).to_contain_text("it holds 8 bits (uint8)")
+        page.errors.clear()  # the browser tells of an answer of status 400
 
 
 def test_tiff(page, defect, keep):

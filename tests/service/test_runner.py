@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from helpers.bundles import set_intensity_range
 from helpers.http import predict, predict_batch, without_times
 from helpers.pictures import encoded
 from helpers.server import SERVE, app_server, bentoml_serve
@@ -19,11 +20,13 @@ from patchcore_plugin.bundle import BundleError
 
 @pytest.fixture(scope="module")
 def bundles(bundle, calibrated, tmp_path_factory):
-    """A folder of two bundles, of which one has a calibration, and of a damaged one."""
+    """A folder of two bundles, of which one has a calibration, of one for deep images, and of a damaged one."""
     folder = tmp_path_factory.mktemp("bundles")
     shutil.copytree(bundle, folder / "cells")
     shutil.copytree(calibrated, folder / "my_part")
     shutil.copytree(bundle, folder / "torn")
+    shutil.copytree(bundle, folder / "deep")
+    set_intensity_range(folder / "deep", [0, 65535])
     (folder / "torn" / "bank.faiss").write_bytes(b"")
     return folder
 
@@ -70,6 +73,28 @@ def test_problems(server, test_images):
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     assert any("bank.faiss has 0 bytes" in line["message"] for line in lines)
     assert any(line["message"] == "request" and line["code"] == "model_unavailable" for line in lines if "code" in line)
+
+
+def test_deep_images(server, test_images):
+    """A model scales deep images by its own range; an image that it cannot read is a problem of that image alone."""
+    pixels = np.asarray(Image.open(test_images[0]).convert("L"))
+    deep = encoded(Image.fromarray(pixels.astype(np.uint16) * 257))
+    expected = predict(server.client, test_images[0], model="cells").json()
+    assert predict(server.client, deep, model="deep").json()["score"] == pytest.approx(expected["score"], rel=1e-6)
+    files = [
+        ("images", ("deep.png", deep)),
+        ("images", ("plain.png", test_images[0].read_bytes())),
+        ("images", ("b.png", deep)),
+    ]
+    answers = server.client.post("/predict_batch?model=deep", files=files).json()["results"]
+    assert [answer["answer"] is None for answer in answers] == [False, True, False]
+    assert answers[1]["problem"]["code"] == "image_unreadable"
+    assert answers[1]["problem"]["detail"].startswith("'plain.png' cannot be read as an image: it holds 8 bits (uint8), and")
+    for path in ("/predict", "/explain", "/heatmap"):
+        refused = server.client.post(f"{path}?model=cells", files={"image": ("deep.png", deep)})
+        assert (refused.status_code, refused.json()["code"]) == (400, "image_unreadable"), refused.text
+        assert "'deep.png' cannot be read as an image: it holds uint16 values, and without intensity_range" in refused.text
+    assert server.client.post("/explain?model=deep", files={"image": deep}).json()["reasons"]
 
 
 def test_drift(server, calibrated, test_images):

@@ -141,10 +141,58 @@ def test_bundle_of_format_2(bundle_copy):
     assert (manifest.format_version, manifest.score_smoothing) == (2, 0)
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, "2.0", None, [2]])
+def test_intensity_range(bundle_copy):
+    """Bundles with a range are of format 4, which earlier versions refuse; others stay as those versions read them."""
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    assert (content["format_version"], "intensity_range" in content["preprocessing"]) == (3, False)
+    ranged = {**content["preprocessing"], "intensity_range": [0, 4095]}
+    change_manifest(bundle_copy, format_version=4, preprocessing=ranged)
+    manifest = read_manifest(bundle_copy)
+    assert manifest.preprocessing.intensity_range == (0, 4095)
+    assert json.loads(manifest.model_dump_json())["preprocessing"] == ranged
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+    runtime = PatchcoreRuntime.load(bundle_copy)
+    deep, plain = (np.random.default_rng(0).integers(0, 256, (40, 50)).astype(dtype) for dtype in (np.uint16, np.uint8))
+    change_manifest(bundle_copy, format_version=3, preprocessing=content["preprocessing"])
+    expected = PatchcoreRuntime.load(bundle_copy).predict([plain])[0]
+    assert runtime.predict([deep * (4095 / 255)])[0].score == expected.score
+    change_manifest(bundle_copy, format_version=3, preprocessing=ranged)
+    with pytest.raises(BundleError, match="format_version 3 has no intensity_range"):
+        read_manifest(bundle_copy)
+
+
+@pytest.mark.parametrize("wrong", [[1, 1], [2, 1], [0, 1e999], [-1.7e308, 1.7e308], [0], "auto"])
+def test_wrong_intensity_range(bundle_copy, wrong):
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    change_manifest(bundle_copy, format_version=4, preprocessing={**content["preprocessing"], "intensity_range": wrong})
+    with pytest.raises(BundleError, match="intensity_range"):
+        read_manifest(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"resize": [16384, 16384]}, "has an input of 256 x 256 pixels, the manifest says 16384 x 16384"),
+        ({"resize": [16384, 16384], "crop": [256, 256]}, "otherwise than the manifest says"),
+        ({"resize": [258, 256], "crop": [256, 256]}, "otherwise than the manifest says"),
+        ({"mean": [0.5, 0.5, 0.5]}, "otherwise than the manifest says"),
+        ({"std": [0.5, 0.2, 0.2]}, "otherwise than the manifest says"),
+    ],
+    ids=str,
+)
+def test_pre_processing_that_the_network_does_not_have(bundle_copy, change, reason):
+    """Also where the network itself is in the cache."""
+    PatchcoreRuntime.load(bundle_copy)
+    content = json.loads((bundle_copy / MANIFEST).read_text())
+    change_manifest(bundle_copy, preprocessing={**content["preprocessing"], **change})
+    with pytest.raises(BundleError, match=rf"features\.xml .*{reason}"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+@pytest.mark.parametrize("version", [0, 1, 5, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2 and 3"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4"):
         PatchcoreRuntime.load(bundle_copy)
 
 

@@ -26,7 +26,7 @@ LEVELS = (
     {"origins", "scoring"},
     {"bundle"},
     {"images"},
-    {"checks", "cpu", "elpv", "image_checks", "progress", "registry"},
+    {"checks", "cpu", "depth", "elpv", "image_checks", "jpeg", "progress", "registry"},
     {"errors"},
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
