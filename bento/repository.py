@@ -125,9 +125,9 @@ class ModelRepository:
                 in_memory = {name: path for name, path in self._folders.items() if name in self._entries}
                 try:
                     found = self._find()
-                except (BundleError, OSError):
+                except (BundleError, OSError) as error:
                     if not in_memory:
-                        raise
+                        raise BundleError(str(error)) from error
                     found = {}
                 self._folders, self._found_at = {**in_memory, **found}, time.monotonic()
             return self._folders

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from patchcore_plugin.bundle import lock_folder
 from patchcore_plugin.evaluation.plan import PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from patchcore_plugin.evaluation.plan import Job
@@ -74,14 +78,41 @@ def run_jobs(jobs: Iterable[Job], output: Path, done: Callable[[Result], None], 
     """Run the jobs that have no result yet.
 
     A job is done when its folder exists: the job writes a folder under another name, and renames it at the end. A job
-    that fails leaves its log, and is tried again the next time.
+    that fails leaves its log, and is tried again the next time. Of jobs that were killed, what they had written is removed.
 
     Args:
         jobs: Jobs to run.
         output: Folder of the evaluation.
         done: Called with the result of every job that has ended, now or earlier.
         start: Called with every job that begins.
+
+    Raises:
+        PlanError: If another evaluation is at work in the folder.
     """
+    with _locked(output / "jobs"):
+        _run_all(jobs, output, done, start)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other evaluations out of a folder of jobs, where the system can lock one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = lock_folder(folder, wait=False)
+    except BlockingIOError as error:
+        msg = f"Another evaluation is at work in {folder.parent}. Wait for its end, or choose another folder (--output)."
+        raise PlanError(msg) from error
+    try:
+        if lock is not None:
+            for partial in folder.glob(".*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _run_all(jobs: Iterable[Job], output: Path, done: Callable[[Result], None], start: Callable[[Job], None]) -> None:
     for job in jobs:
         result = read_result(job, output)
         if not result.content:
@@ -96,7 +127,6 @@ def run_jobs(jobs: Iterable[Job], output: Path, done: Callable[[Result], None], 
 
 def _run(job: Job, output: Path) -> None:
     folder = output / "jobs" / job.key
-    folder.parent.mkdir(parents=True, exist_ok=True)
     definition, log, error = (_beside(folder, suffix) for suffix in (_DEFINITION, _LOG, _ERROR))
     error.unlink(missing_ok=True)
     definition.write_text(job.model_dump_json(indent=1), encoding="utf-8")

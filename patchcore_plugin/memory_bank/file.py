@@ -40,15 +40,17 @@ def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | No
         OSError: If a file cannot be written.
     """
     draft = path.with_name(f"{path.name}.part")  # the index may be mapped from the very file that it is written to
-    if str(draft).isascii():
-        try:
+    try:
+        if str(draft).isascii():
             faiss.write_index(index, str(draft))
-        except RuntimeError as error:
-            msg = f"{path} cannot be written: {error}"
-            raise OSError(msg) from error
-    else:  # not every system lets FAISS open such a name
-        draft.write_bytes(faiss.serialize_index(index).tobytes())
-    draft.replace(path)
+        else:  # not every system lets FAISS open such a name
+            draft.write_bytes(faiss.serialize_index(index).tobytes())
+        draft.replace(path)
+    except RuntimeError as error:
+        msg = f"{path} cannot be written: {error}"
+        raise OSError(msg) from error
+    finally:
+        draft.unlink(missing_ok=True)
     beside = path.with_suffix(".npy")
     if neighbors is None:
         beside.unlink(missing_ok=True)  # the neighbors in it belong to another bank

@@ -175,6 +175,13 @@ def test_damaged_neighbors(path, damage):
         MemoryBank.load(path)
 
 
+def test_failed_write_leaves_nothing(path, real_embeddings):
+    path.mkdir()
+    with pytest.raises(OSError, match=r"bank\.faiss"):
+        MemoryBank(real_embeddings[:10]).save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["bank.faiss"]
+
+
 def test_unwritable_file_is_named(real_embeddings, tmp_path):
     """FAISS tells of a full disk or an absent folder with its own source file; an OSError names ours."""
     path = tmp_path / "absent" / "bank.faiss"

@@ -1,6 +1,7 @@
 """The arithmetic and the YAML of ``patchcore evaluate``."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label as regions_of
 
+from patchcore_plugin.bundle import lock_folder
 from patchcore_plugin.evaluation.metrics import AUPRO_LIMIT, image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.plan import Job, PlanError, list_jobs, read_plan
-from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE, Result, read_result, select
+from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE, Result, read_result, run_jobs, select
 from patchcore_plugin.evaluation.summary import MEAN, summarize, write_csv
 
 PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}}
@@ -273,3 +275,16 @@ def test_result_folders(tmp_path):
     found = read_result(job, tmp_path)
     assert (found.status, found.error, found.metrics) == ("done", None, {"f1_max": 0.5})
     assert found.predictions == [{"image": "a/b.png", "kind": "a", "label": 1, "score": 0.25}]
+
+
+def test_two_evaluations_in_one_folder(tmp_path):
+    """The second one is told; what killed jobs left is removed."""
+    (tmp_path / "jobs" / ".killed.partial").mkdir(parents=True)
+    lock = lock_folder(tmp_path / "jobs")
+    if lock is None:
+        pytest.skip("this system cannot lock a folder")
+    with pytest.raises(PlanError, match="Another evaluation is at work in"):
+        run_jobs([], tmp_path, print, print)
+    os.close(lock)
+    run_jobs([], tmp_path, print, print)
+    assert list((tmp_path / "jobs").iterdir()) == []

@@ -227,10 +227,43 @@ def test_error_that_no_check_foresaw(folder, events):
     assert events == [("left", "refused")]
 
 
-def test_swaps_while_models_are_read(repository, folder):
-    """However fast two versions change places, an answer names the version that it is from, and the last one stays."""
+def swap(folder) -> None:
+    (folder / "left").rename(folder / ".away")
+    (folder / ".other").rename(folder / "left")
+    (folder / ".away").rename(folder / ".other")
+
+
+@pytest.fixture
+def swapped(folder):
+    """The folder of the models, with another version of the left one beside it."""
     shutil.copytree(folder / "left", folder / ".other")
     rename(folder / ".other", "newer")
+    return folder
+
+
+def test_swapped_while_it_is_loaded(swapped):
+    """A model names the version that was loaded, and is loaded again if that is no longer the one in the folder."""
+    loads = []
+
+    def load(path):
+        loads.append(path)
+        if len(loads) > 1:
+            return PatchcoreRuntime.load(path, cache=False)
+        swap(swapped)  # there and back, so that the folder looks as before
+        runtime = PatchcoreRuntime.load(path, cache=False)
+        swap(swapped)
+        return runtime
+
+    repository = ModelRepository(lambda: {"left": swapped / "left"}, load, 1, check_interval=0)
+    model = repository.get("left")
+    assert (model.manifest.name, model.version) == ("newer", version_of(swapped / ".other"))
+    wait_for(lambda: repository.get("left").manifest.name == "cells")
+    assert repository.get("left").version == version_of(swapped / "left")
+
+
+def test_swaps_while_models_are_read(repository, swapped):
+    """However fast two versions change places, an answer names the version that it is from, and the last one stays."""
+    folder = swapped
     versions = {read_manifest(path).name: version_of(path) for path in (folder / "left", folder / ".other")}
     stop, seen = threading.Event(), []
 
@@ -244,10 +277,8 @@ def test_swaps_while_models_are_read(repository, folder):
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(61):
-        (folder / "left").rename(folder / ".away")
-        (folder / ".other").rename(folder / "left")
-        (folder / ".away").rename(folder / ".other")
+    for _ in range(41):
+        swap(folder)
         time.sleep(0.05)
     stop.set()
     for thread in threads:
@@ -283,3 +314,15 @@ def test_bundle_that_a_killed_export_moved_away(folder, caplog):
     (folder / "left").rename(folder / ".left.0123abcd.old")
     assert set(find_bundles(Settings(bundles=folder))) == {"right", "top"}
     assert f"{folder / 'left'} is missing. It lies in {folder / '.left.0123abcd.old'} since" in caplog.text
+
+
+def test_folder_of_bundles_that_cannot_be_listed():
+    """Whatever keeps the service from its bundles is an error of bundles, and no end of the process."""
+
+    def find():
+        raise PermissionError("not yours")
+
+    repository = ModelRepository(find, PatchcoreRuntime.load, 1)
+    assert not repository.preload()
+    with pytest.raises(BundleError, match="not yours"):
+        repository.resolve(None)
