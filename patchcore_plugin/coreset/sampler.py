@@ -19,6 +19,7 @@ from patchcore_plugin.coreset.products import full_float32
 from patchcore_plugin.coreset.progress import CoresetProgress
 from patchcore_plugin.coreset.traversal import Traversal, random_generator
 from patchcore_plugin.coreset.tuning import Tuning
+from patchcore_plugin.cpu import outside_fork
 from patchcore_plugin.errors import UsageError
 
 if TYPE_CHECKING:
@@ -124,6 +125,9 @@ class GreedyCoreset:
         Raises:
             UsageError: If ``embeddings`` is not a matrix with at least one row and column, or holds NaN or infinity.
         """
+        return outside_fork(self._fit, embeddings, group)
+
+    def _fit(self, embeddings: torch.Tensor | ArrayLike, group: dist.ProcessGroup | None) -> torch.Tensor:
         points = _as_matrix(embeddings, shared=group is not None)
         home = points.device
         if home.type not in {"cpu", "cuda"}:

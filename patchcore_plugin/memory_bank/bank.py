@@ -15,6 +15,7 @@ from patchcore_plugin.memory_bank.faiss_index import exact_distances
 from patchcore_plugin.memory_bank.file import read_bank, write_bank
 from patchcore_plugin.memory_bank.indexes import KINDS
 from patchcore_plugin.memory_bank.layout import is_finite
+from patchcore_plugin.memory_bank.threads import Threads
 from patchcore_plugin.scoring.scores import Scores, farthest_patches, image_score, reweight
 
 if TYPE_CHECKING:
@@ -120,17 +121,18 @@ class MemoryBank:
 
     @property
     def threads(self) -> int | None:
-        """Number of threads of the bank's own that search for one image; None leaves threads to FAISS, which takes OpenMP's.
+        """Number of threads that search at the same time; None leaves threads to FAISS, which takes OpenMP's.
 
         OpenMP's threads keep spinning for a while after a search, and slow down what runs next on their cores. A flat index
-        takes them nevertheless: its matrix products are several times slower on other threads. The index ``"bfloat16"``
-        takes as many threads of OpenVINO; with None, one thread for each image that is searched at the same time.
+        takes them nevertheless, so many of them: its matrix products are several times slower on other threads. The index
+        ``"bfloat16"`` takes as many threads of OpenVINO; with None, one thread for each image that is searched at the same
+        time.
         """
-        return self._index.threads
+        return self._index.threads.count
 
     @threads.setter
     def threads(self, threads: int | None) -> None:
-        self._index.threads = threads
+        self._index.threads = Threads(threads)
 
     @property
     def vectors(self) -> NDArray[np.float32]:
@@ -155,7 +157,7 @@ class MemoryBank:
         for start in range(0, len(self), _BLOCK_ROWS):
             rows = vectors[start : start + _BLOCK_ROWS]
             if pairwise:
-                found[start : start + _BLOCK_ROWS] = faiss.knn(rows, vectors, count)[1]
+                found[start : start + _BLOCK_ROWS] = self._index.threads.together(faiss.knn, rows, vectors, count)[1]
             else:
                 found[start : start + _BLOCK_ROWS] = self._index.search(rows, count, _NEIGHBORS_WIDTH_FACTOR * count)[1]
         self.neighbors = _own_first(found)

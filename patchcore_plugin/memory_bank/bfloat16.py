@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from queue import Empty, LifoQueue
 from threading import Lock
@@ -11,7 +12,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 
-from patchcore_plugin.cpu import compile_options, cores, has_bfloat16
+from patchcore_plugin.cpu import compile_options, cores, has_bfloat16, keep_after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,10 +45,11 @@ class BFloat16Candidates:
     Attributes:
         count: Number of candidates of a patch.
         threads: Number of threads that work on one image.
+        process: Number of the process that made them; OpenVINO's threads do not survive a fork.
     """
 
     def __init__(self, vectors: NDArray[np.float32], count: int, threads: int | None) -> None:
-        self.count, self.threads = count, threads
+        self.count, self.threads, self.process = count, threads, os.getpid()
         self._vectors = vectors
         self._mean = vectors.mean(0)  # vectors measured from their mean are short, and lose little by rounding
         self._columns = _next_multiple(vectors.shape[1] + 2 * _TERMS, _COLUMNS_MULTIPLE)
@@ -57,6 +59,7 @@ class BFloat16Candidates:
         }
         self._compiled: dict[int, tuple[ov.CompiledModel, LifoQueue[ov.InferRequest]]] = {}
         self._lock = Lock()
+        keep_after_fork(self)
 
     def find(self, queries: NDArray[np.float32]) -> NDArray[np.int64]:
         """Find the candidates of each patch. Safe to call from several threads.

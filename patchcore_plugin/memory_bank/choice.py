@@ -61,6 +61,7 @@ def choose(
         The bank, with its width set and its neighbors found, and all trials, among them that of the bank.
     """
     flat = MemoryBank(vectors, "flat", storage)
+    flat.threads = threads
     reference = _Reference.of(flat, vectors, embeddings, rule)
     progress("neighbors", 0, 1)
     flat.find_neighbors(rule.num_neighbors)
@@ -119,9 +120,11 @@ class _Reference:
     def of(
         cls, flat: MemoryBank, vectors: NDArray[np.float32], embeddings: NDArray[np.float32], rule: ScoreRule
     ) -> _Reference:
-        stored = flat.nearest(embeddings)[0]
-        exact = stored if flat.storage == "float32" else MemoryBank(vectors).nearest(embeddings)[0]
-        return cls(embeddings, rule, stored, exact)
+        exact = flat
+        if flat.storage != "float32":
+            exact = MemoryBank(vectors)
+            exact.threads = flat.threads
+        return cls(embeddings, rule, flat.nearest(embeddings)[0], exact.nearest(embeddings)[0])
 
     def measure(self, bank: MemoryBank) -> IndexTrial:
         """Measure a bank's recall and distance error on all images, and its time for one image."""

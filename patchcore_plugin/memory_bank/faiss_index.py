@@ -1,15 +1,17 @@
-"""How a memory bank searches a FAISS index: in blocks, on threads of its own, with exact distances."""
+"""How a memory bank searches a FAISS index: in blocks, on its own threads, with exact distances."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, get_args
 
 import faiss
 import numpy as np
 
 from patchcore_plugin.bundle import MAX_WIDTH, IndexKind, Storage
+from patchcore_plugin.cpu import outside_fork
+from patchcore_plugin.memory_bank.threads import Threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +49,7 @@ class FaissIndex(ABC):
         fallback: Kind that a bank of this kind may change to when it grows; None where it keeps its kind.
         faiss: The FAISS index.
         storage: Number format in which the vectors are kept.
+        threads: Threads on which FAISS searches.
     """
 
     kind: ClassVar[IndexKind]
@@ -64,15 +67,14 @@ class FaissIndex(ABC):
         self.storage = self.recognize(index)
         inner = self._inner(index)
         self._array = _array(inner, index) if isinstance(inner, faiss.IndexFlat) else None
-        self._threads: int | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self.threads = Threads(None)
 
     @classmethod
     def build(cls, vectors: NDArray[np.float32], storage: Storage) -> Self:
         """Build an index of vectors (M, D)."""
         index = cls._new(*vectors.shape, _QUANTIZERS.get(storage))
-        index.train(vectors)
-        index.add(vectors)
+        outside_fork(index.train, vectors)
+        outside_fork(index.add, vectors)
         return cls(index)
 
     @staticmethod
@@ -115,25 +117,11 @@ class FaissIndex(ABC):
         return index
 
     @property
-    def threads(self) -> int | None:
-        """See :attr:`patchcore_plugin.memory_bank.MemoryBank.threads`."""
-        return self._threads
-
-    @threads.setter
-    def threads(self, threads: int | None) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._threads = threads
-        self._pool = threads and ThreadPoolExecutor(
-            threads, thread_name_prefix="memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,)
-        )
-
-    @property
     def vectors(self) -> NDArray[np.float32]:
         """See :attr:`patchcore_plugin.memory_bank.MemoryBank.vectors`."""
         if self._array is not None:
             return self._array
-        vectors = self.faiss.reconstruct_n(0, self.faiss.ntotal)
+        vectors = self.threads.together(self.faiss.reconstruct_n, 0, self.faiss.ntotal)
         vectors.setflags(write=False)
         return vectors
 
@@ -142,10 +130,7 @@ class FaissIndex(ABC):
         if self._array is not None:
             return self._array[indices]
         flat = np.ascontiguousarray(indices.reshape(-1), np.int64)
-        # FAISS starts OpenMP's threads here, but not on a thread of the pool, where OpenMP has one thread.
-        reconstruct = self.faiss.reconstruct_batch
-        vectors = reconstruct(flat) if self._pool is None else self._pool.submit(reconstruct, flat).result()
-        return vectors.reshape(*indices.shape, self.faiss.d)
+        return self.threads.alone(self.faiss.reconstruct_batch, flat).reshape(*indices.shape, self.faiss.d)
 
     def search(self, queries: NDArray[np.float32], k: int, width: int) -> Found:
         """Find the k nearest vectors of each query.
@@ -183,11 +168,12 @@ class FaissIndex(ABC):
     def _search_block(self, queries: NDArray[np.float32], k: int, width: int) -> Found: ...
 
     def _search_faiss(self, queries: NDArray[np.float32], k: int, parameters: faiss.SearchParameters | None = None) -> Found:
-        """Squared distances (N, k) and bank indices (N, k) by FAISS, on the pool's threads where there is a pool."""
-        if self._pool is None:
-            return self.faiss.search(queries, k, params=parameters)
-        parts = np.array_split(queries, max(1, min(self._threads * _PARTS_PER_THREAD, len(queries))))
-        found = list(self._pool.map(lambda part: self.faiss.search(part, k, params=parameters), parts))
+        """Squared distances (N, k) and bank indices (N, k) by FAISS, in a part of the queries for each thread."""
+        search = partial(self.faiss.search, k=k, params=parameters)
+        if self.threads.count is None:
+            return self.threads.together(search, queries)
+        parts = np.array_split(queries, max(1, min(self.threads.count * _PARTS_PER_THREAD, len(queries))))
+        found = self.threads.each(search, parts)
         return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
 
     def _sorted(self, queries: NDArray[np.float32], indices: NDArray[np.int64]) -> Found:
@@ -230,7 +216,7 @@ class ApproximateIndex(FaissIndex):
 
     def _search_all(self, queries: NDArray[np.float32], k: int) -> Found:
         """Find the k nearest vectors of queries for which the index finds fewer than k."""
-        return self._sorted(queries, faiss.knn(queries, self.vectors, k)[1])
+        return self._sorted(queries, self.threads.together(faiss.knn, queries, self.vectors, k)[1])
 
 
 def exact_distances(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:

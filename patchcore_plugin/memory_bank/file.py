@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 
 from patchcore_plugin.bundle import parse_array
+from patchcore_plugin.cpu import outside_fork
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.memory_bank.indexes import KINDS
 from patchcore_plugin.memory_bank.layout import IndexFile, check, is_finite
@@ -84,7 +85,7 @@ def read_bank(
         raise UsageError(msg) from error
     size = index.faiss.ntotal
     for start in range(0, size, _BLOCK_ROWS):
-        if not is_finite(index.faiss.reconstruct_n(start, min(_BLOCK_ROWS, size - start))):
+        if not is_finite(outside_fork(index.faiss.reconstruct_n, start, min(_BLOCK_ROWS, size - start))):
             msg = f"{path} holds NaN or infinite values, or values too large for float32 distances."
             raise UsageError(msg)
     return index, None if neighbors is None else _read_neighbors(neighbors, size)

@@ -205,6 +205,7 @@ class _Patches(NamedTuple):
 
 def _find_uncovered(runtime: PatchcoreRuntime, images: Sequence[Path], radius: float, progress: Progress) -> _Patches:
     exact = MemoryBank(runtime.bank.vectors)
+    exact.threads = runtime.threads
     small = runtime.origins is not None and runtime.origins.thumbnails is not None
     embeddings, distances, numbers, thumbnails = [], [], [], {}
     for place, image in enumerate(images):

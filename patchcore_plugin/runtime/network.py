@@ -9,7 +9,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from patchcore_plugin.bundle import BundleError, FileContent, read_file
-from patchcore_plugin.cpu import compile_options, cores
+from patchcore_plugin.cpu import compile_options, cores, keep_after_fork
 from patchcore_plugin.runtime.network_cache import cache_file, compile_or_restore
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Network:
         shape = self._parts[-1].output(0).partial_shape
         fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
         self.shape = tuple(size.get_length() for size in list(shape)[1:]) if fixed else None
+        keep_after_fork(self)
 
     def embedder(self) -> Embedder:
         """Make the buffers for one image at a time. Each thread that embeds needs its own."""
@@ -107,6 +108,7 @@ class Embedder:
     def __init__(self, parts: list[ov.CompiledModel]) -> None:
         self._parts = parts
         self._requests = [part.create_infer_request() for part in parts]
+        keep_after_fork(self)
 
     def embed(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Patch embeddings (1, h, w, D), float32, of an RGB image (H, W, 3), u8, of any size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.cpu import Mode, cores
 from patchcore_plugin.depth import to_pixels
-from patchcore_plugin.errors import UsageError
+from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.images import ImageError, decode_image, read_image
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.runtime.explain import Reason, explain
@@ -37,8 +38,16 @@ if TYPE_CHECKING:
     from patchcore_plugin.images import Source
 
 
+class OtherProcessError(PatchcoreError, RuntimeError):
+    """A runtime is used in a process that was forked from the one that loaded it."""
+
+
 class PatchcoreRuntime:
     """Scores images with a bundle, on the CPU. Several threads may share a runtime.
+
+    Processes may not share it: threads do not survive a fork. A forked process (``multiprocessing`` with ``fork``,
+    ``gunicorn --preload``, celery, workers of a data loader) loads a runtime of its own, even if its parent has one. Fork
+    while no other thread scores: a lock that it holds inside of OpenVINO or FAISS would stay locked.
 
     Args:
         path: Folder of the bundle.
@@ -87,6 +96,7 @@ class PatchcoreRuntime:
         path = self.path = Path(path)
         bundle = read_bundle(path)
         self.manifest, self.version, self.states = bundle.manifest, bundle.version, bundle.states
+        self._process = os.getpid()
         self.rule = ScoreRule.of(self.manifest)
         self.intensity_range = self.manifest.preprocessing.intensity_range
         self.mode, self.threads = mode, threads or cores()
@@ -125,6 +135,7 @@ class PatchcoreRuntime:
         Raises:
             FileNotFoundError: If a file does not exist.
             ImageError: If an image cannot be read.
+            OtherProcessError: If another process loaded the runtime.
             TypeError: If ``images`` is a single image instead of a list.
         """
         return list(self.stream(images))
@@ -157,6 +168,7 @@ class PatchcoreRuntime:
         if isinstance(images, str | Path | np.ndarray | Image.Image) or hasattr(images, "read"):
             msg = f"predict takes a list of images, got one {type(images).__name__}: predict([image])."
             raise TypeError(msg)
+        self._check_process()
         in_turn = self._one_by_one if self.mode == "latency" else self._side_by_side
         return in_turn(iter(images))
 
@@ -189,11 +201,20 @@ class PatchcoreRuntime:
 
     def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Patch embeddings (B, h, w, D), float32, of RGB images (H, W, 3), u8, of any sizes."""
+        self._check_process()
         embedder = self._embedders.get()
         try:
             return np.concatenate([embedder.embed(image) for image in images])
         finally:
             self._embedders.put(embedder)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            msg = (
+                f"This runtime of {self.path} was loaded in another process ({self._process}), whose threads a fork does "
+                f"not copy: call PatchcoreRuntime.load in this one ({os.getpid()}), or start it by spawn instead of fork."
+            )
+            raise OtherProcessError(msg)
 
     def explain(self, image: Source) -> tuple[Prediction, list[Reason]]:
         """Score an image, and find the normal patches that its anomalous patches are nearest to.
@@ -209,7 +230,14 @@ class PatchcoreRuntime:
             FileNotFoundError: If the file does not exist.
             ImageError: If the image cannot be read.
         """
-        outcome = self._score(Outcome(read_image(image, intensity_range=self.intensity_range)))
+        pixels = read_image(image, intensity_range=self.intensity_range)
+        if self.mode == "latency":
+            return self._explain(pixels)
+        self._check_process()
+        return self._pool.submit(self._explain, pixels).result()  # on a thread of its own, as every other image
+
+    def _explain(self, pixels: NDArray[np.uint8]) -> tuple[Prediction, list[Reason]]:
+        outcome = self._score(Outcome(pixels))
         return outcome.prediction, explain(outcome, self.bank, self.origins)
 
     @staticmethod
