@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import anyio
-import anyio.to_thread
 from opentelemetry import trace
 
 from patchcore_plugin.bundle import BundleError, read_manifest_and_version
+from patchcore_plugin.image_checks import count_pixels
 from patchcore_plugin.images import ImageError, ImageTooLargeError, decode_image
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 from .drift import DriftMonitors
 from .encoding import to_base64_png, to_gray16, to_png
+from .places import Places
 from .problems import ProblemError
 from .schemas import Explanation, ImageAnswer, ImageScore, ModelList, ModelSummary
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from .scorer import Scored, Scorer
 
 Result = TypeVar("Result")
+
+SMALL_IMAGE_PIXELS, LARGE_IMAGE_PIXELS = 4_000_000, 25_000_000
+"""Limits of the classes of images that do not wait for each other. Images above the second are worked on one by one."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Pipeline:
         scorer: The scorer of this process or of the runner's.
         metrics: Metrics to count in.
         max_pixels: Most pixels of an image.
-        parallel: Most images that are worked on at once.
+        parallel: Most images that are worked on at once, of up to :data:`SMALL_IMAGE_PIXELS` pixels and of up to
+            :data:`LARGE_IMAGE_PIXELS` each; beside them one larger one.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class Pipeline:
         self.metrics = metrics
         self.drift = DriftMonitors(metrics)
         self._repository, self._scorer, self._max_pixels = repository, scorer, max_pixels
-        self._limiter = anyio.CapacityLimiter(parallel)
+        self._places = {SMALL_IMAGE_PIXELS: Places(parallel), LARGE_IMAGE_PIXELS: Places(parallel), math.inf: Places(1)}
         self._ready = False
 
     def is_ready(self) -> bool:
@@ -107,19 +112,20 @@ class Pipeline:
             heatmap: Answer the heatmap too.
 
         Raises:
-            ProblemError: If the file is no image, or too large an image, or the process that scores does not answer.
+            ProblemError: If the file is no image, or too large an image, if the process that scores does not answer, or if
+                all places are taken by images of requests that have ended.
             UnknownModelError: If there is no such model.
             BundleError: If the model cannot be loaded.
         """
-        return await self._in_thread(self._predict, file, self.resolve(model), heatmap)
+        return await self._work(self._predict, file, self.resolve(model), heatmap)
 
     async def draw(self, file: ImageFile, model: str | None, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
         """Draw the heatmap of an image file as PNG; returns the answer too. Errors are those of :meth:`predict`."""
-        return await self._in_thread(self._draw, file, self.resolve(model), kind)
+        return await self._work(self._draw, file, self.resolve(model), kind)
 
     async def explain(self, file: ImageFile, model: str | None) -> Explanation:
         """Score an image file and give the reasons; errors are those of :meth:`predict`."""
-        return await self._in_thread(self._explain, file, self.resolve(model))
+        return await self._work(self._explain, file, self.resolve(model))
 
     def models(self) -> ModelList:
         """All models that requests may name."""
@@ -128,8 +134,14 @@ class Pipeline:
         only = models[0].name if len(models) == 1 else None
         return ModelList(models=models, default=self._repository.default or only)
 
-    async def _in_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        return await anyio.to_thread.run_sync(call, *arguments, limiter=self._limiter, abandon_on_cancel=True)
+    async def _work(self, call: Callable[..., Result], file: ImageFile, *arguments: Any) -> Result:
+        """Call with an image file in a thread, when there is a place for an image of its size."""
+        try:
+            pixels = count_pixels(io.BytesIO(file.content))
+        except ValueError as error:
+            raise _unreadable(repr(file.name[:80]), str(error)) from error
+        places = next(places for limit, places in self._places.items() if pixels <= limit)
+        return await places.run(call, file, *arguments)
 
     def _predict(self, file: ImageFile, model: str, heatmap: bool) -> ImageAnswer:
         image = decode(file, self._max_pixels)
@@ -187,7 +199,7 @@ def decode(file: ImageFile, max_pixels: int) -> DecodedImage:
     except ImageTooLargeError as error:
         raise ProblemError("image_too_large", f"{name} is too large: {error.reason}.") from error
     except ImageError as error:
-        raise _unreadable(name, error) from error
+        raise _unreadable(name, error.reason) from error
     return DecodedImage(name, pixels, _milliseconds_since(started))
 
 
@@ -195,12 +207,12 @@ def _accepted(image: DecodedImage, results: list[Scored | ImageError]) -> Scored
     """The result of one image; a ProblemError if the model cannot read it."""
     (result,) = results
     if isinstance(result, ImageError):
-        raise _unreadable(image.name, result)
+        raise _unreadable(image.name, result.reason)
     return result
 
 
-def _unreadable(name: str, error: ImageError) -> ProblemError:
-    return ProblemError("image_unreadable", f"{name} cannot be read as an image: {error.reason}.")
+def _unreadable(name: str, reason: str) -> ProblemError:
+    return ProblemError("image_unreadable", f"{name} cannot be read as an image: {reason}.")
 
 
 def describe(image: DecodedImage, scored: Scored, *, heatmap: bool = False) -> ImageAnswer:

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from bentoml.exceptions import BentoMLConfigException
 from click.testing import CliRunner
 from helpers.bundles import change_manifest
 from helpers.http import Load, predict, predict_batch, wait_for
-from helpers.pictures import encoded
+from helpers.pictures import black_png, encoded
 from helpers.server import app_server, serve_app
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -23,6 +24,7 @@ from patchcore_plugin.bento.app import make_app, make_pipeline
 from patchcore_plugin.bento.logs import LogFormatter
 from patchcore_plugin.bento.metrics import Metrics
 from patchcore_plugin.bento.pipeline import ImageFile, Pipeline
+from patchcore_plugin.bento.problems import ProblemError
 from patchcore_plugin.bento.repository import make_repository
 from patchcore_plugin.bento.service import check, make_service
 from patchcore_plugin.bento.settings import Settings
@@ -163,6 +165,43 @@ def test_bug_is_a_problem_without_details(bundle, test_images, log):
     (record,) = (record for record in log.records if record.exc_info)
     assert response.json()["request_id"] in record.getMessage()
     assert "TypeError: unsupported operand" in LogFormatter("text").format(record)
+
+
+class WaitingScorer:
+    """A scorer that waits until it is let go, as one does that has a large image."""
+
+    def __init__(self) -> None:
+        self.let_go, self.running = threading.Event(), []
+
+    def score(self, model, images):
+        self.running.append(images)
+        self.let_go.wait(60)
+        self.running.pop()
+        raise ProblemError("runner_unavailable", "This scorer has no scores.")
+
+    def is_ready(self):
+        return True
+
+
+def test_work_of_requests_that_have_ended(bundle, test_images):
+    """It keeps its place: requests that would come upon it are answered 503 at once, and the next one after it as ever."""
+    settings, registry, scorer = Settings(bundle=bundle, timeout=0.5), CollectorRegistry(), WaitingScorer()
+    metrics = Metrics(registry)
+    pipeline = Pipeline(make_repository(settings, metrics), scorer, metrics, max_pixels=10**8, parallel=2)
+    with serve_app(make_app(settings, pipeline)) as server:
+        with ThreadPoolExecutor(2) as pool:
+            ended = list(pool.map(lambda _: predict(server.client, test_images[0]), range(2)))
+        assert [response.json()["code"] for response in ended] == ["timeout"] * 2
+        for _ in range(5):
+            response = predict(server.client, test_images[0])
+            assert (response.status_code, response.json()["code"], response.headers["retry-after"]) == (503, "busy", "5")
+        assert len(scorer.running) == 2
+        large = predict(server.client, black_png(6000, 5000))
+        assert large.json()["code"] == "timeout", "a large image has a place of its own"
+        wait_for(lambda: len(scorer.running) == 3, 10)
+        scorer.let_go.set()
+        wait_for(lambda: not scorer.running, 10)
+        wait_for(lambda: predict(server.client, test_images[0]).json()["code"] == "runner_unavailable", 10)
 
 
 def test_several_bundles(bundle, bundles, test_images):

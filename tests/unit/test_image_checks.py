@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchcore_plugin.image_checks import check_image_file
+from patchcore_plugin.image_checks import check_image_file, count_pixels
 from patchcore_plugin.images import ImageError, read_image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
@@ -123,6 +123,23 @@ def test_damaged_files_pass_or_are_refused(data, form):
         check_image_file(io.BytesIO(bytes(content)))
     except ValueError:  # any other exception would be one of the check
         return
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 200), (9, 700)])
+def test_pixels_by_the_head(size):
+    picture, exif = Image.new("RGB", size), b"Exif\0\0II*\0\x08\0\0\0\0\0"
+    options = [
+        *(("JPEG", {"progressive": progressive, "exif": exif}) for progressive in (False, True)),
+        *(("TIFF", {"compression": name, "big_tiff": large}) for name in ("raw", "tiff_lzw") for large in (False, True)),
+        *(("WEBP", {"lossless": lossless}) for lossless in (False, True)),
+        *((form, {}) for form in ("PNG", "BMP")),
+        ("WEBP", {"exif": exif}),
+    ]
+    for form, chosen in options:
+        assert count_pixels(io.BytesIO(encoded(picture, form, **chosen))) == size[0] * size[1], (form, chosen)
+    for content in (b"", b"BM", b"\xff\xd8", b"\x89PNG", b"RIFF----WEBPVP8 ", b"P5 1 1 255 ", b"GIF89a"):
+        with pytest.raises(ValueError, match="damaged, or not one of PNG, JPEG, BMP, TIFF, WebP"):
+            count_pixels(io.BytesIO(content))
 
 
 def test_broken_tiffs_write_nothing_to_standard_error(capfd):
