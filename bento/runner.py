@@ -166,9 +166,12 @@ def common_options(settings: Settings) -> dict[str, Any]:
     return {
         "traffic": {"timeout": settings.timeout + 5},  # the timeout middleware answers earlier
         "logging": {"access": {"enabled": False}},  # the access log middleware writes more
-        # glibc gives every thread a heap of its own, and images of many sizes leave holes in each. A value in the
-        # environment goes before this one.
-        "envs": [{"name": "MALLOC_ARENA_MAX", "value": "2"}],
+        # glibc gives every thread a heap of its own, and images of many sizes leave holes in each; and after a large one it
+        # keeps even larger pieces for itself. A value in the environment goes before these.
+        "envs": [
+            {"name": "MALLOC_ARENA_MAX", "value": "2"},
+            {"name": "MALLOC_MMAP_THRESHOLD_", "value": str(4 << 20)},
+        ],
     }
 
 

@@ -34,6 +34,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp",
 # Pillow's names of the same formats. Without them Pillow would open PostScript too, and pass it to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 
+_BAND_PIXELS = 1 << 20
+
 MAX_PIXELS = 90_000_000
 """Most pixels of an image file that are decoded: a PNG of a few hundred KB can claim to be many gigabytes."""
 
@@ -166,7 +168,19 @@ def _from_pil(image: Image.Image, max_pixels: int) -> NDArray:
         return read_values(image)
     if image.format in ("JPEG", "MPO") and image.tile:
         jpeg.load(image)
-    return np.asarray(image.convert("RGB"))
+    return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert an image to RGB, a large one in bands: as a whole, Pillow would hold it three times over."""
+    image.load()
+    if image.width * image.height <= _BAND_PIXELS:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels, rows = np.empty((image.height, image.width, 3), np.uint8), max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = band if band.mode == "RGB" else band.convert("RGB")
+    return pixels
 
 
 def _check_pages(image: Image.Image) -> None:

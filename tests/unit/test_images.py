@@ -40,6 +40,15 @@ def test_every_kind_is_read_as_training_reads_it(tmp_path, mode, form):
     np.testing.assert_array_equal(read_image(io.BytesIO(path.read_bytes())), expected)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_large_images_are_converted_as_small_ones(mode):
+    """Band by band."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1301, 1009, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture = Image.frombytes(mode, picture.size, picture.tobytes()) if mode in ("LAB", "HSV") else picture.convert(mode)
+    np.testing.assert_array_equal(read_image(picture), np.asarray(picture.convert("RGB")))
+
+
 def test_arrays_and_pil_images():
     gray = np.random.default_rng(0).integers(0, 256, (5, 4), dtype=np.uint8)
     color = np.stack([gray] * 3, axis=2)
