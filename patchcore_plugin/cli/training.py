@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from pickle import UnpicklingError  # the exception alone
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -114,10 +113,10 @@ def _read_checkpoint(path: Path) -> FaissPatchcore:
 
     try:
         return FaissPatchcore.load_from_checkpoint(path, map_location="cpu")
-    except PatchcoreError:
+    except (PatchcoreError, OSError):
         raise
-    except (KeyError, UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
-        msg = f"{path} is not a checkpoint of FaissPatchcore: {error}"
+    except Exception as error:  # a file of anything makes torch and Lightning raise nearly any exception
+        msg = f"{path} is not a checkpoint of FaissPatchcore: {type(error).__name__}: {error}"
         raise UsageError(msg) from error
 
 

@@ -16,6 +16,7 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -335,6 +336,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             MemoryBankError: If validation starts before the training epoch has collected all its embeddings.
         """
+        if self.trainer.sanity_checking:
+            msg = (
+                "Lightning's sanity check validates before the training, when there is no memory bank: set the trainer's "
+                "num_sanity_val_steps to 0."
+            )
+            raise MemoryBankError(msg)
         if self._is_fitting() and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             collected = 0 if self._patches is None else self._patches.patches
             msg = (
@@ -345,7 +352,22 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             raise MemoryBankError(msg)
         self._refuse_half_filled()
         self._check_loaders(self.trainer.val_dataloaders)
+        fitted = bool(self._is_fitted)
         super().on_validation_start()
+        if self._is_fitting() and not fitted:
+            self._keep_bank()
+
+    def _keep_bank(self) -> None:
+        """Write a checkpoint before the validation, which may fail; the one after it replaces it."""
+        callback = self.trainer.checkpoint_callback
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor or not callback.save_top_k:
+            return
+        if self.trainer.fast_dev_run:
+            return
+        path = callback.format_checkpoint_name({name: torch.tensor(0) for name in ("epoch", "step")})
+        self.trainer.save_checkpoint(path, weights_only=True)
+        callback.best_model_path = path  # this name is taken again, instead of one with a number
+        logger.info("The memory bank is kept in %s, yet without thresholds.", path)
 
     def on_test_start(self) -> None:
         """Refuse to test with an unfinished memory bank."""

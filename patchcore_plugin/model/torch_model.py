@@ -123,7 +123,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         if self.tiler is None:
             return images
         if self.tiler.mode != ImageUpscaleMode.PADDING:
-            msg = f"Tiling mode {self.tiler.mode.value!r} would resize embeddings like images; use mode 'padding'."
+            mode = ImageUpscaleMode(self.tiler.mode).value  # it may be text
+            msg = f"Tiling mode {mode!r} would resize embeddings like images; use mode 'padding'."
             raise UsageError(msg)
         return self.tiler.tile(images)
 

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from helpers.training import LAYERS, ROOT
@@ -220,6 +221,14 @@ def test_export_over_a_bundle(trained, bundle_copy, cells):
     assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
     assert [row[0] for row in table_rows(exported.stdout) if row[-1] == "taken"] == ["ivf", manifest.precision]
     assert {file.name for file in bundle_copy.iterdir()} == {"manifest.json", *manifest.files}
+
+
+@pytest.mark.parametrize("content", [[1], torch.zeros(3), {}, {"hyper_parameters": 5, "pytorch-lightning_version": "x"}])
+def test_export_of_anything_else(tmp_path, content):
+    torch.save(content, tmp_path / "junk.ckpt")
+    result = call("export", tmp_path / "junk.ckpt", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert "junk.ckpt is not a checkpoint of FaissPatchcore" in words(result.stderr)
 
 
 def test_export_to_a_full_disk(trained, tmp_path):

@@ -313,6 +313,35 @@ def test_validation_in_the_middle_of_training(cells, tmp_path):
         engine.fit(make_model(), datamodule=folder_datamodule(cells))
 
 
+def test_sanity_check_names_its_setting(cells):
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(MemoryBankError, match="set the trainer's num_sanity_val_steps to 0"):
+        trainer.fit(make_model(), datamodule=folder_datamodule(cells))
+
+
+def test_bank_outlives_a_validation_that_fails(cells, tmp_path):
+    """A checkpoint is there before the validation; a validation that ends replaces it under the same name."""
+    model, engine = make_model(), make_engine(tmp_path)
+
+    class Unreadable(OSError):
+        pass
+
+    def step(batch, batch_idx):
+        raise Unreadable
+
+    model.validation_step = step
+    with pytest.raises(Unreadable):
+        engine.fit(model, datamodule=folder_datamodule(cells))
+    (kept,) = tmp_path.rglob("*.ckpt")
+    assert kept.name == "model.ckpt"
+    loaded = FaissPatchcore.load_from_checkpoint(kept)
+    assert torch.equal(loaded.model.memory_bank, model.model.memory_bank)
+    assert len(loaded.origins.patches) == len(loaded.model.memory_bank)
+    assert (tmp_path / "FaissPatchcore/cells/latest/weights/lightning/model.ckpt").is_file()
+
+
 def test_training_resumed_in_the_middle():
     """Without the epoch's start there is no bank to fill: an error says so, not an attribute of None."""
     with pytest.raises(MemoryBankError, match="cannot resume in the middle of its epoch"):
@@ -400,9 +429,10 @@ def test_tiling_mode_that_would_resize_embeddings():
     from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
 
     model = make_model().model
-    model.tiler = Tiler(tile_size=96, stride=96, mode=ImageUpscaleMode.INTERPOLATION)
-    with pytest.raises(ValueError, match="use mode 'padding'"):
-        model.embed(torch.zeros(1, 3, 256, 256))
+    for mode in (ImageUpscaleMode.INTERPOLATION, "interpolation"):
+        model.tiler = Tiler(tile_size=96, stride=96, mode=mode)
+        with pytest.raises(ValueError, match="use mode 'padding'"):
+            model.embed(torch.zeros(1, 3, 256, 256))
 
 
 def test_checkpoint_of_get_model_can_be_loaded(cells, tmp_path):
