@@ -34,6 +34,7 @@ from patchcore_plugin.model.arguments import (
     dtype_of_embeddings,
 )
 from patchcore_plugin.model.collector import PatchCollector
+from patchcore_plugin.model.data_checks import check_data
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor
@@ -229,9 +230,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Give DistributedDataParallel the parameter without which it refuses to run; its gradient is always zero.
 
         Raises:
-            UsageError: If the data module's images cannot be read with the intensity range.
+            UsageError: If the data module's images cannot be read with the intensity range, or its masks do not fit.
+            ImageError: If an image of the data module is damaged.
         """
         super().setup(stage)
+        if stage == "fit":
+            check_data(self.trainer)
         if self.intensity_range is not None or self._finds_range:  # long before the first batch
             datamodule = getattr(self.trainer, "datamodule", None)
             subsets = (getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test"))

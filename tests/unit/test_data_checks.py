@@ -1,0 +1,42 @@
+"""Files that a training would stop at, named before it begins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.training import folder_datamodule, make_engine, make_model
+from PIL import Image
+
+
+@pytest.fixture
+def part(tmp_path):
+    for folder in ("train/good", "test/good", "test/defective", "masks"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.random.default_rng(number).integers(0, 256, (64, 64), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+    return tmp_path
+
+
+def refusal(root, **arguments) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        make_engine(root / "results").fit(make_model(), datamodule=folder_datamodule(root, **arguments))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["train/good", "test/defective", "masks"])
+def test_damaged_file(part, folder):
+    path = part / folder / "1.png"
+    path.write_bytes(path.read_bytes()[:-600])
+    assert f"{path} cannot be read as an image" in refusal(part, mask_dir="masks")
+
+
+def test_mask_of_another_size(part):
+    Image.new("L", (32, 64)).save(part / "masks" / "1.png")
+    message = refusal(part, mask_dir="masks")
+    assert "masks/1.png has 32 x 64 pixels" in message
+    assert "64 x 64" in message
+
+
+def test_no_validation_set(part):
+    assert "set val_split_mode to from_test" in refusal(part, val_split_mode="none")
