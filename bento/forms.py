@@ -34,7 +34,8 @@ async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
         if not content:
             raise ProblemError("image_missing", "The body is empty; it should be an image file's bytes.")
         return ImageFile("the body", content), {}
-    form = await _read_form(request, 1)
+    advice = f"send an image (image/png, ...), or a form ({FORM}) with the file 'image'"
+    form = await _read_form(request, 1, advice)
     file = form.get("image")
     if not isinstance(file, UploadFile):
         reason = "is missing" if file is None else "holds text"
@@ -50,7 +51,8 @@ async def read_image_files(request: Request, max_files: int) -> tuple[list[Image
     Raises:
         ProblemError: If the form has no file, or is not valid.
     """
-    form = await _read_form(request, max_files)
+    advice = f"send a form ({FORM}) with the files 'images'; /predict takes an image alone"
+    form = await _read_form(request, max_files, advice)
     files = [await _image_file(value) for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if not files:
         raise ProblemError("image_missing", "The form has no file 'images' (curl: --form images=@cell.png).")
@@ -77,10 +79,10 @@ def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
-async def _read_form(request: Request, max_files: int) -> FormData:
+async def _read_form(request: Request, max_files: int, advice: str) -> FormData:
     content_type = _content_type(request)
     if content_type != FORM:
-        detail = f"The body's type is {content_type or 'not given'}; send a form ({FORM}), or an image (image/png, ...)."
+        detail = f"The body's type is {content_type or 'not given'}; {advice}."
         raise ProblemError("unsupported_media_type", detail)
     try:
         return await request.form(max_files=max_files, max_fields=_MAX_FIELDS)

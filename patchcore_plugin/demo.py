@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _CELLS_PER_KIND = 4  # that the service is asked about, and the figure shows
 
-console = Console()
+console = Console(markup=False)  # a folder may have brackets in its name
 
 
 class _Answer(NamedTuple):

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from patchcore_plugin.errors import MissingPackageError
+from patchcore_plugin.errors import MissingPackageError, writing
 
 TRAIN_SHARE = 0.7
 """Share of the normal cells that are for training."""
@@ -56,5 +56,6 @@ def lay_out(root: Path, kind: Literal["mono", "poly"] = "mono", seed: int = SEED
         for path in paths:
             file, content = target / Path(path).name, (data / path).read_bytes()
             if not file.exists() or file.stat().st_size != len(content):
-                file.write_bytes(content)
+                with writing(file):
+                    file.write_bytes(content)
     return {folder: len(paths) for folder, paths in folders.items()}

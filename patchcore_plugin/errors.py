@@ -1,6 +1,14 @@
-"""The base class of every error that a user can cause and mend."""
+"""The base class of every error that a user can cause and mend, and errors of files that are written."""
 
 from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 class PatchcoreError(Exception):
@@ -17,3 +25,25 @@ class UsageError(PatchcoreError, ValueError):
 
 class MissingPackageError(PatchcoreError, ImportError):
     """A package that only a part of this one needs is not installed; the message says how to install it."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that could not be written, where the error of what wrote it does not.
+
+    On a full disk NumPy tells of the items written, FAISS of its own source file, and OpenVINO of an iostream.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter are FAISS's and OpenVINO's
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)
+            raise
+        free = ""
+        with suppress(OSError):
+            free = f", with {shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free on its disk"
+        msg = f"{path} cannot be written{free}: {error}"
+        raise OSError(msg) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from patchcore_plugin import jpeg
 from patchcore_plugin.depth import check_fit, is_deep, read_values, to_pixels
+from patchcore_plugin.drawings import is_drawing
 from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.folders import list_files
 from patchcore_plugin.image_checks import check_image_file
+from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 _PAGED_FORMATS, _PAGES_COUNTED = ("PNG", "TIFF", "WEBP"), 100
 _SUBFILE, _SMALL_COPY_OR_MASK = 254, 0b101  # a tag of TIFF, and bits of it
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 """File name endings of images, in lower case."""
@@ -115,6 +122,7 @@ def check_depth(path: str | Path, intensity_range: IntensityRange | None) -> Non
 @contextmanager
 def _named(source: Source) -> Iterator[None]:
     """Name the image in the error of whatever fails."""
+    _check_source(source)
     try:
         yield
     except FileNotFoundError:
@@ -127,6 +135,23 @@ def _named(source: Source) -> Iterator[None]:
         large = isinstance(error, ImageTooLargeError | Image.DecompressionBombError)
         msg = f"{_name(source)} cannot be read as an image: {reason}"
         raise (ImageTooLargeError if large else ImageError)(msg, reason) from error
+
+
+def _check_source(source: Source) -> None:
+    """Refuse what names or holds no image, before Pillow takes bytes for a path."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        reason = "it is the content of a file; give it as an open file, io.BytesIO(content)"
+    elif isinstance(source, str | os.PathLike):
+        if "\0" not in str(source):
+            return
+        reason = "it has a null byte, so no file has this path"
+    elif isinstance(source, Image.Image | np.ndarray) or hasattr(source, "read"):
+        return
+    else:
+        reason = "an image is a path, an open binary file, a PIL image or an array"
+    name = as_line(str(source)) if isinstance(source, str | os.PathLike) else f"A value of type {type(source).__name__}"
+    msg = f"{name} cannot be read as an image: {reason}"
+    raise ImageError(msg, reason)
 
 
 def _decode(source: Source, max_pixels: int) -> NDArray:
@@ -236,7 +261,10 @@ def _check_sides(height: int, width: int) -> None:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Find the image files below a folder, hidden ones left out.
+    """Find the image files below a folder.
+
+    Hidden files are left out, and the pictures that this package drew there itself, such as the heatmaps of an earlier run.
+    Links are followed; see :func:`patchcore_plugin.folders.list_files`.
 
     Args:
         folder: Folder to search, its subfolders included.
@@ -252,14 +280,13 @@ def find_images(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         msg = f"There is no folder {folder}."
         raise FileNotFoundError(msg)
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not found:
+    files = list_files(folder, SUFFIXES)
+    # a drawing is named as the image that it shows, with its own ending added: few other files are opened
+    drawings = {file for file in files if len(file.suffixes) > 1 and is_drawing(file)}
+    if drawings:
+        logger.warning("Below %s, %d pictures that patchcore drew are left out, such as heatmaps.", folder, len(drawings))
+    images = [file for file in files if file not in drawings]
+    if not images:
         msg = f"{folder} holds no image (a file that ends in {', '.join(sorted(SUFFIXES))})."
         raise ImageError(msg)
-    return found
+    return images

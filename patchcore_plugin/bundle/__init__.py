@@ -4,6 +4,7 @@ from patchcore_plugin.bundle.content import MAPPED_FILE_BYTES, FileContent, File
 from patchcore_plugin.bundle.draft import atomic_folder, ended_by_signals, find_left_behind, lock_folder
 from patchcore_plugin.bundle.folder import (
     BundleContent,
+    check_outside,
     copy_files,
     describe_files,
     describe_versions,
@@ -21,6 +22,7 @@ from patchcore_plugin.bundle.manifest import (
     FILES,
     MANIFEST,
     MAX_CALIBRATION,
+    MAX_INPUT_SIDE,
     MAX_NAME_LENGTH,
     MAX_NEIGHBORS,
     MAX_SMOOTHING,
@@ -53,6 +55,7 @@ __all__ = [
     "MANIFEST",
     "MAPPED_FILE_BYTES",
     "MAX_CALIBRATION",
+    "MAX_INPUT_SIDE",
     "MAX_NAME_LENGTH",
     "MAX_NEIGHBORS",
     "MAX_SMOOTHING",
@@ -80,6 +83,7 @@ __all__ = [
     "Storage",
     "Update",
     "atomic_folder",
+    "check_outside",
     "copy_files",
     "describe_files",
     "describe_versions",

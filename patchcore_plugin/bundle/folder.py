@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from patchcore_plugin.bundle.content import FileContent, FileState, opened_folder, parse_json, read_file
 from patchcore_plugin.bundle.draft import find_left_behind
 from patchcore_plugin.bundle.manifest import FILES, MANIFEST, BundleError, File, Manifest
+from patchcore_plugin.errors import writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -186,6 +187,22 @@ def verify(path: str | Path, manifest: Manifest) -> None:
             _read_verified(path / name, expected, folder)
 
 
+def check_outside(output: str | Path, source: str | Path) -> None:
+    """Refuse a folder to write into that is a folder to read, or lies in it; a file is refused by what makes the folder.
+
+    Args:
+        output: Folder to write into.
+        source: Folder of a bundle, or of the images that one is made from.
+
+    Raises:
+        BundleError: If it is or does; the message names both.
+    """
+    output = Path(output)
+    if not output.is_file() and output.resolve().is_relative_to(Path(source).resolve()):
+        msg = f"{output} lies in {source}, which stays as it is. Choose another folder to write into."
+        raise BundleError(msg)
+
+
 def file_states(path: str | Path, names: Iterable[str] = (MANIFEST, *FILES)) -> dict[str, FileState]:
     """State of the files of a bundle that are there: what changes when the bundle is replaced.
 
@@ -202,7 +219,9 @@ def file_states(path: str | Path, names: Iterable[str] = (MANIFEST, *FILES)) -> 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Write the manifest into the folder of a bundle."""
-    (Path(folder) / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    file = Path(folder) / MANIFEST
+    with writing(file):
+        file.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def describe_files(folder: str | Path) -> dict[str, File]:

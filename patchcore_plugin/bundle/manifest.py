@@ -69,6 +69,9 @@ Precision = Literal["f32", "bf16", "int8"]
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
 
+MAX_INPUT_SIDE = 16_384
+"""Longest side of the network's input, in pixels."""
+
 MAX_CALIBRATION = 10_000
 """Most calibration images that a bundle keeps."""
 
@@ -102,7 +105,8 @@ Count = Annotated[int, Field(ge=1, le=2**53)]
 Number = Annotated[FiniteFloat, Field(ge=-1e20, le=1e20)]
 """A number so small that float32 holds it, and the difference of two of them. Distances in a bank are below 1e20."""
 PositiveNumber = Annotated[Number, Field(ge=0)]
-Size = tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
+Side = Annotated[int, Field(ge=1, le=MAX_INPUT_SIDE)]
+Size = tuple[Side, Side]
 Triple = tuple[Number, Number, Number]
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from patchcore_plugin.bundle.content import FileContent, parse_array, parse_json
 from patchcore_plugin.bundle.manifest import ORIGINS, SOURCES, THUMBNAILS, BundleError
+from patchcore_plugin.errors import writing
 from patchcore_plugin.images import read_image
+from patchcore_plugin.names import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,13 +55,16 @@ class Origins:
         )
 
     def write(self, folder: str | Path) -> None:
-        """Write the files of a bundle. Of each image's path they keep the last folder and the file name only."""
+        """Write the files of a bundle. Of each image's path they keep the last folder and the file name only, as text."""
         folder = Path(folder)
-        np.save(folder / ORIGINS, np.ascontiguousarray(self.patches, np.int32))
-        names = ["/".join(Path(image).parts[-2:]) for image in self.images]
-        (folder / SOURCES).write_text(json.dumps(names, indent=0), encoding="utf-8")
+        with writing(folder / ORIGINS):
+            np.save(folder / ORIGINS, np.ascontiguousarray(self.patches, np.int32))
+        names = [as_text("/".join(Path(image).parts[-2:])) for image in self.images]
+        with writing(folder / SOURCES):
+            (folder / SOURCES).write_text(json.dumps(names, indent=0), encoding="utf-8")
         if self.thumbnails is not None:
-            np.save(folder / THUMBNAILS, self.thumbnails)
+            with writing(folder / THUMBNAILS):
+                np.save(folder / THUMBNAILS, self.thumbnails)
 
 
 def locate_patches(numbers: NDArray[np.int64], images: Sequence[tuple[str, int, int]]) -> Origins:
@@ -109,7 +114,7 @@ def _read_names(file: FileContent) -> list[str]:
     ):
         msg = f"{file.path} does not hold a list of image names."
         raise BundleError(msg)
-    return names
+    return list(map(as_text, names))  # an answer over HTTP must be able to hold them
 
 
 def _read_patches(file: FileContent, manifest: Manifest, images: int) -> NDArray[np.int32]:

@@ -1,8 +1,7 @@
-"""Commands about a bundle: ``patchcore info``, ``validate``, ``predict``, ``explain``, ``benchmark`` and ``pack``."""
+"""Commands about a bundle: ``patchcore info``, ``validate``, ``explain``, ``benchmark`` and ``pack``."""
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import sys
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from patchcore_plugin.cli.common import print_trials, progress_bar, step_bars
+from patchcore_plugin.cli.common import as_cell, print_trials, step_bars
+from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from patchcore_plugin.operations.validation import ValidationReport
     from patchcore_plugin.runtime import Prediction
     from patchcore_plugin.runtime.explain import Reason
-
-_PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold"
 
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 _folder = click.argument("folder", type=click.Path(path_type=Path))
@@ -43,7 +40,7 @@ def info(bundle: Path) -> None:
     manifest, version = read_manifest_and_version(bundle)
     table = Table(show_header=False)
     for name, text in _summary(manifest, version):
-        table.add_row(name, escape(text))
+        table.add_row(name, as_cell(text))
     Console().print(table)
     if manifest.index.trials or manifest.precision_trials:
         click.echo("Measured when the bundle was written:")
@@ -138,62 +135,15 @@ def _print_validation(report: ValidationReport, folder: Path | None) -> None:
     console = Console()
     table = Table("check", "result", "")
     for check in report.checks:
-        table.add_row(check.name, {"failed": "[red]failed[/red]"}.get(check.result, check.result), escape(check.detail))
+        table.add_row(check.name, {"failed": "[red]failed[/red]"}.get(check.result, check.result), as_cell(check.detail))
     console.print(table)
     if folder and report.images:
         table = Table("image", "score", "threshold", "verdict")
         for row in report.images:
             numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("score", "threshold")]
             verdict = str(row.get("error") or row.get("verdict") or "none")
-            table.add_row(escape(str(Path(str(row["image"])).relative_to(folder))), *numbers, escape(verdict))
+            table.add_row(as_cell(Path(str(row["image"])).relative_to(folder)), *numbers, as_cell(verdict))
         console.print(table)
-
-
-@click.command()
-@_bundle
-@_folder
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    default=Path("predictions"),
-    show_default=True,
-    help="Folder for results.csv and heatmaps.",
-)
-@click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
-def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
-    """Score every image below FOLDER with a BUNDLE.
-
-    Writes results.csv (one row per image) and heatmaps/*.png, named as the images with .png added. An image that cannot be
-    read has the reason in the column error; the others are scored, and the command ends with exit code 1.
-    """
-    from patchcore_plugin.images import find_images
-    from patchcore_plugin.runtime import PatchcoreRuntime
-
-    runtime = PatchcoreRuntime.load(bundle)
-    images = [path for path in find_images(folder) if output.resolve() not in path.resolve().parents]
-    output.mkdir(parents=True, exist_ok=True)
-    failed = anomalous = 0
-    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file, progress_bar() as bar:
-        table = csv.DictWriter(file, ["image", *_PREDICTION_COLUMNS, "error"])
-        table.writeheader()
-        outcomes = bar.track(runtime.stream_outcomes(images), total=len(images), description="Predict")
-        for path, (pixels, _, prediction, error) in zip(images, outcomes, strict=True):
-            name = path.relative_to(folder)
-            if prediction is None:
-                failed += 1
-                table.writerow({"image": name.as_posix(), "error": str(error)})
-                continue
-            anomalous += prediction.verdict == "anomalous"
-            values = {column: getattr(prediction, column) for column in _PREDICTION_COLUMNS}
-            table.writerow({"image": name.as_posix(), **values})
-            if heatmaps:
-                target = output / "heatmaps" / name.with_name(f"{name.name}.png")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                runtime.heatmap(pixels, prediction).save(target)
-    click.echo(f"{len(images)} images: {anomalous} anomalous, {failed} unreadable. Results: {output / 'results.csv'}")
-    if failed:
-        sys.exit(1)
 
 
 @click.command()
@@ -212,10 +162,14 @@ def explain(bundle: Path, image: Path, output: Path | None) -> None:
     the patch grid, from 0. With --output, IMAGE.explain.png shows the surroundings of each anomalous patch on the left and,
     if the bundle was exported with --thumbnails, those of the normal patch on the right.
     """
+    from patchcore_plugin.bundle import check_outside
+    from patchcore_plugin.drawings import save_drawing
     from patchcore_plugin.runtime import PatchcoreRuntime
     from patchcore_plugin.runtime.explain import draw
 
     runtime = PatchcoreRuntime.load(bundle)
+    if output is not None:
+        check_outside(output, bundle)
     prediction, reasons = runtime.explain(image)
     _print_explanation(image, prediction, reasons)
     if runtime.origins is None:
@@ -225,13 +179,14 @@ def explain(bundle: Path, image: Path, output: Path | None) -> None:
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         target = output / f"{image.name}.explain.png"
-        draw(reasons).save(target)
+        save_drawing(draw(reasons), target)
         click.echo(f"Crops: {target}")
 
 
 def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Reason]) -> None:
     threshold = "none" if prediction.threshold is None else f"{prediction.threshold:.4g}"
-    click.echo(f"{image}: {prediction.verdict or 'no verdict'}, score {prediction.score:.4g}, threshold {threshold}")
+    verdict = prediction.verdict or "no verdict"
+    click.echo(f"{as_line(str(image))}: {verdict}, score {prediction.score:.4g}, threshold {threshold}")
     table = Table("region in the image", "patch", "nearest normal patch", "there at", "distance")
     for reason in reasons:
         region, nearest = reason.region, reason.nearest
@@ -240,9 +195,9 @@ def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Re
             place = f"{region.width} x {region.height} at {region.left}, {region.top}"
         normal = f"vector {nearest.vector}"
         if nearest.image is not None:
-            normal = escape(f"{nearest.image}, {nearest.row}, {nearest.column}")
+            normal = f"{nearest.image}, {nearest.row}, {nearest.column}"
         box = "" if nearest.box is None else f"{nearest.box.left}, {nearest.box.top}"
-        table.add_row(place, f"{reason.row}, {reason.column}", normal, box, f"{nearest.distance:.4g}")
+        table.add_row(place, f"{reason.row}, {reason.column}", as_cell(normal), box, f"{nearest.distance:.4g}")
     Console().print(table)
 
 

@@ -10,8 +10,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,12 +60,22 @@ def plain_errors() -> Iterator[None]:
         msg = f"{error}. This command needs more than the base install: pip install 'patchcore-plugin[{extra}]'"
         raise click.ClickException(msg) from error
     except PatchcoreError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_lines(error)) from error
     except BrokenPipeError:  # the reader of the output, such as head, has read enough; click ends quietly
         raise
     except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        raise click.ClickException(f"{error.filename}: {error.strerror}" if named else str(error)) from error
+        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+        raise click.ClickException(_lines(f"{files}: {error.strerror}" if files and error.strerror else error)) from error
+
+
+def _lines(message: object) -> str:
+    """A message of one or more lines, without what a terminal would obey in the names that it holds."""
+    return "\n".join(map(as_line, str(message).splitlines()))
+
+
+def as_cell(text: object) -> Text:
+    """A cell of a table that shows a name, or another text from outside, as it is: brackets are no markup."""
+    return Text(as_line(str(text)))
 
 
 class ManifestChoice(click.Choice):

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from patchcore_plugin.cli.common import as_cell
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -49,7 +51,7 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
 
     CONFIG is a YAML file that names data sets, models and seeds; configs/evaluate.yaml is one to start from. Each
     combination is a job in a process of its own. Writes results.csv (a line per job), summary.csv and report.html, one
-    file that needs no other, into the output folder.
+    file that needs no other, into the output folder. The tables hold names as patchcore predict writes them.
 
     Run it again after an interruption, however hard, or with other jobs in --only: finished ones are not repeated, unless
     their part of CONFIG has changed. A job that fails has its reason in the table, the others go on, and the command ends
@@ -120,5 +122,5 @@ def _print_table(rows: Sequence[Row]) -> None:
             cells.append(f"{row.means[name]:{METRICS[name].format}}{spread}" if name in row.means else "")
         bounds = "" if row.interval is None else " ({:+.4f} to {:+.4f})".format(*row.interval)
         difference = "" if row.difference is None else f"{row.difference:+.4f}{bounds}"
-        table.add_row(escape(row.dataset), escape(row.model), str(row.seeds), *cells, difference)
+        table.add_row(as_cell(row.dataset), as_cell(row.model), str(row.seeds), *cells, difference)
     Console(width=max(220, Console().width)).print(table)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import click
+from rich.console import Console
 from rich.logging import RichHandler
 
 from patchcore_plugin import __version__
 from patchcore_plugin.cli import bundles, training
 from patchcore_plugin.cli.common import PlainGroup
 from patchcore_plugin.cli.evaluate import evaluate
+from patchcore_plugin.cli.predict import predict
 from patchcore_plugin.cli.update import update
 
 
@@ -20,7 +23,10 @@ from patchcore_plugin.cli.update import update
 def main(debug: bool) -> None:
     """PatchCore: train with anomalib, export one folder (a bundle), serve it on a CPU without torch."""
     del debug  # the group reads it
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    if hasattr(sys.stdout, "reconfigure"):  # a name may have characters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 for command in (
@@ -30,7 +36,7 @@ for command in (
     training.export,
     bundles.info,
     bundles.validate,
-    bundles.predict,
+    predict,
     bundles.explain,
     bundles.benchmark,
     bundles.pack,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from patchcore_plugin.cli.common import progress_bar, step_bars
+from patchcore_plugin.cli.common import as_cell, progress_bar, step_bars
 from patchcore_plugin.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,10 +44,13 @@ def update(bundle: Path, new_normals: Path, output: Path, holdout: int, test: Pa
     from. Thresholds that come from normal images are set again; those that come from a validation set with defective images
     stay.
     """
+    from patchcore_plugin.bundle import check_outside
     from patchcore_plugin.images import find_images
     from patchcore_plugin.operations.update import update_bundle
 
     images = find_images(new_normals)
+    for folder in (new_normals, test or new_normals):
+        check_outside(output, folder)
     labelled = None if test is None else _labelled(test)
     started = time.perf_counter()
     with step_bars() as progress:
@@ -72,7 +74,7 @@ def _print(report: UpdateReport) -> None:
     for number in order[:_TABLE_ROWS_LIMIT]:
         before, after = report.before[number], report.after[number]
         verdicts = (before.verdict or "none", after.verdict or "none")
-        table.add_row(escape(Path(report.names[number]).name), f"{before.score:.4g}", f"{after.score:.4g}", *verdicts)
+        table.add_row(as_cell(Path(report.names[number]).name), f"{before.score:.4g}", f"{after.score:.4g}", *verdicts)
     if len(order) > _TABLE_ROWS_LIMIT:
         table.add_row(f"and {len(order) - _TABLE_ROWS_LIMIT} more", "", "", "", "")
     Console().print(table)

@@ -37,6 +37,7 @@ from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE
 from patchcore_plugin.model.backbone import Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
 from patchcore_plugin.model.weights import PACKAGED
+from patchcore_plugin.names import as_text, to_cell
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -75,7 +76,8 @@ def run(job: Job, data: Path, folder: Path) -> None:
     with (folder / PREDICTIONS_FILE).open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", "kind", "label", "score"])
-        table.writerows(zip(collected.images, collected.kinds, collected.labels, map(repr, collected.scores), strict=True))
+        names = [[to_cell(as_text(name)) for name in names] for names in (collected.images, collected.kinds)]
+        table.writerows(zip(*names, collected.labels, map(repr, collected.scores), strict=True))
     (folder / METRICS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "engine", ignore_errors=True)
 
@@ -271,7 +273,7 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        run(Job.model_validate_json(file.read_text(encoding="utf-8")), data, partial)
+        run(Job.model_validate(json.loads(file.read_bytes())), data, partial)
     except Exception as error:
         result.with_name(f"{result.name}.error").write_text(_reason(error), encoding="utf-8")
         raise
@@ -279,7 +281,7 @@ def main() -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, PatchcoreError) else f"{type(error).__name__}: {error}"
+    return as_text(str(error) if isinstance(error, PatchcoreError) else f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -311,10 +311,16 @@ def _mvtec_layout(where: str, root: Path) -> dict[str, Any]:
         if not (root / needed).is_dir():
             msg = f"{where}.folder: there is no folder {root / needed}. For another layout give class_path and init_args."
             raise PlanError(msg)
-    defects = sorted(path.name for path in (root / "test").iterdir() if path.is_dir() and path.name != "good")
+    folders = (path for path in (root / "test").iterdir() if path.is_dir() and not path.name.startswith("."))
+    defects = sorted(path.name for path in folders if path.name != "good")
     if not defects:
         msg = f"{where}.folder: {root / 'test'} has no folder of defective images next to good."
         raise PlanError(msg)
+    for folder in ("train/good", "test/good", *(f"test/{defect}" for defect in defects)):
+        for path in (root / folder).rglob("*"):
+            if path.is_symlink() and path.is_dir():
+                msg = f"{where}.folder: {path} is a linked folder, whose images anomalib would leave out. Copy them instead."
+                raise PlanError(msg)
     layout: dict[str, Any] = {
         "normal_dir": "train/good",
         "normal_test_dir": "test/good",

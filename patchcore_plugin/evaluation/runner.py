@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchcore_plugin.bundle import lock_folder
 from patchcore_plugin.evaluation.plan import PlanError
+from patchcore_plugin.names import from_cell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,7 +130,7 @@ def _run(job: Job, output: Path) -> None:
     folder = output / "jobs" / job.key
     definition, log, error = (_beside(folder, suffix) for suffix in (_DEFINITION, _LOG, _ERROR))
     error.unlink(missing_ok=True)
-    definition.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    definition.write_text(json.dumps(job.model_dump(), indent=1), encoding="utf-8")
     command = [sys.executable, "-m", "patchcore_plugin.evaluation.job", definition, folder, output / "data"]
     with log.open("wb") as file:
         # The job ends when its standard input closes, which happens whenever this process ends, even if it is killed.
@@ -154,7 +155,13 @@ def read_result(job: Job, output: Path) -> Result:
     result.content = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
     with (folder / PREDICTIONS_FILE).open(newline="", encoding="utf-8") as file:
         result.predictions = [
-            {**row, "label": int(row["label"]), "score": float(row["score"])} for row in csv.DictReader(file)
+            {
+                "image": from_cell(row["image"]),
+                "kind": from_cell(row["kind"]),
+                "label": int(row["label"]),
+                "score": float(row["score"]),
+            }
+            for row in csv.DictReader(file)
         ]
     return result
 

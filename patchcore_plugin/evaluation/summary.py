@@ -14,7 +14,9 @@ from scipy.stats import bootstrap
 from sklearn import config_context
 from sklearn.metrics import auc, roc_curve
 
+from patchcore_plugin.errors import writing
 from patchcore_plugin.evaluation.metrics import METRICS
+from patchcore_plugin.names import to_cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,17 +157,22 @@ def _name(image: dict[str, Any]) -> str:
 
 
 def write_csv(results: Sequence[Result], rows: Sequence[Row], output: Path) -> None:
-    """Write results.csv, one line per job, and summary.csv, one line per data set, model and metric."""
+    """Write results.csv, one line per job, and summary.csv, one line per data set, model and metric.
+
+    Texts are written by :func:`patchcore_plugin.names.to_cell`: none is taken for a formula.
+    """
     jobs = [["dataset", "model", "seed", "status", "error", *METRICS, "threshold"]]
     for result in results:
         job, values = result.job, [result.metrics.get(name) for name in METRICS]
         threshold = (result.content or {}).get("threshold")
-        jobs.append([job.dataset, job.model, job.seed, result.status, result.error, *values, threshold])
+        named = to_cell(job.dataset), to_cell(job.model), job.seed, result.status, to_cell(result.error or "")
+        jobs.append([*named, *values, threshold])
     summary = [["dataset", "model", "seeds", "metric", "mean", "deviation", "difference", "low", "high"]]
     for row in rows:
         for name, mean in row.means.items():
             compared = [row.difference, *(row.interval or (None, None))] if name == COMPARED else [None] * 3
-            summary.append([row.dataset, row.model, row.seeds, name, mean, row.spreads.get(name), *compared])
+            named = to_cell(row.dataset), to_cell(row.model), row.seeds
+            summary.append([*named, name, mean, row.spreads.get(name), *compared])
     for name, lines in {"results.csv": jobs, "summary.csv": summary}.items():
         text = io.StringIO(newline="")
         csv.writer(text).writerows(lines)
@@ -175,5 +182,6 @@ def write_csv(results: Sequence[Result], rows: Sequence[Row], output: Path) -> N
 def write_whole(file: Path, text: str) -> None:
     """Write a text file under another name, then rename it, so that it never exists half-written."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
+    with writing(partial):
+        partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(file)

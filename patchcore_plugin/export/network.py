@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from patchcore_plugin.bundle import BundleError
+from patchcore_plugin.errors import writing
 from patchcore_plugin.export.preprocessing_graph import with_preprocessing
 from patchcore_plugin.runtime.network import Network, NetworkFiles
 
@@ -55,11 +56,8 @@ def save_network(network: ov.Model, path: Path) -> None:
     Raises:
         OSError: If a file cannot be written.
     """
-    try:
+    with writing(path):
         ov.save_model(network, path, compress_to_fp16=False)
-    except RuntimeError as error:
-        msg = f"{path} cannot be written: {error}"
-        raise OSError(msg) from error
 
 
 class _Embedding(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 
 from patchcore_plugin.bundle import parse_array
 from patchcore_plugin.cpu import outside_fork
-from patchcore_plugin.errors import UsageError
+from patchcore_plugin.errors import UsageError, writing
 from patchcore_plugin.memory_bank.indexes import KINDS
 from patchcore_plugin.memory_bank.layout import IndexFile, check, is_finite
 
@@ -42,21 +42,20 @@ def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | No
     """
     draft = path.with_name(f"{path.name}.part")  # the index may be mapped from the very file that it is written to
     try:
-        if str(draft).isascii():
-            faiss.write_index(index, str(draft))
-        else:  # not every system lets FAISS open such a name
-            draft.write_bytes(faiss.serialize_index(index).tobytes())
+        with writing(path):
+            if str(draft).isascii():
+                faiss.write_index(index, str(draft))
+            else:  # not every system lets FAISS open such a name
+                draft.write_bytes(faiss.serialize_index(index).tobytes())
         draft.replace(path)
-    except RuntimeError as error:
-        msg = f"{path} cannot be written: {error}"
-        raise OSError(msg) from error
     finally:
         draft.unlink(missing_ok=True)
     beside = path.with_suffix(".npy")
     if neighbors is None:
         beside.unlink(missing_ok=True)  # the neighbors in it belong to another bank
     else:
-        np.save(beside, neighbors)
+        with writing(beside):
+            np.save(beside, neighbors)
 
 
 def read_bank(

@@ -9,9 +9,11 @@ from typing import Any, get_args
 import torch
 from anomalib import PrecisionType
 
+from patchcore_plugin.bundle import MAX_INPUT_SIDE
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.coreset.sampler import BOUNDS as SAMPLER_BOUNDS
 from patchcore_plugin.errors import UsageError
+from patchcore_plugin.images import MAX_PIXELS
 from patchcore_plugin.model.pre_processing import Normalization
 
 BOUNDS: dict[str, dict[str, Any]] = {
@@ -56,11 +58,22 @@ def dtype_of_embeddings(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def check_image_size(value: Any) -> tuple[int, int]:
-    """Height and width as plain numbers; a UsageError unless ``value`` is two whole numbers of at least 1."""
+def check_image_size(value: Any, name: str = "image_size") -> tuple[int, int]:
+    """Height and width as plain numbers.
+
+    Raises:
+        UsageError: Unless ``value`` is two whole numbers, each a length that a bundle's network may have, and no more pixels
+            than those of the largest image that is decoded.
+    """
     size = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
     if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, Integral) or side < 1 for side in size):
-        msg = f"image_size must be a height and a width in pixels, e.g. [256, 256], got {value!r}."
+        msg = f"{name} must be a height and a width in pixels, e.g. [256, 256], got {value!r}."
+        raise UsageError(msg)
+    if max(size) > MAX_INPUT_SIDE or size[0] * size[1] > MAX_PIXELS:
+        msg = (
+            f"{name} may have sides of up to {MAX_INPUT_SIDE:,} pixels, and up to {MAX_PIXELS:,} pixels in all, got "
+            f"{value!r}. Each pixel takes memory in every layer: begin with [256, 256]."
+        )
         raise UsageError(msg)
     return int(size[0]), int(size[1])
 

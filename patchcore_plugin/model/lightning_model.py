@@ -203,8 +203,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             center_crop_size: Height and width of the crop, in pixels; the paper's is 224 x 224. ``None`` crops nothing.
 
         Raises:
-            UsageError: If the crop is larger than the resized image.
+            UsageError: If a size is none, or the crop is larger than the resized image.
         """
+        if image_size is not None:
+            image_size = check_image_size(image_size)
+        if center_crop_size is not None:
+            center_crop_size = check_image_size(center_crop_size, "center_crop_size")
         return build_pre_processor(image_size, center_crop_size)
 
     @staticmethod

@@ -19,6 +19,7 @@ from patchcore_plugin.bundle import (
     Scale,
     Update,
     atomic_folder,
+    check_outside,
     copy_files,
     describe_files,
     describe_versions,
@@ -94,12 +95,14 @@ def update_bundle(
         progress: Called as the steps go on.
 
     Raises:
-        BundleError: If the bundle is damaged, or does not record its covering radius; or if ``output`` exists.
+        BundleError: If the bundle is damaged, or does not record its covering radius; or if ``output`` exists, or lies in
+            the bundle.
         ImageError: If an image cannot be read.
         UsageError: If there are fewer than two images, or ``holdout`` is below 2.
     """
     check_number("holdout", holdout, 2, whole=True, hint="5 keeps every fifth image out of the bank.")
     added, held_out = _divide(images, holdout)
+    _check_output(output, path)
     old = PatchcoreRuntime.load(path)
     radius = _covering_radius(old)
     with atomic_folder(output) as draft:
@@ -173,6 +176,13 @@ def _divide(images: Sequence[str | Path], holdout: int) -> tuple[list[Path], lis
     images = sorted(map(Path, images), key=lambda image: (image.name, str(image)))
     held_out = images[holdout - 1 :: holdout] or images[-1:]
     return [image for image in images if image not in held_out], held_out
+
+
+def _check_output(output: str | Path, bundle: str | Path) -> None:
+    if Path(output).exists():
+        msg = f"{output} exists already. An update writes a new bundle and replaces none: choose another folder."
+        raise BundleError(msg)
+    check_outside(output, bundle)
 
 
 def _covering_radius(runtime: PatchcoreRuntime) -> float:

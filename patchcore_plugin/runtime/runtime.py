@@ -165,7 +165,8 @@ class PatchcoreRuntime:
             >>> for path, outcome in zip(paths, runtime.stream_outcomes(paths)):
             ...     print(path, outcome.error or outcome.prediction.verdict)
         """
-        if isinstance(images, str | Path | np.ndarray | Image.Image) or hasattr(images, "read"):
+        one = str | Path | bytes | bytearray | memoryview | np.ndarray | Image.Image
+        if isinstance(images, one) or hasattr(images, "read"):
             msg = f"predict takes a list of images, got one {type(images).__name__}: predict([image])."
             raise TypeError(msg)
         self._check_process()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -258,9 +259,9 @@ def test_benchmark(bundle, cells):
     assert list(times) == ["decode", "preprocess", "backbone", "search", "map", "all"]
     assert all(median <= high for median, high in times.values())
     assert max(median for stage, (median, _) in times.items() if stage != "all") < times["all"][0]
-    rates = dict(re.findall(r"(\d+) images/s in mode (\w+)", result.stdout))
-    assert set(rates.values()) == {"latency", "throughput"}
-    assert min(map(int, rates)) > 0
+    rates = {mode: int(rate) for rate, mode in re.findall(r"(\d+) images/s in mode (\w+)", result.stdout)}
+    assert rates.keys() == {"latency", "throughput"}
+    assert min(rates.values()) > 0
 
 
 @pytest.fixture
@@ -292,15 +293,90 @@ def test_predict(bundle, runtime, line, tmp_path):
     assert len(list((tmp_path / "answers" / "heatmaps").rglob("*.*"))) == 2
 
 
-def test_predict_into_its_own_folder(bundle, line, monkeypatch):
-    """The heatmaps of the first run are no images to score."""
+def results(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of the table that ``predict`` wrote into a folder, by their images."""
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        return {row["image"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("output", ["predictions", ".", "sub", "heatmaps"])
+def test_predict_into_its_own_folder(bundle, line, monkeypatch, caplog, output):
+    """Every part is scored, those beside the results too; the heatmaps of this run and of the earlier ones are not."""
     (line / "broken.png").unlink()
     monkeypatch.chdir(line)
-    for _ in range(2):
-        result = call("predict", bundle, ".")
+    for folder in (output, output, "elsewhere"):
+        result = call("predict", bundle, ".", "--output", folder)
         assert result.exit_code == 0, result.output
-        assert "2 images" in result.stdout
-    assert [file.name for file in (line / "predictions").iterdir() if file.is_file()] == ["results.csv"]
+        assert results(line / folder).keys() == {"a.png", "sub/b.jpg"}
+        assert Image.open(line / folder / "heatmaps/sub/b.jpg.png").size == (400, 200)
+    assert "2 pictures that patchcore drew are left out" in caplog.messages[-1]
+
+
+def test_predict_replaces_nothing_else(bundle, line, tmp_path):
+    """No image, no table of another program, and no part of the bundle."""
+    part = line / "heatmaps" / "a.png.png"
+    part.parent.mkdir()
+    shutil.copy(line / "a.png", part)
+    assert call("predict", bundle, line, "--output", line).exit_code == 1
+    rows = results(line)
+    assert rows["a.png"]["error"] == f"Its heatmap would replace the image {part}."
+    assert float(rows["a.png"]["score"]) == float(rows["heatmaps/a.png.png"]["score"])
+    assert part.read_bytes() == (line / "a.png").read_bytes()
+
+    (tmp_path / "results.csv").write_text("model,auroc\n")
+    refused = call("predict", bundle, line, "--output", tmp_path)
+    assert refused.exit_code == 1
+    assert "results.csv is there already, and was not written by patchcore predict" in words(refused.stderr)
+    assert (tmp_path / "results.csv").read_text() == "model,auroc\n"
+    for command in (["predict", bundle, line], ["explain", bundle, line / "a.png"]):
+        refused = call(*command, "--output", bundle / "out")
+        assert f"out lies in {bundle}" in words(refused.stderr)
+    assert not (bundle / "out").exists()
+
+
+def test_predict_of_odd_names(bundle, line, tmp_path):
+    """Each is a row: a name that is no UTF-8, one too long for its heatmap, formulas, and one whose heatmap has no place."""
+    byte, long = os.fsdecode(b"caf\xe9 [red].png"), f"{'x' * 251}.png"
+    folder = line / "=cmd"
+    folder.mkdir()
+    for name in (byte, long, "+1.png", "'1.png", folder / "c.png"):
+        shutil.copy(line / "a.png", line / name)
+    (line / folder / "-broken.png").write_bytes(b"no image")
+    (tmp_path / "out/heatmaps").mkdir(parents=True)
+    (tmp_path / "out/heatmaps/sub").write_bytes(b"no folder")
+    result = call("predict", bundle, line, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert re.search(r"9 images: \d anomalous, 2 unreadable, 2 without a heatmap", words(result.stdout))
+    rows = results(tmp_path / "out")
+    errors = {name: row["error"] for name, row in rows.items() if row["error"]}
+    assert errors.keys() == {"broken.png", "'=cmd/-broken.png", long, "sub/b.jpg"}
+    assert "File name too long" in errors[long]
+    assert "heatmaps/sub" in errors["sub/b.jpg"]
+    sound = {r"caf\udce9 [red].png", "'+1.png", "''1.png", "'=cmd/c.png", long}
+    assert sound < rows.keys()
+    assert {rows[name]["score"] for name in sound} == {rows["a.png"]["score"]}
+    assert Image.open(tmp_path / "out/heatmaps" / f"{byte}.png").size == (300, 300)
+
+    shown = run("patchcore", "validate", bundle, "--images", line, check=False)
+    assert r"│ caf\udce9 [red].png" in shown.stdout
+    shown = call("validate", bundle, "--images", line, "--json")
+    assert str(line / byte) in {row["image"] for row in json.loads(shown.stdout)["images"]}
+
+
+def test_predict_onto_a_full_disk(bundle, line, tmp_path):
+    """It is no fault of one image: the command ends, names the file, and keeps what the earlier run wrote."""
+    (line / "broken.png").unlink()
+    assert call("predict", bundle, line, "--output", tmp_path).exit_code == 0
+    before = (tmp_path / "results.csv").read_bytes()
+    for full in ("heatmaps/sub/b.jpg.png", "results.csv.part"):
+        (tmp_path / full).unlink(missing_ok=True)
+        (tmp_path / full).symlink_to("/dev/full")
+        result = call("predict", bundle, line, "--output", tmp_path)
+        assert result.exit_code == 1
+        assert words(result.stderr) == f"Error: {tmp_path / full}: No space left on device"
+        assert (tmp_path / "results.csv").read_bytes() == before
+        if full.startswith("heatmaps"):
+            assert (tmp_path / "results.csv.part").read_bytes() == before[: before.index(b"sub/b.jpg")]
 
 
 def test_predict_decodes_each_image_once(bundle, line, tmp_path, monkeypatch):
@@ -451,9 +527,10 @@ def test_demo_on_few_cells(few_cells, tmp_path, monkeypatch):
     """The small twin: every step of the demo, in this process, on a few cells."""
     copy = lambda folder: shutil.copytree(few_cells, folder) and {"train/good": 24}  # noqa: E731
     monkeypatch.setattr(demo, "lay_out", copy)
-    demo.run(tmp_path / "patchcore-demo")
-    assert Image.open(tmp_path / "patchcore-demo/figure.png").size[0] > 800
-    assert read_manifest(tmp_path / "patchcore-demo/bundle").name == "elpv"
+    folder = tmp_path / "demo [" / "red]"  # no markup of the terminal
+    demo.run(folder)
+    assert Image.open(folder / "figure.png").size[0] > 800
+    assert read_manifest(folder / "bundle").name == "elpv"
 
 
 @pytest.mark.slow

@@ -248,8 +248,9 @@ def test_threads(runtime, test_images):
 def test_wrong_input(runtime, tmp_path, test_images):
     with pytest.raises(TypeError, match=r"list of images, got one .*predict\(\[image\]\)"):
         runtime.predict(str(test_images[0]))
-    with pytest.raises(TypeError, match="list of images"):
-        runtime.stream(str(test_images[0]))
+    for one in (str(test_images[0]), b"PNG", bytearray(b"PNG"), memoryview(b"PNG")):
+        with pytest.raises(TypeError, match="list of images"):
+            runtime.stream(one)
     with pytest.raises(TypeError, match="list of images"):
         runtime.predict(np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(TypeError, match="list of images"):

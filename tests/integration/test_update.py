@@ -119,8 +119,12 @@ def test_command(bundle, bright, cells, tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert "exists already" in result.output
+    assert "overwrite" not in result.output, "update has no such option"
     assert "update" in CliRunner().invoke(main, ["info", str(new)]).output
     assert CliRunner().invoke(main, ["validate", str(new)]).exit_code == 0
+    result = CliRunner().invoke(main, ["update", str(bundle), str(bright), "--output", str(bright / "new")])
+    assert result.exit_code == 1
+    assert f"{bright}, which stays as it is" in " ".join(result.output.split())
     result = CliRunner().invoke(main, [*arguments[:-1], str(bright)])
     assert result.exit_code == 1
     assert "must hold the folders good and defective" in result.output
@@ -174,6 +178,11 @@ def test_refusals(bundle_copy, bright, tmp_path):
         update_bundle(bundle_copy, images, tmp_path / "new", holdout=1)
     with pytest.raises(BundleError, match="exists already"):
         update_bundle(bundle_copy, images, bundle_copy)
+    (tmp_path / "link").symlink_to(bundle_copy)
+    for inside in (bundle_copy / "new", tmp_path / "link/deep/new", bundle_copy.parent / "other/../bundle/new"):
+        with pytest.raises(BundleError, match=r"lies in .*bundle, which stays as it is"):
+            update_bundle(bundle_copy, images, inside)
+    assert {file.name for file in bundle_copy.iterdir()} == {MANIFEST, *read_manifest(bundle_copy).files}
     content = json.loads((bundle_copy / MANIFEST).read_text())
     (bundle_copy / MANIFEST).write_text(json.dumps({**content, "covering_radius": None}))
     with pytest.raises(BundleError, match=r"does not record the covering radius .* Train again"):

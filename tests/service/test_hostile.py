@@ -198,7 +198,11 @@ def test_content_types(client, kind, body):
             code = "image_unreadable" if body else "image_missing"
         else:
             code = "unsupported_media_type"
-        check(client.post(f"/{route}", content=body, headers={"content-type": kind}), code)
+        response = client.post(f"/{route}", content=body, headers={"content-type": kind})
+        check(response, code)
+        if code == "unsupported_media_type":  # the advice names what the route takes
+            assert ("send an image" in response.text) == (route != "predict_batch")
+            assert ("the files 'images'" in response.text) == (route == "predict_batch")
 
 
 @pytest.mark.parametrize(

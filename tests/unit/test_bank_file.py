@@ -284,3 +284,14 @@ def test_pipe(path):
     os.mkfifo(path)
     with pytest.raises(ValueError, match=r"bank\.faiss is damaged: it is not a regular file"):
         MemoryBank.load(path)
+
+
+@pytest.mark.parametrize(("full", "named"), [("bank.faiss.part", "bank.faiss"), ("bank.npy", "bank.npy")])
+def test_full_disk_is_told_with_the_file(real_embeddings, tmp_path, full, named):
+    """FAISS names its own source file, and NumPy none."""
+    (tmp_path / full).symlink_to("/dev/full")
+    bank = MemoryBank(real_embeddings[:500])
+    bank.find_neighbors(9)
+    with pytest.raises(OSError, match=r"cannot be written, with [\d,]+ MiB free|No space left on device") as raised:
+        bank.save(tmp_path / "bank.faiss")
+    assert str(tmp_path / named) in str(raised.value)

@@ -1,7 +1,11 @@
 """The arithmetic and the YAML of ``patchcore evaluate``."""
 
+import csv
 import json
 import os
+import shutil
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -271,10 +275,40 @@ def test_result_folders(tmp_path):
     assert (read_result(job, tmp_path).status, read_result(job, tmp_path).error) == ("failed", "ValueError: no")
     folder.mkdir()
     (folder / METRICS_FILE).write_text(json.dumps({"metrics": {"aupro": None, "f1_max": 0.5}}))
-    (folder / PREDICTIONS_FILE).write_text("image,kind,label,score\na/b.png,a,1,0.25\n")
+    (folder / PREDICTIONS_FILE).write_text("image,kind,label,score\na/b.png,'=a,1,0.25\n")
     found = read_result(job, tmp_path)
     assert (found.status, found.error, found.metrics) == ("done", None, {"f1_max": 0.5})
-    assert found.predictions == [{"image": "a/b.png", "kind": "a", "label": 1, "score": 0.25}]
+    assert found.predictions == [{"image": "a/b.png", "kind": "=a", "label": 1, "score": 0.25}]
+
+
+def test_tables_hold_no_formula(tmp_path):
+    """Names of data sets and models, and what an error says, are what somebody else wrote."""
+    done = result("=x", "-a", 0, np.array([0, 1]), np.array([1.0, 2.0]))
+    failed = replace(result("@y", "b", 0, np.array([0, 1]), np.array([1.0, 2.0])), content=None, error="+1")
+    write_csv([done, failed], summarize([done, failed]), tmp_path)
+    for name in ("results.csv", "summary.csv"):
+        with (tmp_path / name).open(newline="") as file:
+            cells = {cell for row in csv.reader(file) for cell in row}
+        assert {"'=x", "'-a"} < cells
+        assert not any(cell.startswith(("=", "@", "+", "-")) for cell in cells)
+
+
+def test_folders_of_defects(tmp_path, monkeypatch):
+    """A kind of defect may have any name that the system takes; a hidden folder is none, and a linked one is named."""
+    kind = os.fsdecode(b"cr\xe4ck")
+    for folder in ("train/good", "test/good", f"test/{kind}", "test/.ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    datasets = {"tiles": {"folder": str(tmp_path)}}
+    (job,) = make_plan(tmp_path, datasets=datasets)[0]
+    assert job.data["init_args"]["abnormal_dir"] == [f"test/{kind}"]
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))  # a job that ends at once, without a result
+    run_jobs([job], tmp_path / "out", lambda result: None, lambda job: None)
+    (definition,) = (tmp_path / "out/jobs").glob("*.json")
+    assert Job.model_validate(json.loads(definition.read_bytes())) == job
+
+    (tmp_path / "train/good/more").symlink_to(tmp_path / "test")
+    with pytest.raises(PlanError, match="train/good/more is a linked folder, whose images anomalib would leave out"):
+        make_plan(tmp_path, datasets=datasets)
 
 
 def test_two_evaluations_in_one_folder(tmp_path):

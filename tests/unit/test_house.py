@@ -26,8 +26,8 @@ LEVELS = (
     {"origins", "scoring"},
     {"bundle"},
     {"images"},
-    {"checks", "cpu", "depth", "elpv", "image_checks", "jpeg", "progress", "registry"},
-    {"errors"},
+    {"checks", "cpu", "depth", "drawings", "elpv", "folders", "image_checks", "jpeg", "progress", "registry"},
+    {"errors", "names"},
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 

@@ -1,6 +1,8 @@
 """Images in: everything a camera or an operator may hand over. Images out: heatmaps."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from patchcore_plugin.bundle import Preprocessing
+from patchcore_plugin.drawings import save_drawing
 from patchcore_plugin.images import ImageError, ImageTooLargeError, find_images, read_image
 from patchcore_plugin.runtime.heatmap import overlay
 
@@ -92,6 +95,19 @@ def test_no_image(tmp_path, content):
         read_image(io.BytesIO(content))
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        *((kind(b"\x89PNG\0"), f"{kind.__name__} cannot .* io.BytesIO") for kind in (bytes, bytearray, memoryview)),
+        *((kind("a\0b.png"), r"^a\\x00b.png cannot be read as an image: it has a null byte") for kind in (str, Path)),
+        *((value, "an image is a path, an open binary file, a PIL image or an array") for value in (None, 3, ["a.png"])),
+    ],
+)
+def test_what_is_no_source(source, said):
+    with pytest.raises(ImageError, match=said):
+        read_image(source)
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "absent.png")
@@ -130,6 +146,59 @@ def test_find_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="holds no image"):
         find_images(tmp_path / "empty")
+
+
+def test_linked_images_are_found_once(tmp_path, caplog):
+    """By the path without a link, where there is one; links that lead round in a circle have an end."""
+    folder, other = tmp_path / "parts", tmp_path / "other"
+    for file in (folder / "sub/a.png", folder / "z.png", other / "deep/b.png", other / ".hidden/c.png"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    links = {"again": "sub", "circle": ".", "sub/up": "../sub", "y.png": "z.png", "self.png": "self.png"}
+    links |= {"linked": other, "deeper": other / "deep", "one.png": other / "deep/b.png"}
+    links |= {"visible": other / ".hidden", ".secret": other / ".hidden"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    found = find_images(folder)
+    assert found == sorted(found)
+    assert sorted(path.name for path in found) == ["a.png", "b.png", "c.png", "z.png"]
+    assert {folder / "sub/a.png", folder / "z.png", folder / "visible/c.png"} < set(found)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder / 'self.png'} is left out: the link cannot be followed (Too many levels of symbolic links)."
+    ]
+
+
+def test_what_is_no_regular_file_is_named(tmp_path, caplog):
+    """Nothing waits for a pipe, and nothing is lost in silence."""
+    (tmp_path / "a.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, target in {
+        "gone": "nowhere",
+        "device.png": "/dev/zero",
+        "to_pipe.png": "pipe.png",
+        "pipe": "pipe.png",
+    }.items():
+        (tmp_path / name).symlink_to(target)
+    assert find_images(tmp_path) == [tmp_path / "a.png"]
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {
+        *(f"{tmp_path / name} is left out: it is no regular file." for name in ("pipe.png", "device.png", "to_pipe.png")),
+        f"{tmp_path / 'gone'} is left out: the link cannot be followed (No such file or directory).",
+    }
+
+
+def test_drawings_are_no_images(tmp_path, caplog):
+    """The heatmaps of an earlier run, wherever they lie now; a part with such a name is an image."""
+    picture = Image.new("RGB", (8, 8))
+    save_drawing(picture, tmp_path / "a.png.png")
+    with pytest.raises(ImageError, match="holds no image"):
+        find_images(tmp_path)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.png.png").rename(tmp_path / "moved" / "a.png.explain.png")
+    picture.save(tmp_path / "a.png.png")
+    assert find_images(tmp_path) == [tmp_path / "a.png.png"]
+    assert "1 pictures that patchcore drew are left out" in caplog.messages[-1]
+    assert Image.open(tmp_path / "moved" / "a.png.explain.png").size == (8, 8)
 
 
 def test_overlay_leaves_normal_parts_plain_and_reddens_anomalous_ones():

@@ -3,6 +3,8 @@
 import pytest
 from helpers.training import make_model
 
+from patchcore_plugin import FaissPatchcore
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -37,6 +39,9 @@ from helpers.training import make_model
         ({"precision": 16}, "precision must be 'float32' or 'float16', got 16"),
         ({"image_size": 256}, r"image_size must be a height and a width in pixels, e\.g\. \[256, 256\], got 256"),
         ({"image_size": [0, 256]}, "image_size must be"),
+        ({"image_size": [256, 1_000_000]}, r"image_size may have sides of up to 16,384 pixels, .* got \[256, 1000000\]"),
+        ({"image_size": [10**30, 5]}, "image_size may have sides of up to 16,384 pixels"),
+        ({"image_size": [16_384, 16_384]}, "up to 90,000,000 pixels in all"),
         ({"image_size": (256, 256), "pre_processor": False}, "leave them out, or pre_processor"),
         ({"normalization": "own"}, "normalization must be one of 'imagenet', 'backbone', got 'own'"),
         ({"normalization": "backbone", "backbone": "hf_hub:some/model"}, "does not know how images for .* are to be normal"),
@@ -45,3 +50,10 @@ from helpers.training import make_model
 def test_wrong_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_model(**arguments)
+
+
+@pytest.mark.parametrize("name", ["image_size", "center_crop_size"])
+@pytest.mark.parametrize("size", [(1_000_000, 1_000_000), (0, -3), 256])
+def test_wrong_size_of_the_papers_pre_processor(name, size):
+    with pytest.raises(ValueError, match=f"{name} m"):
+        FaissPatchcore.configure_pre_processor(**{name: size})

@@ -46,6 +46,27 @@ def test_bundle_keeps_folder_and_file_name_only(bundle):
     assert found.thumbnails is None
 
 
+def test_names_that_are_no_text(bundle_copy):
+    """Those that a training or a stranger left in a bundle: an answer in JSON can hold what is read."""
+    file = bundle_copy / SOURCES
+    names = json.loads(file.read_text())
+    file.write_text(json.dumps(["good/caf\udce9.png", *names[1:]]))
+    renew_checksums(bundle_copy)
+    found = read_origins(read_bundle(bundle_copy))
+    assert found.images[0] == r"good/caf\udce9.png"
+    Origins(found.patches, ["/data/good/caf\udce9.png", *names[1:]]).write(bundle_copy)
+    assert json.loads(file.read_text())[0] == r"good/caf\udce9.png"
+
+
+@pytest.mark.parametrize("full", [ORIGINS, SOURCES, THUMBNAILS])
+def test_full_disk_is_told_with_the_file(tmp_path, full):
+    (tmp_path / full).symlink_to("/dev/full")
+    origins = Origins(np.zeros((2000, 3), np.int32), ["good/a.png"], np.zeros((1, 64, 64, 3), np.uint8))
+    with pytest.raises(OSError, match=r"cannot be written|No space left on device") as raised:
+        origins.write(tmp_path)
+    assert full in str(raised.value)
+
+
 class Harm:
     def __reduce__(self):
         return Path.touch, (Path("harm"),)

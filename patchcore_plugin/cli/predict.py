@@ -1,0 +1,139 @@
+"""The command ``patchcore predict``."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from patchcore_plugin.cli.common import progress_bar
+from patchcore_plugin.drawings import save_drawing
+from patchcore_plugin.errors import UsageError
+from patchcore_plugin.names import as_text, to_cell
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from patchcore_plugin.runtime import PatchcoreRuntime
+    from patchcore_plugin.runtime.prediction import Outcome
+
+_PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold"
+_COLUMNS = "image", *_PREDICTION_COLUMNS, "error"
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("predictions"),
+    show_default=True,
+    help="Folder for results.csv and heatmaps.",
+)
+@click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
+def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
+    r"""Score every image below FOLDER with a BUNDLE.
+
+    Writes results.csv (one row per image) and heatmaps/*.png, named as the images with .png added. An image that cannot be
+    read, or whose heatmap cannot be written, has the reason in the column error; the others are scored, and the command ends
+    with exit code 1. Heatmaps below FOLDER, of this run or an earlier one, are not scored.
+
+    results.csv is UTF-8. A text that a spreadsheet would take for a formula, such as =1+1.png, has a ' before it, and so has
+    a text that begins with ': to read a text, take one ' off its beginning. A byte of a name that is no UTF-8, such as E9,
+    is written as \udce9. Until the last image is scored, the rows are in results.csv.part.
+    """
+    from patchcore_plugin.bundle import check_outside
+    from patchcore_plugin.images import find_images
+    from patchcore_plugin.runtime import PatchcoreRuntime
+
+    runtime = PatchcoreRuntime.load(bundle)
+    check_outside(output, bundle)
+    images = find_images(folder)
+    inputs = {os.path.realpath(path) for path in images}
+    output.mkdir(parents=True, exist_ok=True)
+    anomalous = unreadable = undrawn = 0
+    with _open_results(output / "results.csv") as table, progress_bar() as bar:
+        outcomes = bar.track(runtime.stream_outcomes(images), total=len(images), description="Predict")
+        for path, outcome in zip(images, outcomes, strict=True):
+            name, prediction = path.relative_to(folder), outcome.prediction
+            if prediction is None:
+                values, error = {}, str(outcome.error)
+                unreadable += 1
+            else:
+                values = {column: getattr(prediction, column) for column in _PREDICTION_COLUMNS}
+                target = output / "heatmaps" / name.with_name(f"{name.name}.png")
+                error = _write_heatmap(runtime, outcome, target, inputs) if heatmaps else ""
+                anomalous += prediction.verdict == "anomalous"
+                undrawn += bool(error)
+            table.writerow({"image": to_cell(as_text(name.as_posix())), **values, "error": to_cell(as_text(error))})
+    left = f", {undrawn} without a heatmap" if undrawn else ""
+    click.echo(
+        f"{len(images)} images: {anomalous} anomalous, {unreadable} unreadable{left}. Results: {output / 'results.csv'}"
+    )
+    if unreadable or undrawn:
+        sys.exit(1)
+
+
+@contextmanager
+def _open_results(file: Path) -> Iterator[csv.DictWriter[str]]:
+    """Open the table of results; the file is there once it is whole, and until then its rows are in a file beside it."""
+    _check_replaceable(file)
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("w", buffering=1, newline="", encoding="utf-8") as stream:
+            table = csv.DictWriter(stream, _COLUMNS)
+            table.writeheader()
+            yield table
+    except OSError as error:
+        error.filename = error.filename or str(part)
+        raise
+    part.replace(file)
+
+
+def _check_replaceable(file: Path) -> None:
+    """Refuse to replace a file of another kind, and find out before the work whether another program holds it."""
+    if file.exists():
+        header = ",".join(_COLUMNS).encode()
+        with file.open("r+b") as earlier:
+            begin = earlier.read(len(header))
+        if begin and begin != header:
+            msg = f"{file} is there already, and was not written by patchcore predict. Choose another --output."
+            raise UsageError(msg)
+
+
+def _write_heatmap(runtime: PatchcoreRuntime, outcome: Outcome, target: Path, inputs: Collection[str]) -> str:
+    """Write the heatmap of an image.
+
+    Args:
+        runtime: The runtime that scored the image.
+        outcome: The image, and its prediction.
+        target: File to write.
+        inputs: Real paths of all images, which are never written over.
+
+    Returns:
+        Why the heatmap cannot be written; empty if it is.
+
+    Raises:
+        OSError: If the disk is full: the other heatmaps could not be written either.
+    """
+    try:
+        if os.path.realpath(target) in inputs:
+            return f"Its heatmap would replace the image {target}."
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_drawing(runtime.heatmap(outcome.pixels, outcome.prediction), target)
+    except (OSError, ValueError, MemoryError) as error:  # a system may refuse a name by a ValueError
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            error.filename = str(target)
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return f"Its heatmap {target} cannot be written: {reason}."
+    return ""
