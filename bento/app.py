@@ -14,7 +14,8 @@ from . import page, routes
 from .middleware import (
     AccessLogMiddleware,
     ApiKeyMiddleware,
-    BodyLimitMiddleware,
+    BodyMiddleware,
+    HostMiddleware,
     ProblemMiddleware,
     QueueLimitMiddleware,
     RequestIdMiddleware,
@@ -27,8 +28,12 @@ from .runner import RunnerClient, RunnerScorer
 from .scorer import LocalScorer
 
 if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
     from .metrics import Metrics
     from .settings import Settings
+
+_DOCUMENT = "/docs.json"
 
 
 def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
@@ -39,28 +44,35 @@ def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
         pipeline: The pipeline that answers. BentoML takes an application before its process starts: there,
             ``app.state.pipeline`` is set at the start.
     """
+    # BentoML looks for paths in an application's routes, and not in routers that it includes.
+    own = [*routes.router.routes, *page.router.routes, Mount("/ui", page.PageFiles(), name="ui")]
     app = FastAPI(
         title="PatchCore",
         description="Scores images of parts against normal ones: score, verdict, regions, heatmap.",
         version="1",
-        openapi_url="/docs.json",
-        docs_url=None,  # it would load its scripts from another host; BentoML's own page at / shows the same document
+        openapi_url=_DOCUMENT,
+        docs_url=None,  # they would load their scripts from another host
         redoc_url=None,
-        # BentoML looks for paths in an application's routes, and not in routers that it includes.
-        routes=[*routes.router.routes, *page.router.routes, Mount("/ui", page.PageFiles(), name="ui")],
+        routes=own,
         exception_handlers=EXCEPTION_HANDLERS,
         middleware=[  # the outermost first
             Middleware(RequestIdMiddleware),
-            Middleware(AccessLogMiddleware),
+            Middleware(AccessLogMiddleware, routes=[_DOCUMENT, *map(_label_of, own)]),
             Middleware(ProblemMiddleware),
-            Middleware(ApiKeyMiddleware, key=settings.api_key),
-            Middleware(BodyLimitMiddleware, mebibytes=settings.max_body),
+            Middleware(HostMiddleware, names=settings.hosts),
+            Middleware(ApiKeyMiddleware, key=settings.api_key, open_metrics=settings.open_metrics),
+            Middleware(BodyMiddleware, mebibytes=settings.max_body, seconds=settings.receive_timeout),
             Middleware(QueueLimitMiddleware, requests=settings.queue),
             Middleware(TimeoutMiddleware, seconds=settings.timeout),
         ],
     )
     app.state.settings, app.state.pipeline = settings, pipeline
     return app
+
+
+def _label_of(route: BaseRoute) -> str:
+    """The name of a route in log and metrics: its path, or the folder of the paths that it takes."""
+    return f"{route.path}/" if isinstance(route, Mount) else route.path.partition("{")[0]
 
 
 def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | None = None) -> Pipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -18,6 +19,8 @@ IMAGE_TYPES = ("application/octet-stream", "image/png", "image/jpeg", "image/bmp
 """Content types of a body that is an image file itself."""
 
 _MAX_FIELDS = 16  # of a form, its files apart
+_MAX_CONTENT_TYPE = 512  # characters
+_CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii"}
 _TEXT_FIELDS = ("model", "heatmap", "kind")
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -79,11 +82,24 @@ def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
-async def _read_form(request: Request, max_files: int, advice: str) -> FormData:
-    content_type = _content_type(request)
-    if content_type != FORM:
-        detail = f"The body's type is {content_type or 'not given'}; {advice}."
+def _check_form_type(request: Request, advice: str) -> None:
+    """Check that the body is a form whose text is UTF-8: other character sets may take long to decode."""
+    given = request.headers.get("content-type", "")
+    if _content_type(request) != FORM:
+        kind = _content_type(request)[:80] or "not given"
+        detail = f"The body's type is {kind}; {advice}."
         raise ProblemError("unsupported_media_type", detail)
+    if len(given) > _MAX_CONTENT_TYPE or len(request.headers.getlist("content-type")) > 1:
+        detail = f"The header Content-Type is given twice, or has more than {_MAX_CONTENT_TYPE} characters; {advice}."
+        raise ProblemError("unsupported_media_type", detail)
+    charset = parse_options_header(given)[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _CHARSETS:
+        detail = f"The form's character set is {charset[:40]!r}; only UTF-8 is read."
+        raise ProblemError("unsupported_media_type", detail)
+
+
+async def _read_form(request: Request, max_files: int, advice: str) -> FormData:
+    _check_form_type(request, advice)
     try:
         return await request.form(max_files=max_files, max_fields=_MAX_FIELDS)
     except HTTPException as error:

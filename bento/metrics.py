@@ -1,7 +1,11 @@
-"""Prometheus metrics of the service, which BentoML shows beside its own at /metrics."""
+"""Prometheus metrics of the service.
+
+BentoML's own are off: they keep every path that a client sends.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +29,12 @@ class Metrics:
         # At its import, the package reads the name of the shared folder from the environment.
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-        add = {"registry": registry or REGISTRY}
+        self._registry = registry or REGISTRY
+        add = {"registry": self._registry}
+        self._answers = Counter("patchcore_requests", "Requests by route and status", ["route", "status"], **add)
+        self._seconds = Histogram(
+            "patchcore_request_seconds", "Time of a request, by route", ["route"], buckets=SECONDS_BUCKETS, **add
+        )
         self.scores = Histogram(
             "patchcore_normalized_score", "Image scores; the threshold is at 0.5", ["model"], buckets=SCORE_BUCKETS, **add
         )
@@ -50,3 +59,25 @@ class Metrics:
             multiprocess_mode="livemax",
             **add,
         )
+
+    def count_request(self, route: str, status: int | None, seconds: float) -> None:
+        """Count a request.
+
+        Args:
+            route: One of few names: each one is kept for ever.
+            status: Status of the answer; None if there was none.
+            seconds: Its time.
+        """
+        self._answers.labels(route=route, status=status or "none").inc()
+        self._seconds.labels(route=route).observe(seconds)
+
+    def text(self) -> bytes:
+        """The metrics of all processes in Prometheus' text format."""
+        from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = self._registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # the folder that the processes share
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry)

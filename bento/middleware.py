@@ -11,17 +11,24 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 
+from .hosts import is_foreign, is_known_host
 from .logs import logger
 from .problems import ProblemError, problem_response
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pydantic import SecretStr
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_KEYLESS_PATHS = ("/ui", "/docs.json")  # the page asks its user for the key
+_HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
+_MAX_LOGGED_PATH = 200
+_PIECE = 16_384  # bytes of a body that the form's parser takes at a time
 
 
 class HttpMiddleware(ABC):
@@ -56,6 +63,30 @@ class PostMiddleware(HttpMiddleware):
         return scope["type"] == "http" and scope["method"] == "POST"
 
 
+class OwnRoutesMiddleware(HttpMiddleware):
+    """Leaves the health checks to BentoML, and everything else to the service's own application.
+
+    BentoML's other routes have no use here: its page loads a script of another site, and its document of the interface
+    repeats ours. A health check needs neither a known Host nor a key.
+
+    Args:
+        app: BentoML's application.
+        own: The service's application.
+    """
+
+    def __init__(self, app: ASGIApp, own: ASGIApp) -> None:
+        super().__init__(app)
+        self._own = own
+
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return scope["type"] != "lifespan" and scope.get("path") not in _HEALTH_PATHS
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        await self._own(scope, receive, send)
+
+
 class RequestIdMiddleware(HttpMiddleware):
     """Gives every request an id, its own from the header X-Request-ID or a new one, and returns the id in that header."""
 
@@ -74,7 +105,17 @@ class RequestIdMiddleware(HttpMiddleware):
 
 
 class AccessLogMiddleware(HttpMiddleware):
-    """Writes a line to the log for every request. A route adds fields to the line in ``request.state.log``."""
+    """Writes a line to the log for every request, and counts it. A route adds fields to the line in ``request.state.log``.
+
+    Args:
+        app: The wrapped ASGI application.
+        routes: Paths of the application's routes; one that ends in ``/`` stands for all paths below it.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[str]) -> None:
+        super().__init__(app)
+        self._folders = tuple(path for path in routes if path.endswith("/") and path != "/")
+        self._routes = frozenset(routes) - {*self._folders}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -89,17 +130,25 @@ class AccessLogMiddleware(HttpMiddleware):
         try:
             await self.app(scope, receive, send_and_note)
         finally:
+            seconds = time.perf_counter() - started
+            scope["app"].state.pipeline.metrics.count_request(self._route_of(scope["path"]), state["status"], seconds)
             line = {
                 "request_id": state["request_id"],
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": scope["path"][:_MAX_LOGGED_PATH],
                 "status": state["status"],
-                "milliseconds": round(1000 * (time.perf_counter() - started), 1),
+                "milliseconds": round(1000 * seconds, 1),
                 **({"code": state["code"]} if state["code"] else {}),
                 **state["log"],
             }
             with contextlib.suppress(Exception):  # a full disk behind the log is no reason to fail a request
                 logger.info("request", extra={"fields": line})
+
+    def _route_of(self, path: str) -> str:
+        """The route of a path. A client may send any path: those without a route share one label in the metrics."""
+        if path in self._routes:
+            return path
+        return next((folder for folder in self._folders if path.startswith(folder)), "unknown")
 
 
 class ProblemMiddleware(HttpMiddleware):
@@ -116,38 +165,73 @@ class ProblemMiddleware(HttpMiddleware):
             await response(scope, receive, send)
 
 
+class HostMiddleware(HttpMiddleware):
+    """Refuses a request that is for another host, or comes from a page of another site.
+
+    Args:
+        app: The wrapped ASGI application.
+        names: Names that the service answers to, beside those that it knows by itself.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        super().__init__(app)
+        self._names = names
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        headers = Headers(scope=scope)
+        if not is_known_host(scope, self._names):
+            given = ", ".join(headers.getlist("host"))[:100]
+            detail = f"The service does not answer to the host {given!r}; the setting PATCHCORE_HOSTS lists more names."
+            raise ProblemError("host_unknown", detail)
+        if is_foreign(scope, self._names):
+            page = headers.get("origin", "another site")[:100]
+            detail = f"A page of {page!r} may not send requests; the setting PATCHCORE_HOSTS lists the sites that may."
+            raise ProblemError("origin_foreign", detail)
+        await self.app(scope, receive, send)
+
+
 class ApiKeyMiddleware(HttpMiddleware):
-    """Refuses a request without the API key, except for the page and the OpenAPI document.
+    """Refuses a request without the API key, except for the page, which asks its user for the key.
 
     Args:
         app: The wrapped ASGI application.
         key: The API key; None refuses nothing.
+        open_metrics: Answer /metrics without the key.
     """
 
-    def __init__(self, app: ASGIApp, key: SecretStr | None) -> None:
+    def __init__(self, app: ASGIApp, key: SecretStr | None, *, open_metrics: bool) -> None:
         super().__init__(app)
         self._key = None if key is None else key.get_secret_value().encode()
+        self._open = ("/", "/ui", *(["/metrics"] if open_metrics else []))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if self._key is not None and not scope["path"].startswith(_KEYLESS_PATHS):
+        path = scope["path"]
+        if self._key is not None and path not in self._open and not path.startswith("/ui/"):
             given = Headers(scope=scope).get("x-api-key", "").encode("latin-1")
             if not secrets.compare_digest(given, self._key):
                 raise ProblemError("unauthorized", "The header X-API-Key is missing or wrong.")
         await self.app(scope, receive, send)
 
 
-class BodyLimitMiddleware(PostMiddleware):
-    """Refuses a body that is too large, by its stated length, or else as soon as it has grown too large.
+class BodyMiddleware(PostMiddleware):
+    """Waits for the whole body before a request goes on: a request on its way takes no place among those in work.
+
+    A body that is too large is refused by its stated length, or else as soon as it has grown too large. Where all bodies
+    take too much memory together, the largest one on its way is refused.
 
     Args:
         app: The wrapped ASGI application.
-        mebibytes: Largest body, in MiB.
+        mebibytes: Largest body, in MiB. All bodies together may take four times as much.
+        seconds: Longest time for a body to arrive, in seconds.
     """
 
-    def __init__(self, app: ASGIApp, mebibytes: int) -> None:
+    def __init__(self, app: ASGIApp, mebibytes: int, seconds: float) -> None:
         super().__init__(app)
-        self._mebibytes = mebibytes
+        self._mebibytes, self._seconds = mebibytes, seconds
+        self._on_their_way: dict[anyio.CancelScope, bytearray] = {}
+        self._arrived = 0  # bytes of the bodies whose requests are in work
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -155,16 +239,52 @@ class BodyLimitMiddleware(PostMiddleware):
         if not length.isdecimal():
             raise self._too_large()
         self._check(int(length))
-        received = 0
+        body = await self._read(receive)
+        size = len(body)
+        starts = iter(range(0, max(size, 1), _PIECE))
 
-        async def receive_and_check() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            self._check(received)
-            return message
+        async def receive_piece() -> Message:
+            """A piece of the body: a form is parsed piece by piece, and other requests have their turn in between."""
+            start = next(starts, None)
+            if start is None:
+                return await receive()
+            await anyio.lowlevel.checkpoint()
+            piece, more = bytes(body[start : start + _PIECE]), start + _PIECE < size
+            if not more:
+                body.clear()
+            return {"type": "http.request", "body": piece, "more_body": more}
 
-        await self.app(scope, receive_and_check, send)
+        self._arrived += size
+        try:
+            await self.app(scope, receive_piece, send)
+        finally:
+            self._arrived -= size
+
+    async def _read(self, receive: Receive) -> bytearray:
+        """Wait for the body of a request."""
+        body = bytearray()
+        with anyio.move_on_after(self._seconds) as waiting:
+            self._on_their_way[waiting] = body
+            try:
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    body += message.get("body", b"")
+                    self._check(len(body))
+                    if not message.get("more_body", False):
+                        return body
+                    self._make_room()
+            finally:
+                del self._on_their_way[waiting]
+        if anyio.current_time() < waiting.deadline:
+            detail = "The bodies of all requests take too much memory together; try again in a second."
+            raise ProblemError("busy", detail, {"Retry-After": "1"})
+        raise ProblemError("too_slow", f"The body of the request did not arrive within {self._seconds:g} seconds.")
+
+    def _make_room(self) -> None:
+        if self._arrived + sum(map(len, self._on_their_way.values())) > 4 * self._mebibytes << 20:
+            max(self._on_their_way, key=lambda waiting: len(self._on_their_way[waiting])).cancel()
 
     def _check(self, size: int) -> None:
         if size > self._mebibytes << 20:

@@ -35,6 +35,7 @@ class PageFiles(StaticFiles):
         return response
 
 
+@router.get("/")
 @router.get("/ui")
 def page() -> RedirectResponse:
     """Lead to the page."""

@@ -30,14 +30,19 @@ PROBLEMS = {
     "form_invalid": (400, "The form cannot be read, or has too many files or fields."),
     "field_invalid": (400, "A field has a wrong value."),
     "disconnected": (400, "The body ended before its stated length."),
+    "request_invalid": (400, "The bytes are no HTTP request."),
     "unauthorized": (401, "The header X-API-Key is missing or wrong."),
+    "origin_foreign": (403, "The page of another site sent the request."),
     "model_unknown": (404, "No model has this name, or the request names none of several."),
     "sample_unknown": (404, "No sample image has this name."),
     "not_found": (404, "No route has this path."),
     "method_not_allowed": (405, "The route does not take this method."),
+    "too_slow": (408, "The request did not arrive in time."),
     "body_too_large": (413, "The body is larger than the limit."),
     "image_too_large": (413, "The image has more pixels than the limit."),
-    "unsupported_media_type": (415, "The body is neither a form nor an image."),
+    "unsupported_media_type": (415, "The body is neither a form in UTF-8 nor an image."),
+    "host_unknown": (421, "The header Host has a name that the setting PATCHCORE_HOSTS lacks."),
+    "head_too_large": (431, "The head of the request is larger than the limit."),
     "internal": (500, "The service failed; the log says why."),
     "busy": (503, "Too many requests at once; Retry-After says when to try again."),
     "model_unavailable": (503, "The model cannot be loaded; the log says why."),
@@ -94,6 +99,8 @@ def problem_response(scope: Scope, error: Exception) -> JSONResponse:
         logger.error("Request %s failed", request_id, exc_info=error)
     elif problem.code == "model_unavailable":
         logger.error("Request %s failed: %s", request_id, error)
+    elif problem.code in ("host_unknown", "origin_foreign"):
+        logger.warning("Request %s was refused: %s", request_id, problem.detail)
     scope["state"]["code"] = problem.code
     scope["app"].state.pipeline.metrics.problems.labels(code=problem.code).inc()
     content = problem.describe(request_id).model_dump()

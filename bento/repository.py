@@ -156,7 +156,9 @@ class ModelRepository:
         if wanted in folders:
             return wanted
         names = ", ".join(sorted(folders)) or "none"
-        reason = f"There is no model {wanted!r}." if wanted else "The request names no model, and there is not just one."
+        reason = (
+            f"There is no model {wanted[:200]!r}." if wanted else "The request names no model, and there is not just one."
+        )
         msg = f"{reason} Models: {names}."
         raise UnknownModelError(msg)
 

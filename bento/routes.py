@@ -122,7 +122,7 @@ async def heatmap(
     file, fields = await read_image_file(request)
     kind = fields.get("kind") or kind
     if kind not in ("overlay", "map"):
-        raise ProblemError("field_invalid", f"kind must be 'overlay' or 'map', got {kind!r}.")
+        raise ProblemError("field_invalid", f"kind must be 'overlay' or 'map', got {kind[:40]!r}.")
     picture, answer = await pipeline.draw(file, fields.get("model") or model, kind)
     _log(request, answer)
     headers = {"X-Score": repr(answer.score), "X-Verdict": answer.verdict or "", "X-Version": answer.version}
@@ -148,6 +148,12 @@ def models(pipeline: PipelineDependency) -> ModelList:
 def drift(pipeline: PipelineDependency) -> DriftReport:
     """Whether production has moved away from the images that each model was calibrated on."""
     return pipeline.drift.report()
+
+
+@router.get("/metrics", include_in_schema=False)
+def metrics(pipeline: PipelineDependency) -> Response:
+    """The metrics in Prometheus' text format."""
+    return Response(pipeline.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _log(request: Request, answer: ImageAnswer) -> None:

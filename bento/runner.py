@@ -164,7 +164,7 @@ class RunnerScorer:
 def common_options(settings: Settings) -> dict[str, Any]:
     """What both of BentoML's services are configured with."""
     return {
-        "traffic": {"timeout": settings.timeout + 5},  # the timeout middleware answers earlier
+        "traffic": {"timeout": settings.receive_timeout + settings.timeout + 5},  # our own middleware answers earlier
         "logging": {"access": {"enabled": False}},  # the access log middleware writes more
         # glibc gives every thread a heap of its own, and images of many sizes leave holes in each; and after a large one it
         # keeps even larger pieces for itself. A value in the environment goes before these.

@@ -22,6 +22,7 @@ from bentoml.exceptions import BentoMLConfigException
 from starlette.responses import PlainTextResponse
 
 from .middleware import HttpMiddleware
+from .protocol import limited_protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,7 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
     itself, such as ``timeout_keep_alive`` (5 s) and the options of ``bentoml serve``, goes before the one given here.
     """
     # A client that does not read its answer would hold up the end of the service for ever.
-    return {"timeout_graceful_shutdown": math.ceil(settings.timeout) + 1}
+    return {"timeout_graceful_shutdown": math.ceil(settings.timeout) + 1, "http": limited_protocol(settings)}
 
 
 def set_uvicorn_options(settings: Settings) -> None:

@@ -19,6 +19,7 @@ from patchcore_plugin.bundle import BundleError, read_manifest, verify
 from .app import make_app, make_pipeline
 from .logs import start_logging
 from .metrics import Metrics
+from .middleware import OwnRoutesMiddleware
 from .repository import find_bundles
 from .runner import common_options, make_runner
 from .server import end_with_supervisor, open_http_port_only, set_uvicorn_options
@@ -37,6 +38,7 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
         workers=settings.workers,
         http={"host": settings.host, "port": settings.port},
         tracing=_tracing_options(settings),
+        metrics={"enabled": False},  # they would keep every path that a client sends; our own application has the route
         **common_options(settings),
     )
     @bentoml.asgi_app(app, path="/", name="patchcore")
@@ -64,6 +66,7 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
             open_http_port_only()
             check(settings)
 
+    PatchcoreService.add_asgi_middleware(OwnRoutesMiddleware, own=app)
     return PatchcoreService
 
 

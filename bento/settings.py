@@ -8,11 +8,19 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from bentoml.exceptions import BentoMLConfigException
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from .hosts import split_host
 
 PREFIX = "PATCHCORE_"
 FILE_VARIABLE = "PATCHCORE_SETTINGS"
@@ -55,7 +63,20 @@ class Settings(BaseSettings):
     queue: int = Field(
         32, ge=1, le=100_000, description="Most requests at once for each worker; more are answered with 503."
     )
-    timeout: float = Field(30, gt=0, le=3600, description="Longest time from a request to its answer, in seconds.")
+    timeout: float = Field(30, gt=0, le=3600, description="Longest time from a complete request to its answer, in seconds.")
+    receive_timeout: float = Field(
+        20,
+        gt=0,
+        le=3600,
+        description="Longest time to wait for the head of a request, for its body, or for a client that reads no answer, in "
+        "seconds.",
+    )
+    connections: int = Field(
+        256,
+        ge=1,
+        le=100_000,
+        description="Most connections for each worker; one more closes the one that has kept the service waiting longest.",
+    )
     max_body: int = Field(64, ge=1, le=4096, description="Largest body of a request, in MiB.")
     max_pixels: int = Field(90_000_000, ge=1, le=10**9, description="Most pixels of an image.")
     max_images: int = Field(32, ge=1, le=1024, description="Most images of a request to /predict_batch.")
@@ -67,7 +88,13 @@ class Settings(BaseSettings):
         "container).",
     )
     port: int = Field(3000, ge=1, le=65535, description="Port to listen at.")
+    hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names, separated by commas, by which clients reach the service, beside those that it knows by itself "
+        "([below](#who-is-answered)); `*` for any.",
+    )
     api_key: SecretStr | None = Field(None, description="Key that requests must carry in the header X-API-Key.")
+    open_metrics: bool = Field(False, description="With api_key: whether /metrics is answered without the key.")
     log: Literal["text", "json"] = Field("text", description="Form of a log line.")
     trace_to: str | None = Field(
         None,
@@ -84,6 +111,24 @@ class Settings(BaseSettings):
             msg = f"set either this or bundle, which is {info.data['bundle']}"
             raise ValueError(msg)
         return bundles
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, hosts: Any) -> Any:
+        names = hosts.split(",") if isinstance(hosts, str) else hosts
+        return [name.strip() if isinstance(name, str) else name for name in names]
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        names = []
+        for host in hosts:
+            name, port = split_host(host) or (None, None)
+            if name is None or port is not None:
+                msg = f"must be names without scheme and port, such as line-7.example.com, got {host!r}"
+                raise ValueError(msg)
+            names.append(name)
+        return tuple(names)
 
     @field_validator("trace_to")
     @classmethod
@@ -145,7 +190,8 @@ def settings_table() -> str:
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        rows.append(f"| `{PREFIX}{name.upper()}` | {'' if default is None else f'`{default}`'} | {field.description} |")
+        shown = "" if default in (None, ()) else f"`{default}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)
 
 

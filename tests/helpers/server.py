@@ -51,23 +51,24 @@ def app_server(**settings):
     """Serve the application from a thread of this process, with any settings."""
     from patchcore_plugin.bento.app import make_app, make_pipeline
     from patchcore_plugin.bento.metrics import Metrics
+    from patchcore_plugin.bento.protocol import limited_protocol
     from patchcore_plugin.bento.settings import Settings
     from prometheus_client import CollectorRegistry
 
     settings, registry = Settings(**settings), CollectorRegistry()
     pipeline = make_pipeline(settings, Metrics(registry))
     pipeline.is_ready()
-    with serve_app(make_app(settings, pipeline)) as server:
+    with serve_app(make_app(settings, pipeline), limited_protocol(settings)) as server:
         server.registry = registry
         yield server
 
 
 @contextmanager
-def serve_app(app):
+def serve_app(app, protocol="auto"):
     """Serve an ASGI application from a thread of this process, on a free loopback port."""
     import uvicorn
 
-    served = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    served = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", http=protocol))
     thread = threading.Thread(target=served.run)
     thread.start()
     try:

@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import shutil
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,23 +63,11 @@ def test_queue_limit(bundle, test_images):
         assert server.registry.get_sample_value("patchcore_requests_inside") == 0
 
 
-def test_slow_and_silent_senders(bundle, test_images):
-    """A body that never ends is not waited for, and its request leaves the queue."""
-    with app_server(bundle=bundle, queue=2, timeout=1.5) as server:
-        host, port = server.removeprefix("http://").split(":")
-        silent = [socket.create_connection((host, int(port)), timeout=20) for _ in range(2)]
-        for connection in silent:
-            connection.sendall(
-                b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc"
-            )
-        for connection in silent:
-            assert b"504" in connection.recv(65536).split(b"\r\n")[0]
-            connection.close()
-        assert predict(server.client, test_images[0]).status_code == 200
-
-
 def test_key(bundle, test_images, log):
     with app_server(bundle=bundle, api_key="sésame") as server:
+        for path in ("/metrics", "/docs.json", "/drift", "/samples", "/uix", "/x"):
+            assert server.client.get(path).status_code == 401, path
+        assert server.client.get("/", follow_redirects=True).status_code == 200, "the page asks for the key"
         for headers in ({}, {"x-api-key": "wrong"}, {"x-api-key": ""}):
             response = server.client.post("/predict", files={"image": test_images[0].read_bytes()}, headers=headers)
             assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
@@ -88,7 +75,10 @@ def test_key(bundle, test_images, log):
         headers = {"x-api-key": "sésame".encode()}
         response = server.client.post("/predict", files={"image": test_images[0].read_bytes()}, headers=headers)
         assert response.status_code == 200
-        assert server.client.get("/ui/").status_code == 200
+        assert server.client.get("/metrics", headers=headers).status_code == 200
+    with app_server(bundle=bundle, api_key="sésame", open_metrics=True) as server:
+        assert server.client.get("/metrics").status_code == 200
+        assert server.client.get("/docs.json").status_code == 401
     lines = [LogFormatter(form).format(record) for record in log.records for form in ("text", "json")]
     assert lines
     assert not any("sésame" in line or "s\\u00e9same" in line for line in lines)
@@ -128,7 +118,7 @@ def test_start_prints_settings_and_damaged_bundles(bundles, tmp_path, capsys):
 
 def test_settings_configure_bentoml():
     service = make_service(Settings(workers=3, port=3123, timeout=7, runner="process", runner_workers=2))
-    assert (service.config["workers"], service.config["http"]["port"], service.config["traffic"]["timeout"]) == (3, 3123, 12)
+    assert (service.config["workers"], service.config["http"]["port"], service.config["traffic"]["timeout"]) == (3, 3123, 32)
     assert service.all_services()["patchcore-runner"].config["workers"] == 2
     assert set(make_service(Settings()).all_services()) == {"patchcore"}
 
