@@ -90,4 +90,5 @@ def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | N
         scorer = LocalScorer(repository)
         # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
         parallel = (settings.threads or cores()) if settings.mode == "throughput" else 2
-    return Pipeline(repository, scorer, metrics, max_pixels=settings.max_pixels, parallel=parallel)
+    limits = {"max_pixels": settings.max_pixels, "max_batch_pixels": settings.max_batch_pixels}
+    return Pipeline(repository, scorer, metrics, **limits, parallel=parallel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from .problems import ProblemError
 from .schemas import Explanation, ImageAnswer, ImageScore, ModelList, ModelSummary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -77,14 +78,24 @@ class Pipeline:
         scorer: The scorer of this process or of the runner's.
         metrics: Metrics to count in.
         max_pixels: Most pixels of an image.
+        max_batch_pixels: Most pixels of all images of a request.
         parallel: Most images that are worked on at once, of up to :data:`SMALL_IMAGE_PIXELS` pixels and of up to
             :data:`LARGE_IMAGE_PIXELS` each; beside them one larger one.
     """
 
     def __init__(
-        self, repository: ModelRepository, scorer: Scorer, metrics: Metrics, *, max_pixels: int, parallel: int
+        self,
+        repository: ModelRepository,
+        scorer: Scorer,
+        metrics: Metrics,
+        *,
+        max_pixels: int,
+        max_batch_pixels: int,
+        parallel: int,
     ) -> None:
         self.metrics = metrics
+        self.parallel = parallel
+        self._max_batch_pixels = max_batch_pixels
         self.drift = DriftMonitors(metrics)
         self._repository, self._scorer, self._max_pixels = repository, scorer, max_pixels
         self._places = {SMALL_IMAGE_PIXELS: Places(parallel), LARGE_IMAGE_PIXELS: Places(parallel), math.inf: Places(1)}
@@ -118,6 +129,20 @@ class Pipeline:
             BundleError: If the model cannot be loaded.
         """
         return await self._work(self._predict, file, self.resolve(model), heatmap)
+
+    def check_batch(self, files: Sequence[ImageFile]) -> None:
+        """Refuse images that have too many pixels together, by what their heads state.
+
+        Raises:
+            ProblemError: If they have.
+        """
+        pixels = sum(map(_stated_pixels, files))
+        if pixels > self._max_batch_pixels:
+            detail = (
+                f"The {len(files)} images have {pixels:,} pixels together, and those of a request may have "
+                f"{self._max_batch_pixels:,}: send them in several requests."
+            )
+            raise ProblemError("batch_too_large", detail)
 
     async def draw(self, file: ImageFile, model: str | None, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
         """Draw the heatmap of an image file as PNG; returns the answer too. Errors are those of :meth:`predict`."""
@@ -185,6 +210,12 @@ class Pipeline:
             self.metrics.scores.labels(model=answer.model).observe(answer.normalized_score)
         self.metrics.verdicts.labels(model=answer.model, verdict=answer.verdict or "none").inc()
         self.drift.update(scored)
+
+
+def _stated_pixels(file: ImageFile) -> int:
+    with suppress(ValueError):  # it will have a problem of its own
+        return count_pixels(io.BytesIO(file.content))
+    return 0
 
 
 def decode(file: ImageFile, max_pixels: int) -> DecodedImage:

@@ -40,6 +40,7 @@ PROBLEMS = {
     "too_slow": (408, "The request did not arrive in time."),
     "body_too_large": (413, "The body is larger than the limit."),
     "image_too_large": (413, "The image has more pixels than the limit."),
+    "batch_too_large": (413, "The images of a request have more pixels together than the limit."),
     "unsupported_media_type": (415, "The body is neither a form in UTF-8 nor an image."),
     "host_unknown": (421, "The header Host has a name that the setting PATCHCORE_HOSTS lacks."),
     "head_too_large": (431, "The head of the request is larger than the limit."),

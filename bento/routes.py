@@ -65,6 +65,7 @@ _SCORING = _responses(
     *("busy", "model_unavailable", "runner_unavailable", "timeout"),
 )
 _ONE_IMAGE = _body("image", several=False)
+_BATCH = {**_SCORING, **_responses("body_too_large", "image_too_large", "batch_too_large")}
 
 router = APIRouter()
 
@@ -85,17 +86,20 @@ async def predict(
     return _json(answer)
 
 
-@router.post("/predict_batch", response_model=BatchAnswer, responses=_SCORING, openapi_extra=_body("images", several=True))
+@router.post("/predict_batch", response_model=BatchAnswer, responses=_BATCH, openapi_extra=_body("images", several=True))
 async def predict_batch(
     request: Request, pipeline: PipelineDependency, settings: SettingsDependency, model: Annotated[str | None, _MODEL] = None
 ) -> Response:
     """Score several images, the files ``images`` of a form. One that cannot be read does not spoil the others."""
     files, named = await read_image_files(request, settings.max_images)
+    pipeline.check_batch(files)
     chosen = pipeline.resolve(named or model)
+    turns = asyncio.Semaphore(pipeline.parallel)  # images of other requests come in between
 
     async def answer(file: ImageFile) -> BatchItem:
         try:
-            return BatchItem(name=file.name, answer=await pipeline.predict(file, chosen))
+            async with turns:
+                return BatchItem(name=file.name, answer=await pipeline.predict(file, chosen))
         except ProblemError as error:
             pipeline.metrics.problems.labels(code=error.code).inc()
             return BatchItem(name=file.name, problem=error.describe(request.state.request_id))

@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     )
     max_body: int = Field(64, ge=1, le=4096, description="Largest body of a request, in MiB.")
     max_pixels: int = Field(90_000_000, ge=1, le=10**9, description="Most pixels of an image.")
+    max_batch_pixels: int = Field(
+        360_000_000, ge=1, le=10**10, description="Most pixels of all images of a request to /predict_batch."
+    )
     max_images: int = Field(32, ge=1, le=1024, description="Most images of a request to /predict_batch.")
 
     host: str = Field(

@@ -144,7 +144,9 @@ class BrokenScorer:
 def test_bug_is_a_problem_without_details(bundle, test_images, log):
     settings, registry = Settings(bundle=bundle), CollectorRegistry()
     metrics = Metrics(registry)
-    pipeline = Pipeline(make_repository(settings, metrics), BrokenScorer(), metrics, max_pixels=10**6, parallel=1)
+    pipeline = Pipeline(
+        make_repository(settings, metrics), BrokenScorer(), metrics, max_pixels=10**6, max_batch_pixels=10**7, parallel=1
+    )
     with serve_app(make_app(settings, pipeline)) as server:
         response = predict(server.client, test_images[0])
         assert (response.status_code, response.json()["code"]) == (500, "internal")
@@ -177,7 +179,9 @@ def test_work_of_requests_that_have_ended(bundle, test_images):
     """It keeps its place: requests that would come upon it are answered 503 at once, and the next one after it as ever."""
     settings, registry, scorer = Settings(bundle=bundle, timeout=0.5), CollectorRegistry(), WaitingScorer()
     metrics = Metrics(registry)
-    pipeline = Pipeline(make_repository(settings, metrics), scorer, metrics, max_pixels=10**8, parallel=2)
+    pipeline = Pipeline(
+        make_repository(settings, metrics), scorer, metrics, max_pixels=10**8, max_batch_pixels=10**9, parallel=2
+    )
     with serve_app(make_app(settings, pipeline)) as server:
         with ThreadPoolExecutor(2) as pool:
             ended = list(pool.map(lambda _: predict(server.client, test_images[0]), range(2)))

@@ -5,11 +5,12 @@ import re
 import select
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
-from helpers.http import predict, wait_for
+from helpers.http import predict, predict_batch, wait_for
 from helpers.server import app_server
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
@@ -213,3 +214,24 @@ def test_the_longest_waiting_connection_gives_way(server, test_images):
         for _ in range(3):
             assert predict(client, test_images[0]).status_code == 200
         assert is_closed(silent[0])
+
+
+def test_images_of_a_batch(bundle, test_images):
+    """They have a limit of pixels together, and those of another request come in between."""
+    cell = test_images[0].read_bytes()
+    with app_server(bundle=bundle, max_batch_pixels=24 * 300 * 300) as server, ThreadPoolExecutor(1) as pool:
+        refused = server.client.post("/predict_batch", files=[("images", cell)] * 25)
+        assert (refused.status_code, refused.json()["code"]) == (413, "batch_too_large")
+        assert "25 images have 2,250,000 pixels together" in refused.json()["detail"]
+        batch = pool.submit(predict_batch, server.client, [cell] * 24)
+        anomalous = {"model": "cells", "verdict": "anomalous"}
+        normal = {"model": "cells", "verdict": "normal"}
+
+        def scored() -> float:
+            counts = (server.registry.get_sample_value("patchcore_verdicts_total", labels) for labels in (anomalous, normal))
+            return sum(count or 0 for count in counts)
+
+        wait_for(lambda: scored() > 0)
+        assert predict(server.client, cell).status_code == 200
+        assert scored() < 20, "the image did not wait for the batch"
+        assert len(batch.result()) == 24
