@@ -34,7 +34,7 @@ from patchcore_plugin.model.arguments import (
     dtype_of_embeddings,
 )
 from patchcore_plugin.model.collector import PatchCollector
-from patchcore_plugin.model.data_checks import check_data
+from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor
@@ -229,6 +229,14 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     def learning_type(self) -> LearningType:
         """Trained on normal images only."""
         return LearningType.ONE_CLASS
+
+    def prepare_data(self) -> None:
+        """Set the data module up ahead of Lightning, to say what hinders it.
+
+        Raises:
+            UsageError: If anomalib cannot set its data module up, for a reason that it does not tell.
+        """
+        set_up(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Give DistributedDataParallel the parameter without which it refuses to run; its gradient is always zero.

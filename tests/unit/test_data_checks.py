@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 from helpers.training import folder_datamodule, make_engine, make_model
@@ -29,6 +32,40 @@ def test_damaged_file(part, folder):
     path = part / folder / "1.png"
     path.write_bytes(path.read_bytes()[:-600])
     assert f"{path} cannot be read as an image" in refusal(part, mask_dir="masks")
+
+
+def test_truncated_jpeg(part):
+    path = part / "test/good" / "2.jpg"
+    Image.effect_noise((64, 64), 60).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:-600])
+    assert f"{path} cannot be read as an image" in refusal(part)
+
+
+def test_missing_mask(part):
+    (part / "masks" / "1.png").unlink()
+    message = refusal(part, mask_dir="masks")
+    assert "masks in mask_dir" in message
+    assert "leave mask_dir out" in message
+
+
+def test_masks_of_other_names(part):
+    (part / "masks" / "1.png").rename(part / "masks" / "7.png")
+    assert "one mask of the same name" in refusal(part, mask_dir="masks")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_link_to_nothing(part):
+    (part / "train/good/9.png").symlink_to("nowhere.png")
+    assert "9.png is a link to a file that is not there" in refusal(part)
+
+
+def test_letters_outside_ascii(part):
+    root = part / "Gehäuse"
+    shutil.copytree(part / "train", root / "train")
+    shutil.copytree(part / "test", root / "test")
+    message = refusal(root)
+    assert "Gehäuse" in message
+    assert "rename the folder" in message
 
 
 def test_mask_of_another_size(part):
