@@ -55,13 +55,13 @@ class Settings(BaseSettings):
         "Windows.",
     )
     runner_workers: int = Field(1, ge=1, le=256, description="With runner=process: processes that score.")
-    max_batch_size: int = Field(8, ge=1, le=1024, description="With runner=process: most images of a batch.")
+    max_batch_size: int = Field(8, ge=1, le=1024, description="With runner=process: largest number of images of a batch.")
     max_latency_ms: int = Field(
         10_000, ge=1, le=60_000, description="With runner=process: longest time of an image in the queue, in milliseconds."
     )
 
     queue: int = Field(
-        32, ge=1, le=100_000, description="Most requests at once for each worker; more are answered with 503."
+        32, ge=1, le=100_000, description="Largest number of requests at once for each worker; more are answered with 503."
     )
     timeout: float = Field(30, gt=0, le=3600, description="Longest time from a complete request to its answer, in seconds.")
     receive_timeout: float = Field(
@@ -75,14 +75,14 @@ class Settings(BaseSettings):
         256,
         ge=1,
         le=100_000,
-        description="Most connections for each worker; one more closes the one that has kept the service waiting longest.",
+        description="Largest number of connections for each worker; one more closes the one that waited longest.",
     )
     max_body: int = Field(64, ge=1, le=4096, description="Largest body of a request, in MiB.")
-    max_pixels: int = Field(90_000_000, ge=1, le=10**9, description="Most pixels of an image.")
+    max_pixels: int = Field(90_000_000, ge=1, le=10**9, description="Largest number of pixels of an image.")
     max_batch_pixels: int = Field(
-        360_000_000, ge=1, le=10**10, description="Most pixels of all images of a request to /predict_batch."
+        360_000_000, ge=1, le=10**10, description="Largest number of pixels of all images of a request to /predict_batch."
     )
-    max_images: int = Field(32, ge=1, le=1024, description="Most images of a request to /predict_batch.")
+    max_images: int = Field(32, ge=1, le=1024, description="Largest number of images of a request to /predict_batch.")
 
     host: str = Field(
         # Whoever starts a container of `bentoml containerize` decides which of its ports are open, and to whom.
@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(None, description="Key that requests must carry in the header X-API-Key.")
     open_metrics: bool = Field(False, description="With api_key: whether /metrics is answered without the key.")
-    log: Literal["text", "json"] = Field("text", description="Form of a log line.")
+    log: Literal["text", "json"] = Field("text", description="Form of a log line: text or json.")
     trace_to: str | None = Field(
         None,
         pattern=r"^https?://\S+$",
