@@ -35,10 +35,9 @@ def set_up(trainer: Trainer) -> None:
     try:
         datamodule.setup(trainer.state.fn)
     except Exception as error:
-        reason = _explain(datamodule, error)
-        if reason is None:
-            raise
-        raise UsageError(reason) from error
+        if reason := _explain(datamodule, error):
+            raise UsageError(reason) from error
+        # else Lightning meets the same error next, which is anomalib's own to tell
 
 
 def _explain(datamodule: AnomalibDataModule, error: Exception) -> str | None:
