@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from anomalib.data import AnomalibDataModule
+from anomalib.data.datasets.image.folder import make_folder_dataset
 from anomalib.data.errors import MisMatchError
 from PIL import Image
 from rich.progress import track
@@ -42,14 +44,16 @@ def set_up(trainer: Trainer) -> None:
 
 def _explain(datamodule: AnomalibDataModule, error: Exception) -> str | None:
     """What is wrong with the files of a data module; None where its own error says so."""
-    root = Path(getattr(datamodule, "root", None) or ".")
     if "non-printable" in str(error):
         path = str(error).rpartition("characters: ")[2]
         return f"anomalib takes paths in ASCII alone, and {path} has other letters: move or rename the folder."
-    for path in root.rglob("*"):
-        if path.is_symlink() and not path.exists():
-            return f"{path} is a link to a file that is not there: repair it, or take it out of the data."
-    if getattr(datamodule, "mask_dir", None) and isinstance(error, IndexError | ValueError | MisMatchError):
+    root = getattr(datamodule, "root", None)
+    if root and "missing file path" in str(error):
+        for path in Path(root).rglob("*"):
+            if path.is_symlink() and not path.exists():
+                return f"{path} is a link to a file that is not there: repair it, or take it out of the data."
+    pairing = any(frame.f_code is make_folder_dataset.__code__ for frame, _ in walk_tb(error.__traceback__))
+    if pairing and getattr(datamodule, "mask_dir", None) and isinstance(error, IndexError | ValueError | MisMatchError):
         return (
             f"The masks in mask_dir ({datamodule.mask_dir}) do not fit the images in abnormal_dir "
             f"({getattr(datamodule, 'abnormal_dir', None)}): each anomalous image needs one mask of the same name. Add "

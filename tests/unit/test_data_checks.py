@@ -53,6 +53,16 @@ def test_masks_of_other_names(part):
     assert "one mask of the same name" in refusal(part, mask_dir="masks")
 
 
+def test_error_of_another_kind(part):
+    """It is neither the masks' fault nor a link's."""
+    if os.name != "nt":
+        (part / "masks" / "unused").symlink_to("nowhere")
+    message = refusal(part, mask_dir="masks", val_split_mode="from_train", val_split_ratio=3.0)
+    assert "split ratios must be between 0 and 1" in message
+    assert "mask" not in message
+    assert "link" not in message
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
 def test_link_to_nothing(part):
     (part / "train/good/9.png").symlink_to("nowhere.png")
