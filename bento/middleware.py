@@ -235,21 +235,23 @@ class BodyMiddleware(PostMiddleware):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal():
+        headers = Headers(scope=scope)
+        stated = headers.get("content-length", "0")
+        if not stated.isdecimal():
             raise self._too_large()
-        self._check(int(length))
+        self._check(int(stated))
         body = await self._read(receive)
-        size = len(body)
-        starts = iter(range(0, max(size, 1), _PIECE))
+        size = max(len(body), 1)
+        step = _PIECE if headers.get("content-type", "").lower().startswith("multipart/") else size
+        starts = iter(range(0, size, step))
 
         async def receive_piece() -> Message:
-            """A piece of the body: a form is parsed piece by piece, and other requests have their turn in between."""
+            """A piece of a form, which is parsed piece by piece, with turns of other requests in between; or the whole body."""
             start = next(starts, None)
             if start is None:
                 return await receive()
             await anyio.lowlevel.checkpoint()
-            piece, more = bytes(body[start : start + _PIECE]), start + _PIECE < size
+            piece, more = bytes(body[start : start + step]), start + step < size
             if not more:
                 body.clear()
             return {"type": "http.request", "body": piece, "more_body": more}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import faiss
 
@@ -17,28 +17,13 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 
-class _Pools(NamedTuple):
-    """Threads of one process.
-
-    Attributes:
-        process: Number of the process.
-        leader: One thread, from which OpenMP starts the others.
-        alone: Threads on which OpenMP starts no others.
-    """
-
-    process: int
-    leader: ThreadPoolExecutor
-    alone: ThreadPoolExecutor
-
-
 class Threads:
-    """Threads of a bank's own. A process that is forked starts its own ones, as threads do not survive a fork.
+    """The threads of a bank's searches.
 
-    OpenMP counts threads for each thread that starts some: the numbers set here are nobody else's.
+    OpenMP counts threads for each thread that starts some: the number holds for one call, and for nobody else's.
 
     Args:
-        count: Number of threads that work at the same time; None works on the caller's thread, from which FAISS starts as
-            many as OpenMP is told to.
+        count: Number of threads that work at the same time; None works on as many as OpenMP is told to.
 
     Raises:
         UsageError: If ``count`` is below 1.
@@ -47,32 +32,36 @@ class Threads:
     def __init__(self, count: int | None) -> None:
         check_number("threads", count, 1, whole=True, optional=True, hint="None leaves threads to FAISS.")
         self.count = count
-        self._pools: _Pools | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()  # threads do not survive a fork: the forked process starts its own ones
 
     def together(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call one function of FAISS with all threads."""
-        if self.count is None:
-            return outside_fork(function, *arguments)
-        return self._own().leader.submit(function, *arguments).result()
+        return outside_fork(_on_threads, self.count, function, *arguments)
 
     def alone(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call one function of FAISS with one thread. OpenMP's others would spin for a while afterwards."""
-        if self.count is None:
-            return outside_fork(function, *arguments)
-        return self._own().alone.submit(function, *arguments).result()
+        return outside_fork(_on_threads, None if self.count is None else 1, function, *arguments)
 
     def each(self, function: Callable[..., Result], parts: Iterable[object]) -> list[Result]:
         """Call one function of FAISS for each part, each with one thread, and as many at the same time as threads."""
         if self.count is None:
             return [outside_fork(function, part) for part in parts]
-        return list(self._own().alone.map(function, parts))
-
-    def _own(self) -> _Pools:
-        pools = self._pools
-        if pools is None or pools.process != os.getpid():
-            one, many = (
-                ThreadPoolExecutor(size, "memory-bank", initializer=faiss.omp_set_num_threads, initargs=(limit,))
-                for size, limit in ((1, self.count), (self.count, 1))
+        if self._pool is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._pool = ThreadPoolExecutor(
+                self.count, "memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,)
             )
-            pools = self._pools = _Pools(os.getpid(), one, many)
-        return pools
+        return list(self._pool.map(function, parts))
+
+
+def _on_threads(count: int | None, function: Callable[..., Result], *arguments: object) -> Result:
+    """Call a function on a number of OpenMP's threads; None leaves the number as it is."""
+    before = faiss.omp_get_max_threads()
+    if count in (None, before):
+        return function(*arguments)
+    faiss.omp_set_num_threads(count)
+    try:
+        return function(*arguments)
+    finally:
+        faiss.omp_set_num_threads(before)
