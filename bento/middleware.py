@@ -246,7 +246,7 @@ class BodyMiddleware(PostMiddleware):
         starts = iter(range(0, size, step))
 
         async def receive_piece() -> Message:
-            """A piece of a form, which is parsed piece by piece, with turns of other requests in between; or the whole body."""
+            """A piece of a form, which is parsed with turns of other requests in between; or the whole body."""
             start = next(starts, None)
             if start is None:
                 return await receive()

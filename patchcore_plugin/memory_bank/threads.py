@@ -49,9 +49,7 @@ class Threads:
             return [outside_fork(function, part) for part in parts]
         if self._pool is None or self._process != os.getpid():
             self._process = os.getpid()
-            self._pool = ThreadPoolExecutor(
-                self.count, "memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,)
-            )
+            self._pool = ThreadPoolExecutor(self.count, "memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,))
         return list(self._pool.map(function, parts))
 
 

@@ -1,7 +1,7 @@
 """The service under load, on loopback, against the runtime in one process and against anomalib's own inferencer.
 
     python tests/benchmarks/load.py                 # highest rate; latency at 50 % and 80 % of it; twice the highest rate
-    python tests/benchmarks/load.py --soak 20000    # only this number of requests of mixed sizes and formats, and the memory
+    python tests/benchmarks/load.py --soak 20000    # only this number of requests, one in ten hostile, and the memory
 
 The bundle has ELPV's 1 % bank. The clients run on the same cores as the service. The runtime's rate has no clients and no
 HTTP; it is the limit for the service.
@@ -24,6 +24,7 @@ import click
 import numpy as np
 import psutil
 from common import LAYERS, elpv_embeddings, heading
+from helpers.pictures import black_png, jpeg_of_scans, jpeg_of_segments, tiff_of_strips
 from helpers.server import BENTOML, SERVE, bentoml_serve
 from PIL import Image
 from rich.console import Console
@@ -40,10 +41,10 @@ class Client:
         self._address = url.removeprefix("http://")
         self._connection = http.client.HTTPConnection(self._address, timeout=60)
 
-    def ask(self, content: bytes) -> int:
-        """Send an image; returns the status of the answer, or 0 if there is no answer."""
+    def ask(self, content: bytes, path: str = "/predict", **headers: str) -> int:
+        """Send an image, or anything else; returns the status of the answer, or 0 if there is no answer."""
         try:
-            self._connection.request("POST", "/predict", content, {"Content-Type": "image/png"})
+            self._connection.request("POST", path, content, {"Content-Type": "image/png", **headers})
             response = self._connection.getresponse()
             response.read()
         except (OSError, http.client.HTTPException):
@@ -218,34 +219,63 @@ def row(table: Table, title: str, server, contents: list[bytes], count: int, bes
     return rate
 
 
+def hostile_requests(image: bytes) -> list[tuple[dict, int]]:
+    """Arguments of :meth:`Client.ask` for hostile requests, and the status that each must be answered with."""
+    form, fields = "multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
+    files = [
+        image[: len(image) // 2],
+        b"",
+        b"no image" * 1000,
+        jpeg_of_scans(6000, 6000, 300),
+        jpeg_of_segments(60_000, b"Exif\0\0II*\0\x08\0\0\0\0\0"),
+        tiff_of_strips(200_000),
+    ]
+    return [
+        *[({"content": file}, 400) for file in files],
+        ({"content": black_png(20_000, 20_000)}, 413),
+        ({"content": image, "path": "/" + "nowhere/" * 100}, 404),
+        ({"content": image, "Host": "elsewhere.example"}, 421),
+        ({"content": image, "Origin": "http://elsewhere.example"}, 403),
+        ({"content": image, "Filler": "a" * 60_000}, 431),
+        ({"content": fields + b"a-" * 100_000 + b"\r\n--b--\r\n", "Content-Type": f"{form}; charset=punycode"}, 415),
+        ({"content": fields + b"no end", "Content-Type": form}, 400),
+        ({"content": image, "Content-Type": "text/plain"}, 415),
+    ]
+
+
 def soak(server, images: list[Path], count: int) -> None:
-    """Send requests of mixed sizes and formats; print the memory after the first 1,000 and at the end."""
+    """Send images of mixed sizes and formats, one request in ten hostile; print the memory then."""
     rng = np.random.default_rng(0)
-    contents = []
+    requests = []
     for number in range(200):
         picture = Image.open(images[number % len(images)]).convert(str(rng.choice(["L", "RGB"])))
         width, height = rng.choice([64, 100, 256, 300, 512, 640, 1024, 1600], 2)
         stream = io.BytesIO()
         picture.resize((int(width), int(height))).save(stream, str(rng.choice(["PNG", "JPEG", "BMP", "TIFF", "WEBP"])))
-        contents.append(stream.getvalue())
-    client, early, failed, started = Client(server), None, Counter(), time.perf_counter()
+        requests.append(({"content": stream.getvalue()}, 200))
+    hostile, sent = hostile_requests(images[0].read_bytes()), Counter()
+    client, early, failed, started = Client(server), 0, Counter(), time.perf_counter()
     for number in track(range(count), description="Soak"):
-        status = client.ask(contents[int(rng.integers(len(contents)))])
-        if status != 200:
-            failed[status] += 1
-        if number == 999:
+        kind = hostile if number % 10 == 9 else requests
+        arguments, expected = kind[int(rng.integers(len(kind)))]
+        status = client.ask(**arguments)
+        sent[status] += 1
+        if status != expected:
+            failed[f"{status} instead of {expected}"] += 1
+        if number == min(1000, count // 2):
             early = memory(server)
     late = memory(server)
     click.echo(
-        f"{count:,} requests in {time.perf_counter() - started:.0f} s; failures: {dict(failed) or 'none'}; resident memory "
-        f"{early:.0f} MiB after 1,000, {late:.0f} MiB at the end ({late / early - 1:+.1%})"
+        f"{count:,} requests in {time.perf_counter() - started:.0f} s; answers: {dict(sorted(sent.items()))}; unexpected: "
+        f"{dict(failed) or 'none'}; resident memory {early:.0f} MiB after the first {min(1000, count // 2):,}, "
+        f"{late:.0f} MiB at the end ({late / early - 1:+.1%})"
     )
 
 
 @click.command()
 @click.option("--count", default=1000, show_default=True, help="Requests that measure the highest rate.")
 @click.option("--seconds", default=60.0, show_default=True, help="Seconds at twice the highest rate.")
-@click.option("--soak", "soaked", default=0, help="Only send this number of requests of mixed sizes and formats.")
+@click.option("--soak", "soaked", default=0, help="Only send this number of requests, one in ten hostile.")
 def main(count: int, seconds: float, soaked: int) -> None:
     """Print throughput and latency, and what happens at twice the highest rate."""
     click.echo(heading("bentoml", "openvino", "faiss-cpu"))
