@@ -22,6 +22,7 @@ from patchcore_plugin.bundle.content import FileContent, FileState, opened_folde
 from patchcore_plugin.bundle.draft import find_left_behind
 from patchcore_plugin.bundle.manifest import FILES, MANIFEST, BundleError, File, Manifest
 from patchcore_plugin.errors import writing
+from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -104,6 +105,9 @@ def read_manifest_and_version(path: str | Path) -> tuple[Manifest, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
     """Open the folder of a bundle; see :func:`opened_folder`."""
+    if "\0" in str(path):
+        msg = f"{as_line(str(path))} is the path of no folder: it has a null byte."
+        raise BundleError(msg)
     if not path.is_dir():
         place = path.resolve()
         left = find_left_behind(place.parent).get(place)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from patchcore_plugin.cli.common import ManifestChoice, print_trials, step_bars
 from patchcore_plugin.errors import PatchcoreError, UsageError
-
-if TYPE_CHECKING:
-    from patchcore_plugin.model.lightning_model import FaissPatchcore
 
 
 def _anomalib_command(name: str, summary: str) -> click.Command:
@@ -99,25 +96,14 @@ def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) 
     from patchcore_plugin.bundle import read_manifest
     from patchcore_plugin.export import export_bundle
     from patchcore_plugin.images import find_images
+    from patchcore_plugin.model.lightning_model import FaissPatchcore
 
     normal = None if images is None else find_images(images)
-    model = _read_checkpoint(checkpoint)
+    model = FaissPatchcore.load_from_checkpoint(checkpoint, map_location="cpu")
     with step_bars() as progress:
         export_bundle(model, bundle, images=normal, progress=progress, **options)
     print_trials(read_manifest(bundle))
     click.echo(f"Bundle: {bundle}")
-
-
-def _read_checkpoint(path: Path) -> FaissPatchcore:
-    from patchcore_plugin.model.lightning_model import FaissPatchcore
-
-    try:
-        return FaissPatchcore.load_from_checkpoint(path, map_location="cpu")
-    except (PatchcoreError, OSError):
-        raise
-    except Exception as error:  # a file of anything makes torch and Lightning raise nearly any exception
-        msg = f"{path} is not a checkpoint of FaissPatchcore: {type(error).__name__}: {error}"
-        raise UsageError(msg) from error
 
 
 @click.command()

@@ -16,7 +16,7 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -25,7 +25,7 @@ from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.coreset.memory import GIB
 from patchcore_plugin.coreset.sampler import GreedyCoreset
 from patchcore_plugin.depth import IntensityRange, check_intensity_range
-from patchcore_plugin.errors import UsageError
+from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.model.arguments import (
     check_image_size,
     check_normalization,
@@ -33,6 +33,7 @@ from patchcore_plugin.model.arguments import (
     dtype_of_bank,
     dtype_of_embeddings,
 )
+from patchcore_plugin.model.checkpoints import CheckedIO, CheckpointTeller, check_checkpoint
 from patchcore_plugin.model.collector import PatchCollector
 from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
@@ -230,6 +231,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Trained on normal images only."""
         return LearningType.ONE_CLASS
 
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The callbacks of anomalib's parts, and one that says where a checkpoint lies when something fails."""
+        return [*super().configure_callbacks(), CheckpointTeller()]
+
     def prepare_data(self) -> None:
         """Set the data module up ahead of Lightning, to say what hinders it.
 
@@ -239,13 +244,16 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         set_up(self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Give DistributedDataParallel the parameter without which it refuses to run; its gradient is always zero.
+        """Check what can be checked before the work; let damaged checkpoints be refused.
 
         Raises:
             UsageError: If the data module's images cannot be read with the intensity range, or its masks do not fit.
             ImageError: If an image of the data module is damaged.
         """
         super().setup(stage)
+        strategy = self.trainer.strategy
+        if not isinstance(strategy.checkpoint_io, CheckedIO):
+            strategy.checkpoint_io = CheckedIO(strategy.checkpoint_io)
         if stage == "fit":
             check_data(self.trainer)
         if self.intensity_range is not None or self._finds_range:  # long before the first batch
@@ -253,7 +261,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             subsets = (getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test"))
             for dataset in filter(None, subsets):
                 check_dataset(dataset)
-        if stage == "fit" and self.trainer.world_size > 1:
+        if stage == "fit" and self.trainer.world_size > 1:  # DistributedDataParallel needs one; its gradient is always zero
             next(self.model.feature_extractor.parameters()).requires_grad_(True)
 
     def on_fit_end(self) -> None:
@@ -485,15 +493,25 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return super().to_onnx(*args, **kwargs)
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> FaissPatchcore:
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> FaissPatchcore:
         """Load a trained model; see anomalib's ``AnomalibModule.load_from_checkpoint``.
 
         The checkpoint holds the backbone too: neither hub, nor package, nor weight file is needed.
+
+        Raises:
+            UsageError: If the file is damaged, or no checkpoint of this model.
         """
+        check_checkpoint(checkpoint_path)
         # A checkpoint loaded loosely may lack some of the backbone: then its weights are loaded first.
         loose = kwargs.get("strict") is False
-        with nullcontext() if loose else weights_from_checkpoint():
-            return super().load_from_checkpoint(*args, **kwargs)
+        try:
+            with nullcontext() if loose else weights_from_checkpoint():
+                return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except (PatchcoreError, OSError):
+            raise
+        except Exception as error:  # an archive of anything makes torch and Lightning raise nearly any exception
+            msg = f"{checkpoint_path} is not a checkpoint of FaissPatchcore: {type(error).__name__}: {error}"
+            raise UsageError(msg) from error
 
 
 def _no_normal_image(anomalous: int) -> str:

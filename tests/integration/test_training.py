@@ -14,6 +14,7 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from helpers.training import LAYERS, folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import FaissPatchcore
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.model.torch_model import MemoryBankError, nearest_by_product
 from patchcore_plugin.model.weights import BackboneWeightsError
@@ -340,6 +341,51 @@ def test_bank_outlives_a_validation_that_fails(cells, tmp_path):
     assert torch.equal(loaded.model.memory_bank, model.model.memory_bank)
     assert len(loaded.origins.patches) == len(loaded.model.memory_bank)
     assert (tmp_path / "FaissPatchcore/cells/latest/weights/lightning/model.ckpt").is_file()
+
+
+def test_training_keeps_one_checkpoint(trained):
+    """The one after the validation takes the name of the one before it."""
+    assert list(trained.checkpoint.parents[2].rglob("*.ckpt")) == [trained.checkpoint]
+    assert trained.checkpoint.name == "model.ckpt"
+
+
+def test_failure_says_where_the_checkpoint_lies(cells, tmp_path, caplog):
+    """A test that fails after the training names the checkpoint; a training that kept none says so."""
+    model, engine = make_model(), make_engine(tmp_path)
+
+    class Unreadable(OSError):
+        pass
+
+    def step(batch, batch_idx):
+        raise Unreadable
+
+    model.test_step = step
+    with pytest.raises(Unreadable):
+        engine.train(model, datamodule=folder_datamodule(cells))
+    (kept,) = tmp_path.rglob("v0/**/*.ckpt")
+    assert f"The trained model is kept in {kept}" in caplog.text
+
+    model.training_step = step
+    with pytest.raises(Unreadable):
+        make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+    assert f"No model is kept in {tmp_path / 'FaissPatchcore/cells/v1'}" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["junk", "empty", "truncated", "other", "changed"])
+def test_damaged_checkpoint(trained, cells, tmp_path, damage):
+    """Loading it and testing with it name the file, whatever is wrong with it."""
+    path, content = tmp_path / "damaged.ckpt", bytearray(trained.checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    contents = {"junk": b"junk" * 100, "empty": b"", "truncated": content[:-3000], "changed": content}
+    if damage == "other":
+        torch.save({"state_dict": 3}, path)
+    else:
+        path.write_bytes(contents[damage])
+    with pytest.raises(UsageError, match=r"damaged\.ckpt (cannot be read as|is not) a checkpoint"):
+        FaissPatchcore.load_from_checkpoint(path)
+    if damage != "other":
+        with pytest.raises(UsageError, match=r"damaged\.ckpt cannot be read as a checkpoint"):
+            make_engine(tmp_path).test(make_model(), datamodule=folder_datamodule(cells), ckpt_path=path)
 
 
 def test_training_resumed_in_the_middle():
