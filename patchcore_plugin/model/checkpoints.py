@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import CheckpointIO
 
-from patchcore_plugin.errors import UsageError
+from patchcore_plugin.errors import UsageError, writing
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -42,7 +42,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 class CheckedIO(CheckpointIO):
-    """Reads checkpoints as another plugin does, once they are known to be whole.
+    """Reads checkpoints as another plugin does, once they are known to be whole, and names one that cannot be written.
 
     Args:
         plugin: The other plugin, which does everything else.
@@ -60,9 +60,14 @@ class CheckedIO(CheckpointIO):
         check_checkpoint(path)
         return self._plugin.load_checkpoint(path, *args, **kwargs)
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint."""
-        self._plugin.save_checkpoint(*args, **kwargs)
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            OSError: If the file cannot be written; it is named, and no part of it is left.
+        """
+        with writing(Path(path)):
+            self._plugin.save_checkpoint(checkpoint, path, *args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Remove a checkpoint."""

@@ -371,6 +371,19 @@ def test_failure_says_where_the_checkpoint_lies(cells, tmp_path, caplog):
     assert f"No model is kept in {tmp_path / 'FaissPatchcore/cells/v1'}" in caplog.text
 
 
+def test_training_on_a_full_disk(cells, tmp_path):
+    """A file that may not grow further stands for it: the error names the checkpoint, and no part of one is left."""
+    resource = pytest.importorskip("resource", reason="this system limits no file sizes")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"weights/lightning/model\.ckpt"):
+            make_engine(tmp_path).fit(make_model(), datamodule=folder_datamodule(cells))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 @pytest.mark.parametrize("damage", ["junk", "empty", "truncated", "other", "changed"])
 def test_damaged_checkpoint(trained, cells, tmp_path, damage):
     """Loading it and testing with it name the file, whatever is wrong with it."""
