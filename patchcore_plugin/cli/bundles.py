@@ -28,7 +28,7 @@ _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 _folder = click.argument("folder", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command(epilog="Example: patchcore info bundle")
 @_bundle
 def info(bundle: Path) -> None:
     """Show what a BUNDLE is.
@@ -201,7 +201,7 @@ def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Re
     Console().print(table)
 
 
-@click.command()
+@click.command(epilog="Example: patchcore benchmark bundle /path/to/images")
 @_bundle
 @_folder
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to work with.  [default: all cores]")
@@ -235,7 +235,7 @@ def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> No
         click.echo(f"{measure.images_per_second(runtime, images):.0f} images/s in mode {mode}")
 
 
-@click.command()
+@click.command(epilog="Example: patchcore pack bundle && bentoml serve patchcore_plugin.bento.service:PatchcoreService")
 @_bundle
 def pack(bundle: Path) -> None:
     """Put a BUNDLE into BentoML's model store.

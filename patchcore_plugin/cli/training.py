@@ -11,6 +11,19 @@ import click
 from patchcore_plugin.cli.common import ManifestChoice, print_trials, step_bars
 from patchcore_plugin.errors import PatchcoreError, UsageError
 
+_HELP = """{summary}
+
+Arguments are those of `anomalib {name}`, whose own help follows; short model names of plugins work too.
+
+\b
+  patchcore {name} --config configs/folder.yaml \\
+    --data.init_args.name my_part --data.init_args.root /path/to/my_part \\
+    --model.init_args.coreset_sampling_ratio 0.05
+
+--print_config behind them prints all arguments with their values, those of the model below model.init_args. What each is
+for: python -c "help(__import__('patchcore_plugin').FaissPatchcore)"
+"""
+
 
 def _anomalib_command(name: str, summary: str) -> click.Command:
     """The command of anomalib's that has this name."""
@@ -18,12 +31,15 @@ def _anomalib_command(name: str, summary: str) -> click.Command:
     @click.command(
         name,
         short_help=summary,
-        help=f"{summary} Arguments are anomalib's own; short model names of plugins work too.",
-        add_help_option=False,  # anomalib's help lists the arguments
+        help=_HELP.format(summary=summary, name=name),
+        add_help_option=False,  # anomalib's help follows ours
         context_settings={"ignore_unknown_options": True},
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    def command(arguments: tuple[str, ...]) -> None:
+    @click.pass_context
+    def command(context: click.Context, arguments: tuple[str, ...]) -> None:
+        if {"-h", "--help"} & set(arguments):
+            click.echo(f"{context.get_help()}\n", color=context.color)
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         from patchcore_plugin.registry import run_anomalib

@@ -168,11 +168,12 @@ def test_configs_are_understood(said):
         assert {"random_state", "coreset_projection"} <= set(found["model"]["init_args"])
 
 
-def test_help_of_a_training_is_anomalibs(said):
+def test_help_of_a_training_is_ours_then_anomalibs(said):
     code, output, _ = said[1][0]
     assert code == 0
-    assert "--model" in output
-    assert "--config" in output
+    ours, _, theirs = output.partition("FaissPatchcore)\"")
+    assert "patchcore train --config configs/folder.yaml" in ours
+    assert "--model" in theirs, output
 
 
 def test_short_name_in_a_config(said):
@@ -441,7 +442,7 @@ def test_export_offers_what_a_manifest_may_say():
         (["explain", "{bundle}", "absent.png"], "absent.png: No such file or directory"),
         (["predict", "{bundle}", "{cells}", "--output", "{bundle}/manifest.json"], "manifest.json: File exists"),
         (["export", "absent.ckpt", "bundle"], "does not exist"),
-        (["export", "{bundle}/manifest.json", "out"], "not a checkpoint"),
+        (["export", "{bundle}/manifest.json", "out"], "cannot be read as a checkpoint"),
         (["pack", "absent"], "no bundle folder absent"),
         (["surprise"], "No such command"),
     ],
