@@ -171,7 +171,7 @@ def test_configs_are_understood(said):
 def test_help_of_a_training_is_ours_then_anomalibs(said):
     code, output, _ = said[1][0]
     assert code == 0
-    ours, _, theirs = output.partition("FaissPatchcore)\"")
+    ours, _, theirs = output.partition('FaissPatchcore)"')
     assert "patchcore train --config configs/folder.yaml" in ours
     assert "--model" in theirs, output
 
