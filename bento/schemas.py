@@ -112,7 +112,7 @@ class ImageScore(BaseModel):
     )
     p_value: float | None = Field(
         description="Share of normal images that score as high or higher, in (0, 1], by the model's calibration; null "
-        "without a calibration."
+        "without a calibration. With recording sessions, the largest such share that a session gives."
     )
     verdict: Literal["normal", "anomalous"] | None = Field(description="Verdict; null if the model has no threshold.")
     threshold: float | None = Field(

@@ -44,6 +44,7 @@ from patchcore_plugin.bundle.manifest import (
     Preprocessing,
     Scale,
     SelfTest,
+    Sessions,
     Storage,
     Update,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "Preprocessing",
     "Scale",
     "SelfTest",
+    "Sessions",
     "Storage",
     "Update",
     "atomic_folder",

@@ -7,6 +7,7 @@ read, and the sha256 of every other file (:data:`FILES`). :mod:`patchcore_plugin
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -123,6 +124,7 @@ def _check_order(values: list[float]) -> list[float]:
 
 Ascending = Annotated[list[Number], Field(min_length=1, max_length=MAX_CALIBRATION), AfterValidator(_check_order)]
 """One number for each calibration image, in ascending order."""
+SessionNumbers = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_CALIBRATION)]], Field(max_length=MAX_CALIBRATION)]
 
 
 class _Record(BaseModel):
@@ -282,6 +284,18 @@ class Scale(_Record):
         return self
 
 
+class Sessions(_Record):
+    """Recording session of each number of a calibration, counted from 0.
+
+    Attributes:
+        scores: Session of each of the calibration's image scores.
+        peaks: Session of each of its peaks.
+    """
+
+    scores: SessionNumbers
+    peaks: SessionNumbers
+
+
 class Calibration(_Record):
     """Raw scores of normal images that were kept out of the memory bank, for p-values and drift.
 
@@ -292,12 +306,27 @@ class Calibration(_Record):
         scores: Image scores.
         peaks: Largest value of each image's anomaly map.
         means: Mean of each image's anomaly map.
+        sessions: Recording sessions of scores and peaks; None where the images count as one session.
     """
 
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)]
     scores: Ascending
     peaks: Ascending
     means: Ascending
+    sessions: Sessions | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out sessions that are not there: earlier versions refuse the field."""
+        content = serialize(self)
+        if self.sessions is None:
+            del content["sessions"]
+        return content
+
+    @property
+    def format_version(self) -> int:
+        """Lowest version of the bundle format that has these fields."""
+        return 3 if self.sessions is None else 5
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -306,6 +335,11 @@ class Calibration(_Record):
                 f"{len(self.scores)} scores, {len(self.peaks)} peaks and {len(self.means)} means are not of the same images"
             )
             raise ValueError(msg)
+        if self.sessions is not None:
+            by_score, by_peak = Counter(self.sessions.scores), Counter(self.sessions.peaks)
+            if by_score != by_peak or by_score.total() != len(self.scores) or set(by_score) != set(range(len(by_score))):
+                msg = "sessions do not fit the scores and peaks"
+                raise ValueError(msg)
         return self
 
 
@@ -428,8 +462,9 @@ class Manifest(_Record):
     """Content of manifest.json.
 
     Attributes:
-        format_version: Version of the bundle format. Version 4 added the intensity range, and only bundles that have one are
-            of version 4; what version 3 added has a default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 5 added the calibration's sessions, version 4 the intensity
+            range, and only bundles that have them are of these versions; what version 3 added has a default, so version 2
+            can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -455,7 +490,7 @@ class Manifest(_Record):
         files: Checksum and size of each other file.
     """
 
-    format_version: Literal[2, 3, 4]
+    format_version: Literal[2, 3, 4, 5]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -483,6 +518,9 @@ class Manifest(_Record):
     def _check_format(self) -> Self:
         if self.preprocessing.intensity_range is not None and self.format_version < self.preprocessing.format_version:
             msg = f"format_version {self.format_version} has no intensity_range"
+            raise ValueError(msg)
+        if self.calibration is not None and self.calibration.sessions is not None and self.format_version < 5:
+            msg = f"format_version {self.format_version} has no sessions"
             raise ValueError(msg)
         return self
 

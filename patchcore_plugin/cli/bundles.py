@@ -73,7 +73,9 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
         yield "calibration", "none: no p-values, no drift"
     else:
         count, rate = len(manifest.calibration.scores), manifest.calibration.false_positive_rate
-        yield "calibration", f"{count} normal images, for {rate:.2%} of false alarms at most"
+        sessions = manifest.calibration.sessions
+        of_sessions = "" if sessions is None else f" of {len(set(sessions.scores))} recording sessions"
+        yield "calibration", f"{count} normal images{of_sessions}, for {rate:.2%} of false alarms at most"
     known = "image, row and column of each bank vector" if ORIGINS in manifest.files else "unknown"
     yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
     yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"

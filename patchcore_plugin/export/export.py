@@ -126,7 +126,7 @@ def export_bundle(
                 precision,
             )
         manifest = Manifest(
-            format_version=recipe.format_version,
+            format_version=max(part.format_version for part in (recipe, calibration) if part is not None),
             name=name,
             created=datetime.now(timezone.utc),
             backbone=str(model.hparams.get("backbone")),

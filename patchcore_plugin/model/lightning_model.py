@@ -436,10 +436,13 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Hyper parameters of version 0.1 may have a ``position_weight``, which is no argument any more. Among the hyper
         parameters it also travels to the checkpoints of this model.
         """
-        rate = checkpoint.get("anomalib_post_processor_config", {}).get("false_positive_rate")
+        config = checkpoint.get("anomalib_post_processor_config", {})
+        rate = config.get("false_positive_rate")
         if rate is not None and type(self.post_processor) is PostProcessor:
-            self._replace_post_processor(ConformalPostProcessor(rate))
+            self._replace_post_processor(ConformalPostProcessor(rate, config.get("groups")))
         super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and isinstance(self.post_processor, ConformalPostProcessor):
+            self.post_processor.setup(self.trainer, self, self.trainer.state.fn)  # its groups may come from the checkpoint
         values = checkpoint.get("intensity_range")
         self.intensity_range = values and check_intensity_range(values)
         self.held_out = checkpoint.get("held_out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +10,10 @@ from anomalib.data import AnomalibDataModule
 from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 
-from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Sessions
 from patchcore_plugin.errors import UsageError
-from patchcore_plugin.scoring.conformal import images_needed, set_thresholds
+from patchcore_plugin.model.sessions import check_groups, hold_back_sessions, session_of, warn_of_one_session
+from patchcore_plugin.scoring.conformal import check_sessions, images_needed, set_thresholds, thin_sessions
 
 if TYPE_CHECKING:
     from anomalib.data import Batch
@@ -27,25 +29,34 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     * at most ``false_positive_rate`` of normal images score above the image threshold;
     * at most ``false_positive_rate`` of normal images have any pixel above the pixel threshold.
 
-    The two rates hold separately: an image may be above one threshold and not above the other.
+    The two rates hold separately: an image may be above one threshold and not above the other. Both hold for images of the
+    recording sessions (days, batches, cameras) that are known. With ``groups``, whole sessions are held back, and the
+    thresholds are made for a new session: each is the largest that a session held back would set alone. With J sessions held
+    back, on average at least J of J + 1 new sessions keep the rate.
 
     Normal images for validation must not be in the memory bank. anomalib's ``val_split_mode: from_train`` holds back a share
-    of the training images (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images.
+    of the training images (``val_split_ratio``); ``same_as_test`` and ``from_test`` take normal test images. With
+    ``groups``, ``from_train`` holds back whole sessions with about that share of the images, drawn at random by the data
+    module's ``seed``; in other modes no session may be in training and validation.
 
     Normalization follows the thresholds: :func:`patchcore_plugin.scoring.conformal.set_thresholds`. Leave anomalib's
     sensitivities at 0.5: another value moves the thresholds, and the rates with them.
 
     Args:
         false_positive_rate: Share of normal images that may be called anomalous, in (0, 1).
+        groups: What tells the recording session of an image: ``"folder"`` for its folder, or a regular expression that is
+            searched in its path, written with ``/``, and whose first capture group is the session. ``None`` takes all
+            images as one session.
 
     Attributes:
         calibration: Three numbers of each calibration image (n, 3), float32, in feature units: its score, and the largest
-            value and the mean of its anomaly map. At most 10,000 images are kept, drawn at random, for which the rates hold
-            too.
+            value and the mean of its anomaly map; with ``groups`` a fourth, the number of its session. At most 10,000 images
+            are kept, drawn at random, for which the rates hold too.
 
     Raises:
-        UsageError: If the rate is out of range; before training or after validation, if there are too few normal images for
-            the rate (0.01 needs 99).
+        UsageError: If the rate is out of range, or ``groups`` is no such expression; before training or after validation, if
+            there are too few normal images for the rate (0.01 needs 99, with ``groups`` of each session held back), or if
+            sessions cannot be held back.
 
     Example:
         >>> from patchcore_plugin import ConformalPostProcessor, FaissPatchcore
@@ -54,21 +65,36 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
 
     calibration: torch.Tensor
 
-    def __init__(self, false_positive_rate: float = 0.01) -> None:
+    def __init__(self, false_positive_rate: float = 0.01, groups: str | None = None) -> None:
         if images_needed(false_positive_rate) > MAX_CALIBRATION:
             msg = (
                 f"false_positive_rate must be at least {1 / (MAX_CALIBRATION + 1):.2g}, got {false_positive_rate!r}: a "
                 f"calibration keeps {MAX_CALIBRATION:,} images at most."
             )
             raise UsageError(msg)
+        if groups is not None:
+            check_groups(groups)
         super().__init__()
         self.false_positive_rate = false_positive_rate
+        self.groups = groups
         self.register_buffer("calibration", torch.empty(0, 3))
         self._rows: dict[Any, torch.Tensor | None] = {}  # by image; None for an anomalous image
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_positive_rate")
+        return (*super()._checkpoint_config_keys, "false_positive_rate", "groups")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hold whole sessions back, or say that the images seem to be of one session.
+
+        Raises:
+            UsageError: If sessions cannot be held back.
+        """
+        del pl_module
+        if self.groups is not None and stage in ("fit", "validate"):
+            hold_back_sessions(trainer, self.groups, self.false_positive_rate)
+        elif stage == "fit":
+            warn_of_one_session(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a validation set that is too small before training starts, where its labels are known by then."""
@@ -116,8 +142,11 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
             found = {name: row for share in shares for name, row in share.items()}
         found = {name: row for name, row in found.items() if row is not None}
         self._check_count(len(found))
-        rows = torch.stack([found[name] for name in sorted(found)])  # in one order, however processes shared them
-        if len(rows) > MAX_CALIBRATION:
+        names = sorted(found)  # in one order, however processes shared them
+        rows = torch.stack([found[name] for name in names])
+        if self.groups is not None:
+            rows = self._with_sessions(rows, names)
+        elif len(rows) > MAX_CALIBRATION:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_CALIBRATION]]
         self.calibration = rows.to(self.calibration)
         image, pixel = set_thresholds(self.record())
@@ -134,8 +163,27 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         """The calibration as a bundle keeps it; None before a validation."""
         if not len(self.calibration):
             return None
-        scores, peaks, means = (sorted(column.tolist()) for column in self.calibration.T)
-        return Calibration(false_positive_rate=self.false_positive_rate, scores=scores, peaks=peaks, means=means)
+        scores, peaks, means = (sorted(column.tolist()) for column in self.calibration[:, :3].T)
+        sessions = None
+        if self.calibration.shape[1] > 3:
+            number = self.calibration[:, 3].int()
+            by_score, by_peak = (number[self.calibration[:, column].argsort(stable=True)].tolist() for column in (0, 1))
+            sessions = Sessions(scores=by_score, peaks=by_peak)
+        return Calibration(
+            false_positive_rate=self.false_positive_rate, scores=scores, peaks=peaks, means=means, sessions=sessions
+        )
+
+    def _with_sessions(self, rows: torch.Tensor, names: list[Any]) -> torch.Tensor:
+        """The calibration (n, 4) with the number of each image's session.
+
+        Raises:
+            UsageError: If the session of an image is unknown, or a session has too few images.
+        """
+        sessions = [session_of(name, self.groups) for name in names]
+        counts = Counter(sessions)
+        check_sessions(counts, self.false_positive_rate)
+        numbers = torch.tensor([sorted(counts).index(session) for session in sessions])
+        return torch.cat([rows, numbers[:, None]], dim=1)[thin_sessions(numbers.numpy())]
 
     def _check_count(self, count: int) -> None:
         needed = images_needed(self.false_positive_rate)

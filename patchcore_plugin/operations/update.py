@@ -35,7 +35,7 @@ from patchcore_plugin.memory_bank.growth import farthest_first
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction, self_test
 from patchcore_plugin.scoring import Scores, anomaly_map
-from patchcore_plugin.scoring.conformal import extend_calibration, set_thresholds
+from patchcore_plugin.scoring.conformal import check_new_session, extend_calibration, set_thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -98,13 +98,16 @@ def update_bundle(
         BundleError: If the bundle is damaged, or does not record its covering radius; or if ``output`` exists, or lies in
             the bundle.
         ImageError: If an image cannot be read.
-        UsageError: If there are fewer than two images, or ``holdout`` is below 2.
+        UsageError: If there are fewer than two images, or ``holdout`` is below 2; or if the thresholds were set by recording
+            sessions, of which the held-out images are one more, and are too few.
     """
     check_number("holdout", holdout, 2, whole=True, hint="5 keeps every fifth image out of the bank.")
     added, held_out = _divide(images, holdout)
     _check_output(output, path)
     old = PatchcoreRuntime.load(path)
     radius = _covering_radius(old)
+    if old.manifest.calibration is not None:
+        check_new_session(old.manifest.calibration, len(held_out))
     with atomic_folder(output) as draft:
         copy_files(path, old.manifest, draft)  # those of the bank are written anew below
         patches = _find_uncovered(old, added, radius, progress)

@@ -72,12 +72,13 @@ class Prediction:
         """How rare so large a score is among normal images, in (0, 1]; None where the bundle has no calibration.
 
         At most a share ``a`` of normal images has a p-value of at most ``a``; see :mod:`patchcore_plugin.scoring.conformal`.
-        With n calibration images the smallest p-value is 1 / (n + 1).
+        With n calibration images the smallest p-value is 1 / (n + 1). Where the calibration has recording sessions, this is
+        the largest p-value that a session gives.
         """
         calibration = self.manifest.calibration
         if calibration is None:
             return None
-        return conformal.p_value(calibration.scores, thresholds.without_rounding(self.score))
+        return conformal.image_p_value(calibration, thresholds.without_rounding(self.score))
 
     @cached_property
     def mean_distance(self) -> float:

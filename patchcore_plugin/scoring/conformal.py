@@ -11,25 +11,45 @@ Where production moves away from the calibration, the promise ends; :mod:`patchc
 
 Ties make p-values larger, never smaller, so they keep the promise too.
 
+**Recording sessions.** Images of one session (an afternoon, a batch, a camera) resemble each other more than those of the
+next, so that an image of a new session is not drawn as the calibration images were: only the sessions are. A calibration
+by J sessions, none with any image in the memory bank, takes the largest of the J thresholds that each session alone gives,
+and the largest of the J p-values. Its promise, if the new session is drawn as those were:
+
+* in at least J of J + 1 new sessions, on average, at most a share ``a`` of the session's normal images is above the
+  threshold, counted over as many images as a session of the calibration has;
+* an image of a new session is above the threshold with a probability of at most ``a + 1 / (J + 1)``.
+
+For the first: the J + 1 sessions' own thresholds are exchangeable, the new session's is the largest of all with a
+probability of at most 1 / (J + 1), and above its own threshold lies at most the share ``a`` of any session. The second adds
+the probability that an image is above its own session's threshold, set by other images of that session. A promise of ``a``
+itself, as :func:`threshold` gives for images, would need ``1 / a - 1`` sessions (19 for 0.05), whatever the method: with
+fewer, a new session may be the worst of all too often. Few have so many sessions, so none of those methods is used here.
+
 Source: Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World" (2005); Angelopoulos and Bates, "A Gentle
-Introduction to Conformal Prediction", arXiv 2107.07511, section 1 (the quantile) and 4.4 (outlier detection).
+Introduction to Conformal Prediction", arXiv 2107.07511, section 1 (the quantile) and 4.4 (outlier detection). For sessions:
+Dunn, Wasserman, Ramdas, "Distribution-Free Prediction Sets for Two-Layer Hierarchical Models", arXiv 1809.07441; Lee,
+Barber, Willett, "Distribution-free inference with hierarchical data", arXiv 2306.06342.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from fractions import Fraction
 from math import ceil, floor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Scale
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Scale, Sessions
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 
 def p_value(calibration: Sequence[float], score: float) -> float:
@@ -43,6 +63,19 @@ def p_value(calibration: Sequence[float], score: float) -> float:
         ``(1 + number of calibration scores >= score) / (n + 1)``, in (0, 1]; small for an anomalous image.
     """
     return (1 + len(calibration) - bisect_left(calibration, score)) / (len(calibration) + 1)
+
+
+def image_p_value(calibration: Calibration, score: float) -> float:
+    """p-value of an image's score; with sessions the largest of those that each session gives.
+
+    It is at most the calibration's rate exactly when the score is above the image threshold of :func:`set_thresholds`.
+
+    Args:
+        calibration: Calibration of the model.
+        score: Score of the image.
+    """
+    numbers = calibration.sessions and calibration.sessions.scores
+    return max(p_value(scores, score) for scores in _by_session(calibration.scores, numbers))
 
 
 def threshold(calibration: Sequence[float], rate: float) -> float:
@@ -86,14 +119,17 @@ def set_thresholds(calibration: Calibration) -> tuple[Scale, Scale]:
     score, 0.5 at the threshold, and 1 as far above the threshold as 0 lies below it. Normalized maps are 0 at the smallest
     mean of a calibration image's map, and otherwise alike.
 
+    With sessions, each threshold is the largest of those that each session gives.
+
     Returns:
         The scale of image scores, and the scale of pixels.
 
     Raises:
-        UsageError: If there are too few images for the calibration's rate.
+        UsageError: If there are too few images, in all or in a session, for the calibration's rate.
     """
-    image = threshold(calibration.scores, calibration.false_positive_rate)
-    pixel = threshold(calibration.peaks, calibration.false_positive_rate)
+    rate, sessions = calibration.false_positive_rate, calibration.sessions
+    image = max(threshold(scores, rate) for scores in _by_session(calibration.scores, sessions and sessions.scores))
+    pixel = max(threshold(peaks, rate) for peaks in _by_session(calibration.peaks, sessions and sessions.peaks))
     lowest_score, lowest_mean = calibration.scores[0], calibration.means[0]
     return (
         Scale(threshold=image, minimum=lowest_score, maximum=2 * image - lowest_score),
@@ -109,6 +145,9 @@ def extend_calibration(
     Where the memory bank has grown since, the numbers of the known images stay as they were. Their distances can only have
     become smaller (and their scores, except for the weight of equation 7), so the thresholds err on the safe side.
 
+    Where the calibration has sessions, the new images are one more. Others of that session are in the bank by now: the
+    promise for new sessions rests on those that were held back before.
+
     Args:
         calibration: Calibration to extend.
         scores: Image scores of the new images.
@@ -116,14 +155,97 @@ def extend_calibration(
         means: Mean of each new image's anomaly map.
 
     Returns:
-        The extended calibration, with the same rate. Of more than 10,000 images it keeps 10,000, drawn at random.
+        The extended calibration, with the same rate. Of more than 10,000 images it keeps 10,000, drawn at random; of
+        sessions, as many images of each as fit.
+
+    Raises:
+        UsageError: If the calibration has sessions, and there are too few new images to be one.
     """
-    joined = {}
+    check_new_session(calibration, len(scores))
+    joined, numbers, count = {}, {}, MAX_CALIBRATION
     for name, added in {"scores": scores, "peaks": peaks, "means": means}.items():
         values = np.array([*getattr(calibration, name), *added], np.float64)
-        kept = np.random.default_rng(0).permutation(len(values))[:MAX_CALIBRATION]
-        joined[name] = np.sort(values[kept]).tolist()
-    return Calibration(false_positive_rate=calibration.false_positive_rate, **joined)
+        kept = np.random.default_rng(0).permutation(len(values))
+        old = getattr(calibration.sessions, name, None)
+        if old is not None:
+            session = np.array([*old, *[max(old) + 1] * len(added)])
+            kept = thin_sessions(session)
+            kept = kept[np.argsort(values[kept], kind="stable")]
+            numbers[name], count = session[kept].tolist(), len(kept)
+        joined[name] = np.sort(values[kept[:count]]).tolist()  # means, which have no sessions, come last
+    return Calibration(
+        false_positive_rate=calibration.false_positive_rate, **joined, sessions=Sessions(**numbers) if numbers else None
+    )
+
+
+def check_new_session(calibration: Calibration, count: int) -> None:
+    """Refuse new images that are too few to be one more session of a calibration with sessions.
+
+    Args:
+        calibration: Calibration to extend; without sessions, any number of images does.
+        count: Number of new images to calibrate by.
+
+    Raises:
+        UsageError: If there are too few images, or too many sessions.
+    """
+    if calibration.sessions is not None:
+        counts = Counter(f"number {number}" for number in calibration.sessions.scores)
+        counts["of the new images held out"] = count
+        check_sessions(counts, calibration.false_positive_rate)
+
+
+def check_sessions(counts: Mapping[str, int], rate: float) -> None:
+    """Refuse sessions that cannot calibrate: too many of them, or one with too few normal images.
+
+    Args:
+        counts: Number of normal images of each session.
+        rate: False-alarm rate.
+
+    Raises:
+        UsageError: If a session has fewer than :func:`images_needed`, or all of them together need more than 10,000.
+    """
+    needed = images_needed(rate)
+    if len(counts) * needed > MAX_CALIBRATION:
+        msg = (
+            f"A calibration keeps {MAX_CALIBRATION:,} images, and false_positive_rate={rate:g} needs {needed} of each "
+            f"session: hold back {MAX_CALIBRATION // needed} sessions at most, not {len(counts)}."
+        )
+        raise UsageError(msg)
+    for name, count in counts.items():
+        if count < needed:
+            msg = (
+                f"false_positive_rate={rate:g} needs at least {needed} normal images of each session that is held back, and "
+                f"session {name} has {count}. Take more images in a session, or allow more false alarms: "
+                f"{1 / (count + 1):.3g} is the lowest rate for {count} images."
+            )
+            raise UsageError(msg)
+
+
+def thin_sessions(session: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Choose the images that a calibration keeps: at most 10,000, as many of each session as fit, drawn at random.
+
+    Args:
+        session: Session of each image (n,), counted from 0.
+
+    Returns:
+        Indices of the images, ascending.
+    """
+    if len(session) <= MAX_CALIBRATION:
+        return np.arange(len(session))
+    order = np.random.default_rng(0).permutation(len(session))
+    count = session.max() + 1
+    kept = [order[session[order] == number][: MAX_CALIBRATION // count] for number in range(count)]
+    return np.sort(np.concatenate(kept))
+
+
+def _by_session(values: Sequence[float], session: Sequence[int] | None) -> list[Sequence[float]]:
+    """The values of each session, in the order that they have; all together without sessions."""
+    if session is None:
+        return [values]
+    parts: list[list[float]] = [[] for _ in range(max(session) + 1)]
+    for value, number in zip(values, session, strict=True):
+        parts[number].append(value)
+    return parts
 
 
 def _exact(rate: float) -> Fraction:

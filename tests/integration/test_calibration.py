@@ -1,5 +1,8 @@
 """Thresholds from normal images alone: trained by the config, exported, and refused in time where images are too few."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +119,37 @@ def test_checkpoint_under_another_post_processor(normal_only, trained, cells, tm
     post = model.post_processor
     assert len(post.calibration) == 52, "the normal ones of 104"
     assert float(post.image_threshold) == threshold(post.calibration[:, 0].sort().values.tolist(), 0.05)
+
+
+def test_recording_sessions(cells, test_images, tmp_path):
+    """Two of four sessions are held back whole, in training, in a later validation, and as the bundle's p-values."""
+    for number, cell in enumerate(sorted((cells / "train" / "good").iterdir())):
+        (tmp_path / "good" / f"day{number % 4}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(cell, tmp_path / "good" / f"day{number % 4}")
+
+    def datamodule():
+        settings = {"normal_dir": "good", "normal_test_dir": None, "abnormal_dir": None, "test_split_mode": "none"}
+        return folder_datamodule(tmp_path, **settings, val_split_mode="from_train", val_split_ratio=0.5, seed=0)
+
+    model, engine = make_model(post_processor=ConformalPostProcessor(0.2, "folder")), make_engine(tmp_path / "results")
+    engine.train(model=model, datamodule=datamodule())
+    calibration = model.post_processor.record()
+    learned = {Path(image).parent.name for image in model.origins.images}
+    assert (len(learned), len(calibration.scores), set(calibration.sessions.scores)) == (2, 12, {0, 1})
+    later = make_model()
+    make_engine(tmp_path / "later").validate(later, datamodule=datamodule(), ckpt_path=engine.best_model_path)
+    assert later.post_processor.groups == "folder"
+    torch.testing.assert_close(later.post_processor.calibration, model.post_processor.calibration)
+    loaded = FaissPatchcore.load_from_checkpoint(engine.best_model_path, map_location="cpu").eval()
+    bundle = export_bundle(loaded, tmp_path / "bundle", index="flat")
+    manifest = read_manifest(bundle)
+    assert (manifest.format_version, manifest.calibration) == (5, calibration)
+    for answer in PatchcoreRuntime.load(bundle).predict([*test_images[:4], *test_images[-4:]]):
+        parts = [
+            [s for s, n in zip(calibration.scores, calibration.sessions.scores, strict=True) if n == one] for one in (0, 1)
+        ]
+        assert answer.p_value == max(p_value(part, answer.score / (1 + 1e-5)) for part in parts)
+        assert (answer.verdict == "anomalous") == (answer.p_value <= 0.2)
 
 
 def test_too_few_images(cells, tmp_path):

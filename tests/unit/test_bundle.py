@@ -189,10 +189,10 @@ def test_pre_processing_that_the_network_does_not_have(bundle_copy, change, reas
         PatchcoreRuntime.load(bundle_copy)
 
 
-@pytest.mark.parametrize("version", [0, 1, 5, "2.0", None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 6, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5"):
         PatchcoreRuntime.load(bundle_copy)
 
 
@@ -430,11 +430,37 @@ def test_calibration_that_cannot_be(bundle_copy, change, reason):
 
 
 def test_largest_calibration_fits(bundle_copy):
-    values = [100 / 3 + number / 7e5 for number in range(10_000)]
-    calibration = {"false_positive_rate": 0.5, "scores": values, "peaks": values, "means": values}
-    manifest = Manifest.model_validate({**json.loads((bundle_copy / MANIFEST).read_text()), "calibration": calibration})
-    (bundle_copy / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    values, sessions = [100 / 3 + number / 7e5 for number in range(10_000)], [number % 1000 for number in range(10_000)]
+    calibration = {"false_positive_rate": 0.5, "scores": values, "peaks": values, "means": values,
+                   "sessions": {"scores": sessions, "peaks": sessions}}  # fmt: skip
+    content = {**json.loads((bundle_copy / MANIFEST).read_text()), "format_version": 5, "calibration": calibration}
+    (bundle_copy / MANIFEST).write_text(Manifest.model_validate(content).model_dump_json(indent=2))
     assert read_manifest(bundle_copy).calibration.scores == values
+
+
+def test_sessions_of_a_calibration(bundle_copy):
+    """Bundles with sessions are of format 5, which earlier versions refuse; others stay as those versions read them."""
+    values = [1.0, 2.0, 3.0]
+    plain = {"false_positive_rate": 0.5, "scores": values, "peaks": values, "means": values}
+    change_manifest(bundle_copy, calibration=plain)
+    manifest = read_manifest(bundle_copy)
+    assert json.loads(manifest.model_dump_json())["calibration"] == plain
+    assert manifest.calibration.format_version == 3
+    sessions = {"scores": [0, 1, 1], "peaks": [1, 0, 1]}
+    change_manifest(bundle_copy, calibration={**plain, "sessions": sessions})
+    with pytest.raises(BundleError, match="format_version 3 has no sessions"):
+        read_manifest(bundle_copy)
+    change_manifest(bundle_copy, format_version=5)
+    manifest = read_manifest(bundle_copy)
+    assert manifest.calibration.sessions.peaks == [1, 0, 1]
+    assert manifest.calibration.format_version == 5
+    assert json.loads(manifest.model_dump_json())["calibration"]["sessions"] == sessions
+    wrong = ({"scores": [0, 1, 1], "peaks": [0, 0, 1]}, {"scores": [0, 2, 2], "peaks": [2, 0, 2]},
+             {"scores": [0, 1], "peaks": [1, 0]}, {"scores": [], "peaks": []})  # fmt: skip
+    for one in wrong:
+        change_manifest(bundle_copy, calibration={**plain, "sessions": one})
+        with pytest.raises(BundleError, match="sessions do not fit"):
+            read_manifest(bundle_copy)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration
-from patchcore_plugin.scoring.conformal import extend_calibration, images_needed, p_value, set_thresholds, threshold
+from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Sessions
+from patchcore_plugin.errors import UsageError
+from patchcore_plugin.scoring.conformal import (
+    extend_calibration,
+    image_p_value,
+    images_needed,
+    p_value,
+    set_thresholds,
+    threshold,
+)
 from patchcore_plugin.scoring.thresholds import normalize
 
 # few different values, so that ties are common
@@ -88,3 +96,68 @@ def test_extended_calibration_keeps_to_the_limit():
     more = extend_calibration(calibration, [-1.0] * 5000, [-1.0] * 5000, [-1.0] * 5000)
     assert len(more.scores) == MAX_CALIBRATION
     assert 0.3 < np.mean(np.array(more.scores) == -1) < 0.37, "drawn at random of old and new"
+
+
+def of_sessions(parts, rate):
+    """The calibration of sessions with these scores; each peak is 100 less the score, so that their order differs."""
+    values = [(score, number) for number, part in enumerate(parts) for score in part]
+    by_score, by_peak = sorted(values), sorted((100 - score, number) for score, number in values)
+    (scores, score_sessions), (peaks, peak_sessions) = (map(list, zip(*pairs, strict=True)) for pairs in (by_score, by_peak))
+    sessions = Sessions(scores=score_sessions, peaks=peak_sessions)
+    return Calibration(false_positive_rate=rate, scores=scores, peaks=peaks, means=[0.0] * len(scores), sessions=sessions)
+
+
+@given(
+    parts=st.lists(st.lists(st.integers(0, 12).map(float), min_size=3, max_size=15), min_size=1, max_size=5),
+    score=st.integers(-1, 13).map(float),
+    rate=st.sampled_from([0.25, 0.3, 0.5]),
+)
+def test_sessions(parts, score, rate):
+    """Each session's own threshold and p-value, and the largest of them; a score is above exactly if it is rare enough."""
+    calibration = of_sessions(parts, rate)
+    image, pixel = set_thresholds(calibration)
+    assert image.threshold == max(threshold(sorted(part), rate) for part in parts)
+    assert pixel.threshold == max(threshold(sorted(100 - value for value in part), rate) for part in parts)
+    found = image_p_value(calibration, score)
+    assert found == max((1 + sum(value >= score for value in part)) / (len(part) + 1) for part in parts)
+    assert (score > image.threshold) == (found <= rate)
+
+
+@pytest.mark.parametrize("sessions", [1, 2, 5])
+def test_promise_for_a_new_session(sessions):
+    """Sessions differ more than their images: J of J + 1 new ones keep the rate, which images taken as one do not."""
+    rng, draws, images, rate = np.random.default_rng(5), 2000, 40, 0.1
+    kept, pooled, alarms = 0, 0, []
+    for _ in range(draws):
+        shift = rng.gamma(1, size=(sessions + 1, 1))
+        scores = shift + rng.gamma(2, size=(sessions + 1, images)) * rng.uniform(0.1, 0.3, (sessions + 1, 1))
+        new = scores[-1]
+        limit = set_thresholds(of_sessions(scores[:-1].tolist(), rate))[0].threshold
+        kept += np.mean(new > limit) <= rate
+        alarms.append(np.mean(new > limit))
+        pooled += np.mean(new > threshold(np.sort(scores[:-1].ravel()), rate)) <= rate
+    promised = sessions / (sessions + 1)
+    error = 4 * math.sqrt(promised * (1 - promised) / draws)
+    assert kept / draws > promised - error
+    assert kept / draws < promised + 0.05 + error, "and little more: the promise is no looser than it need be"
+    assert np.mean(alarms) < rate + 1 / (sessions + 1)
+    assert sessions == 1 or pooled < kept
+
+
+def test_extended_by_a_new_session():
+    """New images are one more session, if they are enough; of too many, each session keeps its part."""
+    old = of_sessions([[1.0, 2.0, 3.0], [5.0, 4.0, 6.0]], 0.25)
+    new = extend_calibration(old, [9.0, 0.0, 7.0], [98.0, 99.5, 94.5], [1.0, 1.0, 1.0])
+    assert new.scores == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert new.sessions.scores == [2, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert new.peaks == [94, 94.5, 95, 96, 97, 98, 98, 99, 99.5]
+    assert new.sessions.peaks == [1, 2, 1, 1, 0, 0, 2, 0, 2]
+    with pytest.raises(UsageError, match=r"at least 3 normal images of each session .* the new images held out has 2"):
+        extend_calibration(old, [9.0, 0.0], [0.0, 1.0], [1.0, 1.0])
+    many = [float(number) for number in range(MAX_CALIBRATION)]
+    thinned = extend_calibration(old, many, many, many)
+    assert [thinned.sessions.scores.count(number) for number in range(3)] == [3, 3, MAX_CALIBRATION // 3]
+    assert [thinned.sessions.peaks.count(number) for number in range(3)] == [3, 3, MAX_CALIBRATION // 3]
+    assert len(thinned.means) == len(thinned.scores)
+    with pytest.raises(UsageError, match="hold back 2 sessions at most, not 3"):
+        extend_calibration(of_sessions([[1.0] * 5000, [2.0] * 5000], 1 / 5000), many, many, many)
