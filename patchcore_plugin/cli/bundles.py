@@ -74,8 +74,8 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     else:
         count, rate = len(manifest.calibration.scores), manifest.calibration.false_positive_rate
         sessions = manifest.calibration.sessions
-        of_sessions = "" if sessions is None else f" of {len(set(sessions.scores))} recording sessions"
-        yield "calibration", f"{count} normal images{of_sessions}, for {rate:.2%} of false alarms at most"
+        of, each = ("", "") if sessions is None else (f" of {len(set(sessions.scores))} recording sessions", " in each")
+        yield "calibration", f"{count} normal images{of}, for {rate:.2%} of false alarms at most{each}"
     known = "image, row and column of each bank vector" if ORIGINS in manifest.files else "unknown"
     yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
     yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"

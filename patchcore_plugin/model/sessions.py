@@ -143,19 +143,11 @@ def hold_back_sessions(trainer: Trainer, groups: str, rate: float) -> None:
             "whole sessions back, or leave groups out."
         )
         raise UsageError(msg)
-    train, val = datamodule.train_data, datamodule.val_data
     if datamodule.val_split_mode == ValSplitMode.FROM_TRAIN:
-        samples = pd.concat([train.samples, val.samples], ignore_index=True)
-        sessions = samples["image_path"].map(lambda path: session_of(path, groups))
-        counts = Counter(sessions[_is_normal(samples)])
-        held = choose_sessions(counts, datamodule.val_split_ratio, rate, datamodule.seed or 0)
-        for dataset, chosen in ((val, sessions.isin(held)), (train, ~sessions.isin(held))):
-            part = samples[chosen]
-            part.attrs = dict(dataset.samples.attrs)  # the task among them
-            dataset.samples = part
-    learned = {session_of(path, groups) for path in train.samples["image_path"]}
-    normal = val.samples["image_path"][_is_normal(val.samples)]
-    counts = Counter(session_of(path, groups) for path in normal)
+        _divide_anew(datamodule, groups, rate)
+    samples = datamodule.val_data.samples
+    counts = Counter(session_of(path, groups) for path in samples["image_path"][_is_normal(samples)])
+    learned = {session_of(path, groups) for path in datamodule.train_data.samples["image_path"]}
     both = sorted(learned & set(counts))
     if both:
         msg = (
@@ -169,15 +161,28 @@ def hold_back_sessions(trainer: Trainer, groups: str, rate: float) -> None:
         folder = f"{posixpath.commonpath([*counts, *learned])}/" if groups == FOLDER else ""
         logger.info(
             "Sessions held back for the thresholds: %s (%d normal images). Sessions learned from: %s. Promise: on average, "
-            "in at least %d of %d new sessions, at most %g of the normal images are called anomalous. The more sessions are "
-            "held back (val_split_ratio), the stronger the promise.",
+            "in at least %d of %d new sessions, at most %g %% of the normal images are called anomalous. The more sessions "
+            "are held back (val_split_ratio), the stronger the promise.",
             _listed(counts, folder),
             counts.total(),
             _listed(learned, folder),
             len(counts),
             len(counts) + 1,
-            rate,
+            100 * rate,
         )
+
+
+def _divide_anew(datamodule: AnomalibDataModule, groups: str, rate: float) -> None:
+    """Put whole sessions into the validation set, and all other images into the training set."""
+    train, val = datamodule.train_data, datamodule.val_data
+    samples = pd.concat([train.samples, val.samples], ignore_index=True)
+    sessions = samples["image_path"].map(lambda path: session_of(path, groups))
+    counts = Counter(sessions[_is_normal(samples)])
+    held = choose_sessions(counts, datamodule.val_split_ratio, rate, datamodule.seed or 0)
+    for dataset, chosen in ((val, sessions.isin(held)), (train, ~sessions.isin(held))):
+        part = samples[chosen]
+        part.attrs = dict(dataset.samples.attrs)  # the task among them
+        dataset.samples = part
 
 
 def warn_of_one_session(trainer: Trainer) -> None:

@@ -111,7 +111,7 @@ def test_whole_sessions_are_held_back(tmp_path, caplog):
     assert data.val_data.augmentations is augmentations
     assert data.train_data.task == data.val_data.task == "classification"
     assert f"held back for the thresholds: {', '.join(sorted(held))} (12 normal images)" in caplog.text
-    assert "in at least 2 of 3 new sessions, at most 0.2 of the normal images" in caplog.text
+    assert "in at least 2 of 3 new sessions, at most 20 % of the normal images" in caplog.text
     hold_back_sessions(trainer, "folder", 0.2)
     assert sessions_of(data.val_data) == held, "a second training with the same data holds the same sessions back"
     with pytest.raises(UsageError, match=r"at least 9 normal images of each session .* has 6"):
