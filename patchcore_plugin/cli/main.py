@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from patchcore_plugin import __version__
 from patchcore_plugin.cli import bundles, training
+from patchcore_plugin.cli.check import check
 from patchcore_plugin.cli.common import PlainGroup
 from patchcore_plugin.cli.evaluate import evaluate
 from patchcore_plugin.cli.predict import predict
@@ -30,6 +31,7 @@ def main(debug: bool) -> None:
 
 
 for command in (
+    check,
     training.train,
     training.fit,
     training.test,

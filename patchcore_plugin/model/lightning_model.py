@@ -37,6 +37,7 @@ from patchcore_plugin.model.checkpoints import CheckedIO, CheckpointTeller, chec
 from patchcore_plugin.model.collector import PatchCollector
 from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
+from patchcore_plugin.model.exclusion import leave_out
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
@@ -96,6 +97,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             255, e.g. ``[0, 4095]``, or ``"auto"``, the smallest and the largest value of the training images. Values outside
             are clipped: a single hot pixel widens ``"auto"``, and a defect brighter than every normal image ends at 255.
             ``None`` reads 8-bit images and refuses deeper ones; with a range, 8-bit ones are refused.
+        exclude: Text file (UTF-8) with the path of an image in each line, as ``patchcore check`` writes it. These images are
+            neither learned from nor in the validation set. Paths are relative to the file's folder.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -143,6 +146,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         normalization: Normalization = "imagenet",
         score_smoothing: float = 0,
         intensity_range: tuple[float, float] | Literal["auto"] | None = None,
+        exclude: str | Path | None = None,
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -188,6 +192,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         )
         self._finds_range = intensity_range == "auto"
         self.intensity_range = None if intensity_range in (None, "auto") else check_intensity_range(intensity_range)
+        self.exclude = exclude
         self.held_out = None
         self.origins = None
 
@@ -247,7 +252,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Check what can be checked before the work; let damaged checkpoints be refused.
 
         Raises:
-            UsageError: If the data module's images cannot be read with the intensity range, or its masks do not fit.
+            UsageError: If the data module's images cannot be read with the intensity range, its masks do not fit, or the
+                list of images to leave out cannot be used.
             ImageError: If an image of the data module is damaged.
         """
         super().setup(stage)
@@ -255,6 +261,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if not isinstance(strategy.checkpoint_io, CheckedIO):
             strategy.checkpoint_io = CheckedIO(strategy.checkpoint_io)
         if stage == "fit":
+            if self.exclude is not None:
+                leave_out(self.trainer, Path(self.exclude))
             check_data(self.trainer)
         if self.intensity_range is not None or self._finds_range:  # long before the first batch
             datamodule = getattr(self.trainer, "datamodule", None)

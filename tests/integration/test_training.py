@@ -1,5 +1,7 @@
 """FaissPatchcore through anomalib's Engine: every entry point, and each way to use it wrongly."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -66,6 +68,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "normalization",
         "score_smoothing",
         "intensity_range",
+        "exclude",
     }
 
 
@@ -441,6 +444,36 @@ def test_anomalous_training_images_are_left_out(cells, tmp_path, caplog):
     normal.images = [normal.images[index] for index in (0, 3, 8)]
     make_engine(tmp_path).fit(only, train_dataloaders=loader_of(normal))
     assert len(model.model.memory_bank) == len(only.model.memory_bank)
+
+
+@pytest.mark.parametrize("validation", ["same_as_test", "from_train"])
+def test_listed_images_are_left_out(cells, tmp_path, caplog, validation):
+    """Though one of them is damaged, and one is not there; validation images are left out too."""
+    part = shutil.copytree(cells / "train", tmp_path / "cells" / "train")
+    for folder in ("good", "defective"):
+        shutil.copytree(cells / "test" / folder, tmp_path / "cells" / "test" / folder)
+    images = sorted((part / "good").iterdir())
+    images[3].write_bytes(b"damaged")
+    file = tmp_path / "list.txt"
+    file.write_text(f"{images[3]}\ncells/train/good/{images[5].name}\nabsent.png\n", encoding="utf-8")
+    datamodule = folder_datamodule(tmp_path / "cells", val_split_mode=validation, val_split_ratio=0.5, seed=0)
+    model = make_model(exclude=file)
+    with caplog.at_level("INFO"):
+        make_engine(tmp_path, limit_val_batches=1).fit(model, datamodule=datamodule)
+    used = {*datamodule.train_data.samples["image_path"], *datamodule.val_data.samples["image_path"]}
+    assert {str(image) for image in images} - used == {str(images[3]), str(images[5])}
+    assert set(model.origins.images) == set(datamodule.train_data.samples["image_path"])
+    counts = re.search(r"Left out (\d+) training and (\d+) validation images", caplog.text)
+    assert sum(map(int, counts.groups())) == 2
+    assert "1 of 3 images" in caplog.text
+    assert "absent.png" in caplog.text
+
+
+def test_list_of_all_images(cells, tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_text("\n".join(map(str, (cells / "train/good").iterdir())), encoding="utf-8")
+    with pytest.raises(UsageError, match="lists all 24 training images"):
+        make_engine(tmp_path).fit(make_model(exclude=file), datamodule=folder_datamodule(cells))
 
 
 def test_nan_features_name_the_image(cells, tmp_path):

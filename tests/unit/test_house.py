@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LEVELS = (
     {"bento", "cli"},
     {"demo"},
-    {"evaluation", "export", "operations"},
+    {"cleaning", "evaluation", "export", "operations"},
     {"model", "runtime"},
     {"coreset", "memory_bank"},
     {"origins", "scoring"},
@@ -31,7 +31,7 @@ LEVELS = (
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
-TORCH_FOLDERS = {"coreset", "evaluation", "export", "model"}
+TORCH_FOLDERS = {"cleaning", "coreset", "evaluation", "export", "model"}
 TORCH_PACKAGES = {"torch", "torchvision", "lightning", "pytorch_lightning", "anomalib", "timm", "jsonargparse"}
 LAZY_TORCH = {"cli", "demo", "registry"}  # import them inside functions and for types, as some commands train
 

@@ -56,7 +56,12 @@ def test_wheel_has_every_file_of_the_package(tmp_path):
     paths = {file for name in ("bento", "configs", PACKAGE) for file in (ROOT / name).rglob("*") if file.is_file()}
     expected = {file.relative_to(ROOT).as_posix() for file in paths if file.suffix != ".pyc"}
     assert names == {file if file.startswith(PACKAGE) else f"{PACKAGE}/{file}" for file in expected}
-    assert {f"{PACKAGE}/py.typed", f"{PACKAGE}/bento/ui/index.html", f"{PACKAGE}/evaluation/report.html.j2"} <= names
+    assert {
+        f"{PACKAGE}/py.typed",
+        f"{PACKAGE}/bento/ui/index.html",
+        f"{PACKAGE}/evaluation/report.html.j2",
+        f"{PACKAGE}/cleaning/report.html.j2",
+    } <= names
 
 
 def test_configs_and_service_are_found_inside_the_package():

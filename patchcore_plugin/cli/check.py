@@ -1,0 +1,94 @@
+"""The command ``patchcore check``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from patchcore_plugin.cli.common import step_bars
+from patchcore_plugin.names import as_line
+
+FOUND = 3
+"""Exit code where something was found; 2 is click's own, for a wrong option."""
+
+REPORT, LIST = "report.html", "leave_out.txt"
+
+
+@click.command(epilog="Example: patchcore check my_part/good --test my_part/defect -o checked")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--test", type=click.Path(path_type=Path), help="Folder of test images, which must not stand in FOLDER too.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("checked"),
+    show_default=True,
+    help=f"Folder for {REPORT} and {LIST}.",
+)
+@click.option("--backbone", default="efficientnet_lite0", show_default=True, help="Backbone, as in the model's config.")
+@click.option(
+    "--layers",
+    multiple=True,
+    default=("blocks.2", "blocks.4"),
+    show_default="blocks.2, blocks.4",
+    help="Layer of the backbone. May be given several times.",
+)
+@click.option(
+    "--image-size",
+    type=(click.IntRange(min=1), click.IntRange(min=1)),
+    default=(256, 256),
+    show_default="256 256",
+    help="Height and width of the network's input.",
+)
+def check(
+    folder: Path,
+    test: Path | None,
+    output: Path,
+    backbone: str,
+    layers: tuple[str, ...],
+    image_size: tuple[int, int],
+) -> None:
+    """Check whether all images below FOLDER are good, before a training on them.
+
+    Finds images that look unlike the others, copies (the same file, the same pixels, or the same picture saved anew,
+    brighter or smaller), images of the test folder, other sizes or depths than nearly all, and unreadable files. No label
+    and no share of defects is needed.
+
+    Writes report.html, with the twenty most suspicious images and what in them is suspicious, and leave_out.txt, the paths
+    of suspicious and unreadable images, of all copies but the first, and of images that stand in the test folder. Look at
+    the page, take good images out of the list, and train without the others: --model.init_args.exclude
+    checked/leave_out.txt
+
+    An image is suspicious if its score lies more than 2.5 robust standard deviations above the median of all. In folders of
+    good images alone, 1 % to 5 % of them do: the list is a proposal.
+
+    Exit code: 0 if nothing was found, 3 if something was, 1 after an error, 2 after a wrong option.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the training stack's remarks about itself
+    from patchcore_plugin.images import find_images
+
+    images = find_images(folder)
+    tests = [] if test is None else find_images(test)  # before the slow imports
+    from patchcore_plugin.cleaning import Network, check_images, write_list, write_report
+    from patchcore_plugin.model.arguments import check_image_size
+
+    network = Network(backbone, layers, check_image_size(image_size))
+    output.mkdir(parents=True, exist_ok=True)
+    with step_bars() as progress:
+        report = check_images(images, tests, network, progress=progress)
+    write_report(report, folder, output / REPORT)
+    unlisted = write_list(report.leave_out, output / LIST)
+    click.echo(f"{len(images)} images, of which {len(report.ranked)} could be compared.")
+    for kind, count in Counter(finding.kind for finding in report.findings).items():
+        click.echo(f"{kind}: {count}")
+    if report.limit is None:
+        click.echo("Too few images could be compared, so none is called suspicious.")
+    for image in unlisted:
+        click.echo(f"{as_line(str(image))} cannot stand in the list: its name has a line break. Rename it.", err=True)
+    click.echo(f"Report: {output / REPORT}\n{len(report.leave_out)} images to leave out: {output / LIST}")
+    if report.findings:
+        sys.exit(FOUND)
