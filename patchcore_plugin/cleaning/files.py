@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -85,17 +85,22 @@ def read_facts(path: Path) -> ImageFacts:
         if not np.isfinite(pixels).all():
             return ImageFacts(path, "a value is NaN or infinite")
         values = float(pixels.min()), float(pixels.max())
-    shape = f"{pixels.shape} {pixels.dtype}".encode()
     return ImageFacts(
         path=path,
         size=(pixels.shape[0], pixels.shape[1]),
-        kind=_MODES.get(mode, "gray, 16 bits" if mode.startswith("I;16") else mode) if pixels.ndim == 2 or values is None
-        else f"color, {pixels.dtype}",
+        kind=_kind(mode, pixels),
         values=values,
         file_hash=file_hash,
-        pixel_hash=hashlib.sha256(shape + np.ascontiguousarray(pixels).data).hexdigest(),
+        pixel_hash=hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode() + np.ascontiguousarray(pixels).data).hexdigest(),
         thumbnail=_thumbnail(pixels),
-    )  # fmt: skip
+    )
+
+
+def _kind(mode: str, pixels: NDArray) -> str:
+    """Channels and depth, in words, of an image with a mode of Pillow; Pillow has none for color of 16 bits."""
+    if pixels.ndim == 3 and pixels.dtype != np.uint8:
+        return f"color, {pixels.dtype}"
+    return "gray, 16 bits" if mode.startswith("I;16") else _MODES.get(mode, mode)
 
 
 def find_copies(images: Sequence[ImageFacts], others: Sequence[ImageFacts] | None = None) -> dict[int, tuple[int, str]]:
@@ -130,33 +135,32 @@ def _near_copies(
     """Pairs of an image and its near copy; a scale of distances is taken from the images that are no exact copies."""
     own = np.stack([image.thumbnail for image in images]) if images else np.zeros((0, _SIDE * _SIDE), np.float32)
     kept = np.array([number for number in range(len(images)) if others is not None or number not in exact], int)
-    if len(kept) < 2:
+    if len(kept) < 2 or (others is not None and not others):
         return
-    within = NEAR_DISTANCE
-    among = _nearest(own[kept], own[kept], np.arange(len(kept)), before=False)[1]
-    within = min(within, NEAR_SHARE * float(np.median(among[among > 0]))) if (among > 0).any() else 0.0
-    if others is not None:
-        if not others:
-            return
-        likes, distances = _nearest(own, np.stack([image.thumbnail for image in others]), None, before=False)
-        yield from ((number, int(likes[number])) for number in np.flatnonzero(distances <= within))
-        return
-    likes, distances = _nearest(own[kept], own[kept], np.arange(len(kept)), before=True)
-    yield from ((int(kept[number]), int(kept[likes[number]])) for number in np.flatnonzero(distances <= within))
+    kept_rows = own[kept]
+    usual = _nearest(kept_rows, kept_rows, "others")[1]
+    usual = usual[usual > 0]
+    within = min(NEAR_DISTANCE, NEAR_SHARE * float(np.median(usual))) if len(usual) else 0.0
+    if others is None:
+        likes, distances = _nearest(kept_rows, kept_rows, "before")
+        likes = kept[likes]
+    else:
+        likes, distances = _nearest(own, np.stack([image.thumbnail for image in others]), "all")
+    yield from ((int(kept[number]), int(likes[number])) for number in np.flatnonzero(distances <= within))
 
 
 def _nearest(
-    rows: NDArray[np.float32], others: NDArray[np.float32], numbers: NDArray[np.int64] | None, *, before: bool
+    rows: NDArray[np.float32], candidates: NDArray[np.float32], among: Literal["all", "others", "before"]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Number and distance of the nearest other thumbnail, but itself; of those before it alone, if asked for."""
-    likes, distances = np.zeros(len(rows), int), np.full(len(rows), np.inf, np.float32)
-    columns = np.arange(len(others))
+    """Number and distance of the thumbnail nearest to each row: among all, those but the row itself, or those before it."""
+    likes, distances = np.zeros(len(rows), int), np.zeros(len(rows), np.float32)
+    columns = np.arange(len(candidates))
     for start in range(0, len(rows), _BLOCK):
         part = slice(start, start + _BLOCK)
-        squared = 2 - 2 * rows[part] @ others.T
-        if numbers is not None:
-            own = numbers[part, None]
-            squared[columns[None] >= own if before else columns[None] == own] = np.inf
+        squared = 2 - 2 * rows[part] @ candidates.T
+        own = np.arange(len(rows))[part, None]
+        if among != "all":
+            squared[columns == own if among == "others" else columns >= own] = np.inf
         likes[part] = squared.argmin(1)
         distances[part] = np.sqrt(np.maximum(squared.min(1), 0))
     return likes, distances

@@ -82,7 +82,7 @@ def write_report(report: CheckReport, folder: Path, file: Path) -> None:
 def _card(suspect: Suspect, report: CheckReport, name: str, like: str) -> dict[str, object]:
     """Image, anomaly map and nearest likeness, each as a data URL, with their names."""
     image = read_image(suspect.image, intensity_range=report.intensity_range)
-    heat = overlay(image, suspect.map / (2 * report.limit), _NO_CROP)
+    heat = overlay(image, suspect.map / max(2 * report.limit, 1e-6), _NO_CROP)
     other = read_image(suspect.like, intensity_range=report.intensity_range)
     grid = suspect.map.shape
     return {
