@@ -65,7 +65,8 @@ def find_evidence(embed: Embed, images: int, seed: int = 0, progress: Progress =
     Memory is that of :data:`REFERENCE_LIMIT` embeddings, and 12 bytes for each patch of all images.
 
     Args:
-        embed: Gives the patch embeddings (h, w, D) of each image in turn; called twice.
+        embed: Gives the patch embeddings (h, w, D) of each image in turn. Called twice, as those of thousands of images
+            would not fit into memory.
         images: Number of images N, at least 2.
         seed: Seed of the patches that are compared with.
         progress: Called with each step.
