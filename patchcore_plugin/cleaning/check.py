@@ -144,9 +144,9 @@ def check_images(
     originals = [image for number, image in enumerate(readable) if number not in copies]
     deep = 2 * sum(image.values is not None for image in originals) > len(originals)
     compared = [image for image in originals if (image.values is not None) == deep]
-    span = _range(compared) if deep else None
     if len(compared) < MIN_IMAGES:
-        return CheckReport(list(images), findings, [], [], None, [], span)
+        return CheckReport(list(images), findings, [], [], None, [], None)
+    span = _range(compared) if deep else None
     paths = [image.path for image in compared]
     evidence = find_evidence(lambda: embedder.stream(paths, span), len(paths), seed, progress)
     limit = suspicious_above(evidence.scores)

@@ -82,7 +82,7 @@ def check(
         report = check_images(images, tests, network, progress=progress)
     write_report(report, folder, output / REPORT)
     unlisted = write_list(report.leave_out, output / LIST)
-    click.echo(f"{len(images)} images, of which {len(report.ranked)} could be compared.")
+    click.echo(f"{len(images)} images, of which {len(report.ranked)} were compared.")
     for kind, count in Counter(finding.kind for finding in report.findings).items():
         click.echo(f"{kind}: {count}")
     if report.limit is None:

@@ -184,7 +184,7 @@ def test_command(cells, tmp_path):
     Image.open(third).save(test / "other_name.bmp")
     result = check(cells, "--test", test, "-o", tmp_path / "out")
     assert result.exit_code == 3, result.output
-    assert re.search(r"13 could be compared", result.output), result.output
+    assert re.search(r"13 were compared", result.output), result.output
     listed = (tmp_path / "out/leave_out.txt").read_text(encoding="utf-8").splitlines()
     assert {str(cells / "broken.png"), str(cells / "z<&>.png"), str(second), str(third)} <= set(listed)
     assert str(first) not in listed
@@ -229,8 +229,16 @@ def test_deep_images(tmp_path):
     draw(20).save(tmp_path / "z.png")
     result = check(tmp_path, "-o", tmp_path / "out", "--image-size", "64", "64")
     assert result.exit_code == 3
-    assert "11 could be compared" in result.output
+    assert "11 were compared" in result.output
     assert "gray, 8 bits, not gray, 16 bits" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_copies_of_one_empty_deep_image(tmp_path):
+    for number in range(12):
+        Image.fromarray(np.full((30, 40), 700, np.uint16)).save(tmp_path / f"{number}.png")
+    result = check(tmp_path, "-o", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "copy: 11" in result.output
 
 
 def test_jpeg_in_memory_is_near(tmp_path):
