@@ -115,11 +115,52 @@ def _fit_and_score(
 
 def _datamodule(job: Job, data: Path) -> AnomalibDataModule:
     component = job.data
+    arguments = dict(component["init_args"])
     if job.elpv is not None:
         root = data / f"elpv-{job.elpv}-{job.seed}"
         lay_out(root, job.elpv, job.seed)
-        component = {**component, "init_args": {**component["init_args"], "root": str(root)}}
-    return _build("data", component)
+        arguments["root"] = str(root)
+    if job.planted:
+        arguments["root"] = str(plant(arguments, job.planted, job.seed, data / f"planted-{job.key}"))
+    return _build("data", {**component, "init_args": arguments})
+
+
+def plant(arguments: dict[str, Any], share: float, seed: int, target: Path) -> Path:
+    """Copy a data set, and move some of its defective test images among the training images.
+
+    Args:
+        arguments: Arguments of ``anomalib.data.Folder``.
+        share: Share of the training images that are defective afterwards.
+        seed: Draws the images.
+        target: Folder for the copy; one of an earlier job is replaced.
+
+    Returns:
+        The copy's root.
+
+    Raises:
+        JobError: If there are too few defective images.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(arguments["root"], target)
+    folders = arguments["abnormal_dir"]
+    folders = [folders] if isinstance(folders, str) else folders
+    masks = arguments.get("mask_dir") or [None] * len(folders)
+    defective = [
+        (image, mask and target / mask)
+        for folder, mask in zip(folders, masks, strict=True)
+        for image in sorted((target / folder).iterdir())
+    ]
+    good = target / arguments["normal_dir"]
+    count = round(share / (1 - share) * sum(1 for _ in good.iterdir()))
+    if count >= len(defective):
+        msg = f"A share of {share:g} planted images takes {count} defective ones, and there are {len(defective)}."
+        raise JobError(msg)
+    for number in np.random.default_rng(seed).choice(len(defective), count, replace=False):
+        image, masks_folder = defective[number]
+        image.rename(good / f"planted-{image.parent.name}-{image.name}")
+        for mask in masks_folder.glob(f"{image.stem}.*") if masks_folder else ():
+            mask.unlink()
+    return target
 
 
 def _model(job: Job) -> AnomalibModule:

@@ -47,6 +47,8 @@ class DataSet(_Section):
         folder: Folder in MVTec AD's layout: train/good, test/good, test/DEFECT, and ground_truth/DEFECT if there are
             masks.
         elpv: Crystal type of the solar cells in the package elpv-dataset; the seed draws the split.
+        planted: Share of the training images that are defective, as in a folder that nobody has looked through, with
+            ``folder`` and ``elpv``: the seed draws them among the defective test images, and they are not tested.
         optional: Whether to skip this data set, and report that, if its folder is missing.
     """
 
@@ -54,12 +56,16 @@ class DataSet(_Section):
     init_args: dict[str, Any] = {}
     folder: Path | None = None
     elpv: Literal["mono", "poly"] | None = None
+    planted: Annotated[float, Field(ge=0, lt=0.5)] = 0
     optional: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
         if sum(source is not None for source in (self.class_path, self.folder, self.elpv)) != 1:
             msg = "give exactly one of class_path, folder and elpv"
+            raise ValueError(msg)
+        if self.planted and self.class_path is not None:
+            msg = "planted goes with folder and elpv alone"
             raise ValueError(msg)
         return self
 
@@ -139,6 +145,7 @@ class Job(_Section):
         seed: Seed of all random numbers.
         data: ``class_path`` and ``init_args`` of the datamodule; without ``root`` for ELPV.
         elpv: Crystal type of the ELPV cells to copy into a folder first.
+        planted: Share of the training images that are defective.
         network: ``class_path`` and ``init_args`` of the model.
         trainer: Arguments of the trainer.
     """
@@ -149,6 +156,7 @@ class Job(_Section):
     seed: int
     data: dict[str, Any]
     elpv: str | None
+    planted: float = 0
     network: dict[str, Any]
     trainer: dict[str, Any]
 
@@ -160,7 +168,9 @@ class Job(_Section):
     @property
     def key(self) -> str:
         """Name of the result's folder; it changes with everything that the result depends on, except the images' content."""
-        content = {**self.model_dump(exclude={"dataset", "model", "baseline"}), **_KEY_VERSIONS}
+        # results of before are those of data sets without planted images
+        unused = {"dataset", "model", "baseline", *([] if self.planted else ["planted"])}
+        content = {**self.model_dump(exclude=unused), **_KEY_VERSIONS}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         readable = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:60]
         return f"{readable}-{digest}"
@@ -207,6 +217,7 @@ def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]
             seed=seed,
             data=_with_default(data, "seed", seed),
             elpv=plan.datasets[name].elpv,
+            planted=plan.datasets[name].planted,
             network=_with_default(variant.network, "random_state", seed),
             trainer=variant.trainer,
         )

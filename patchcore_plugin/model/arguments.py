@@ -79,7 +79,7 @@ def check_image_size(value: Any, name: str = "image_size") -> tuple[int, int]:
 
 
 def check_normalization(value: Any) -> None:
-    """Raise a UsageError unless ``value`` names a normalization."""
-    if value not in get_args(Normalization):
-        msg = f"normalization must be one of {', '.join(map(repr, get_args(Normalization)))}, got {value!r}."
+    """Raise a UsageError unless ``value`` names a normalization, or is None."""
+    if value is not None and value not in get_args(Normalization):
+        msg = f"normalization must be None or one of {', '.join(map(repr, get_args(Normalization)))}, got {value!r}."
         raise UsageError(msg)

@@ -99,14 +99,20 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     Raises:
         UsageError: If timm does not know them.
     """
-    known = timm.get_pretrained_cfg(timm_name(name))
+    known = known_statistics(name)
     if known is None:
         msg = (
             f"timm does not know how images for the backbone {name!r} are to be normalized: give a pre_processor whose "
             "Normalize has the right mean and std."
         )
         raise UsageError(msg)
-    return tuple(known.mean), tuple(known.std)
+    return known
+
+
+def known_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """What :func:`pretrained_statistics` returns; None where timm does not know them."""
+    known = timm.get_pretrained_cfg(timm_name(name))
+    return None if known is None else (tuple(known.mean), tuple(known.std))
 
 
 def _layer_indices(name: str, layers: Sequence[str]) -> list[int]:

@@ -39,7 +39,7 @@ from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.exclusion import leave_out
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
-from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor
+from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor, normalization_of
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 from patchcore_plugin.model.training_images import expected_images, hold_out
 from patchcore_plugin.model.weights import weights_from_checkpoint
@@ -90,7 +90,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         image_size: Height and width to which the default pre-processor resizes images, in pixels. ``None`` is 256 x 256.
         normalization: Mean and standard deviation by which the default pre-processor normalizes images. ``"imagenet"``
             takes ImageNet's, as the paper and anomalib do with every backbone; ``"backbone"`` takes those that the
-            backbone's weights were trained with.
+            backbone's weights were trained with. ``None`` is ``"backbone"`` for ``efficientnet_lite0`` (1, 2), and
+            ``"imagenet"`` for every name of timm, so that a config of anomalib's keeps its results.
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the patch distances before the largest
             becomes the image score. 0 is the paper's. The anomaly map stays as it is.
         intensity_range: For images deeper than 8 bits (integers of 16 or 32 bits, floats): the two values that become 0 and
@@ -143,7 +144,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         embedding_dtype: str | None = None,
         memory_budget: float | None = None,
         image_size: tuple[int, int] | None = None,
-        normalization: Normalization = "imagenet",
+        normalization: Normalization | None = None,
         score_smoothing: float = 0,
         intensity_range: tuple[float, float] | Literal["auto"] | None = None,
         exclude: str | Path | None = None,
@@ -162,6 +163,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         check_normalization(normalization)
         if image_size is not None:
             image_size = check_image_size(image_size)
+        if normalization is None:  # the checkpoint keeps what it was trained with
+            normalization = normalization_of(backbone) if pre_processor is True else "imagenet"
         if image_size is not None or normalization != "imagenet":
             if pre_processor is not True:
                 msg = "image_size and normalization set up the default pre-processor: leave them out, or pre_processor."

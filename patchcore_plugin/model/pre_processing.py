@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Literal
 
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from patchcore_plugin.errors import UsageError
-from patchcore_plugin.model.backbone import pretrained_statistics
+from patchcore_plugin.model.backbone import known_statistics, pretrained_statistics
+from patchcore_plugin.model.weights import PACKAGED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +19,8 @@ Normalization = Literal["imagenet", "backbone"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+logger = logging.getLogger(__name__)
 
 
 def build_pre_processor(
@@ -47,3 +51,24 @@ def build_pre_processor(
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalization == "imagenet" else pretrained_statistics(backbone)
     steps.append(Normalize(mean=mean, std=std))
     return PreProcessor(transform=Compose(steps))
+
+
+def normalization_of(backbone: str) -> Normalization:
+    """The normalization for a backbone for which none is given.
+
+    The names of the packaged weights, which no config of anomalib has, get the statistics of those weights. A model of timm
+    gets ImageNet's, as anomalib normalizes for every backbone; where its weights were trained otherwise, the log says so.
+
+    Args:
+        backbone: Name of the backbone.
+    """
+    if backbone in PACKAGED:
+        return "backbone"
+    known = known_statistics(backbone)
+    if known not in (None, (IMAGENET_MEAN, IMAGENET_STD)):
+        logger.warning(
+            "The weights of %s were trained with mean %s and standard deviation %s. Images are normalized with "
+            "ImageNet's, as anomalib does; `normalization: backbone` takes those of the weights.",
+            backbone, *known,
+        )  # fmt: skip
+    return "imagenet"

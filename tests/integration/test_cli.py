@@ -54,12 +54,12 @@ def auroc(output: str) -> float:
 
 @pytest.mark.slow
 def test_stock_anomalib_trains_config(elpv, tmp_path):
-    """Image AUROC with the stock executable, on all of ELPV's monocrystalline cells; elpv.yaml's is that of the demo."""
+    """Image AUROC with the stock executable, on all of ELPV's monocrystalline cells."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "elpv").symlink_to(elpv)
-    result = run("anomalib", "train", "--config", CONFIGS / "best.yaml", cwd=tmp_path)
+    result = run("anomalib", "train", "--config", CONFIGS / "elpv.yaml", cwd=tmp_path)
     assert auroc(result.stdout) >= 0.958
-    assert list(tmp_path.glob("results/FaissPatchcore/best/*/weights/lightning/model.ckpt"))
+    assert list(tmp_path.glob("results/FaissPatchcore/elpv/*/weights/lightning/model.ckpt"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def few_cells(cells, tmp_path_factory) -> Path:
 
 def test_stock_anomalib_needs_no_registration(few_cells, tmp_path):
     """The small twin: one line of the config, ``class_path: patchcore_plugin.FaissPatchcore``, is enough."""
-    result = run("anomalib", "train", "--config", CONFIGS / "best.yaml", "--data.init_args.root", few_cells, cwd=tmp_path)
+    result = run("anomalib", "train", "--config", CONFIGS / "elpv.yaml", "--data.init_args.root", few_cells, cwd=tmp_path)
     assert auroc(result.stdout) > 0.9
 
 

@@ -288,8 +288,28 @@ def test_size_and_normalization_of_the_default_pre_processor():
     found = make_model(image_size=[48, 64], normalization="backbone").pre_processor.transform(images)
     resized = torch.nn.functional.interpolate(images, (48, 64), mode="bilinear", antialias=True)
     torch.testing.assert_close(found, 2 * resized - 1, msg="EfficientNet-Lite0 was trained on values from -1 to 1")
-    paper = make_model(image_size=(48, 64)).pre_processor.transform(images)
+    paper = make_model(image_size=(48, 64), normalization="imagenet").pre_processor.transform(images)
     torch.testing.assert_close(paper, Patchcore.configure_pre_processor((48, 64)).transform(images))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "given", "taken"),
+    [
+        ("efficientnet_lite0", None, "backbone"),
+        ("efficientnet_lite0", "imagenet", "imagenet"),
+        ("tf_efficientnet_lite0", None, "imagenet"),
+        ("tf_efficientnet_lite0", "backbone", "backbone"),
+    ],
+)
+def test_default_normalization(backbone, given, taken, caplog):
+    """A packaged name is normalized as its weights were trained, one of timm as anomalib does, which the log then says."""
+    model = make_model(backbone=backbone, normalization=given, pre_trained=False)
+    center = {"backbone": (0.5, 0.5, 0.5), "imagenet": (0.485, 0.456, 0.406)}[taken]
+    assert tuple(model.pre_processor.transform.transforms[-1].mean) == center
+    assert model.hparams["normalization"] == taken, (
+        "a checkpoint keeps what it was trained with, whatever the default becomes"
+    )
+    assert ("normalization: backbone" in caplog.text) == (backbone.startswith("tf_") and given is None)
 
 
 def test_unknown_layer():

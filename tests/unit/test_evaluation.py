@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import label as regions_of
 
 from patchcore_plugin.bundle import lock_folder
+from patchcore_plugin.evaluation.job import JobError, plant
 from patchcore_plugin.evaluation.metrics import AUPRO_LIMIT, image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.plan import Job, PlanError, list_jobs, read_plan
 from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE, Result, read_result, run_jobs, select
@@ -174,10 +176,12 @@ def test_the_packaged_evaluation(tmp_path, monkeypatch):
     """It is valid, all its models have one backbone, and it does without the data set that has to be fetched."""
     monkeypatch.setenv("MTD", str(tmp_path / "mtd"))
     jobs, skipped = list_jobs(read_plan(ROOT / "configs" / "evaluate.yaml"), ROOT / "configs")
-    assert list(skipped) == ["MTD"]
+    assert list(skipped) == ["MTD", "MTD, 5 % planted"]
     assert {job.elpv for job in jobs} == {"mono", "poly"}
     assert {job.baseline for job in jobs} == {"anomalib Patchcore"}
     assert {job.network["init_args"]["backbone"] for job in jobs} == {"efficientnet_lite0"}
+    normalizations = {job.model: job.network["init_args"].get("normalization") for job in jobs if "ours" in job.model}
+    assert normalizations == {"ours (paper)": "imagenet", "ours (default)": None, "ours (best)": "backbone"}
 
 
 def test_backbones(tmp_path):
@@ -322,3 +326,47 @@ def test_two_evaluations_in_one_folder(tmp_path):
     os.close(lock)
     run_jobs([], tmp_path, print, print)
     assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_planted_images(tmp_path):
+    """The share of the training images is defective afterwards; what is planted is not tested, nor is its mask left."""
+    for folder, count in {"train/good": 19, "test/good": 3, "test/crack": 4, "test/fray": 3}.items():
+        (tmp_path / "tiles" / folder).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "tiles" / folder / f"{number}.jpg").write_bytes(folder.encode())
+    for kind, count in {"crack": 4, "fray": 3}.items():
+        (tmp_path / "tiles/ground_truth" / kind).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "tiles/ground_truth" / kind / f"{number}.png").touch()
+    (plain, planted), _ = make_plan(
+        tmp_path,
+        datasets={
+            "clean": {"folder": str(tmp_path / "tiles")},
+            "dirty": {"folder": str(tmp_path / "tiles"), "planted": 0.2},
+        },
+        models={"padim": PADIM},
+    )
+    assert (plain.planted, planted.planted) == (0, 0.2)
+    assert plain.key != planted.key
+    root = plant(planted.data["init_args"], planted.planted, 3, tmp_path / "copy")
+    names = sorted(path.name for path in (root / "train/good").iterdir())
+    moved = [name for name in names if name.startswith("planted-")]
+    assert len(names) == 24
+    assert len(moved) == 5
+    left = {(path.parent.name, path.stem) for kind in ("crack", "fray") for path in (root / "test" / kind).iterdir()}
+    assert len(left) == 2
+    assert left == {(path.parent.name, path.stem) for path in (root / "ground_truth").rglob("*.png")}
+    assert not left & {tuple(Path(name).stem.split("-")[1:]) for name in moved}
+    again = plant(planted.data["init_args"], planted.planted, 3, tmp_path / "copy")
+    assert names == sorted(path.name for path in (again / "train/good").iterdir()), "the seed decides"
+    with pytest.raises(JobError, match=r"0\.4 planted images takes 13 defective ones, and there are 7"):
+        plant(planted.data["init_args"], 0.4, 0, tmp_path / "copy")
+
+
+def test_planted_goes_with_folders(tmp_path):
+    with pytest.raises(PlanError, match="planted goes with folder and elpv alone"):
+        make_plan(
+            tmp_path,
+            datasets={"mvtec": {"class_path": "anomalib.data.MVTecAD", "planted": 0.1}},
+            models={"padim": PADIM},
+        )

@@ -43,7 +43,7 @@ from patchcore_plugin import FaissPatchcore
         ({"image_size": [10**30, 5]}, "image_size may have sides of up to 16,384 pixels"),
         ({"image_size": [16_384, 16_384]}, "up to 90,000,000 pixels in all"),
         ({"image_size": (256, 256), "pre_processor": False}, "leave them out, or pre_processor"),
-        ({"normalization": "own"}, "normalization must be one of 'imagenet', 'backbone', got 'own'"),
+        ({"normalization": "own"}, "normalization must be None or one of 'imagenet', 'backbone', got 'own'"),
         ({"normalization": "backbone", "backbone": "hf_hub:some/model"}, "does not know how images for .* are to be normal"),
     ],
 )
