@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -524,7 +525,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         except (PatchcoreError, OSError):
             raise
         except Exception as error:  # an archive of anything makes torch and Lightning raise nearly any exception
-            msg = f"{checkpoint_path} is not a checkpoint of FaissPatchcore: {type(error).__name__}: {error}"
+            reason = shorten(f"{type(error).__name__}: {error}", 300)  # torch lists all tensors that it misses
+            msg = f"{checkpoint_path} is not a checkpoint of FaissPatchcore: {reason}"
             raise UsageError(msg) from error
 
 
