@@ -566,7 +566,7 @@ def test_loose_checkpoint_never_leaves_random_weights(trained, tmp_path):
     content = torch.load(trained.checkpoint, weights_only=False)
     content["state_dict"] = {k: v for k, v in content["state_dict"].items() if "feature_extractor" not in k}
     torch.save(content, tmp_path / "part.ckpt")
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(UsageError, match=r"part\.ckpt is not a checkpoint .*Missing key"):
         FaissPatchcore.load_from_checkpoint(tmp_path / "part.ckpt")
     loaded = FaissPatchcore.load_from_checkpoint(tmp_path / "part.ckpt", strict=False)
     image = torch.rand(1, 3, 256, 256)
