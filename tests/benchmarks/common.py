@@ -46,7 +46,7 @@ def elpv_embeddings(images: int | None = None) -> torch.Tensor:
     Args:
         images: Number of images; by default the demo's 411 training images. More than 411 are taken from all 2,624 cells.
     """
-    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS)
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS, normalization="imagenet")
     with tempfile.TemporaryDirectory() as folder:
         lay_out(Path(folder))
         paths = sorted(Path(folder, "train/good").iterdir())
@@ -84,7 +84,7 @@ def nominal_halves(data: Path | None, folder: Path) -> tuple[PatchcoreRuntime, l
     defective = [path for path in images if path.parent.name != "good"]
     random.Random(0).shuffle(normal)
     half = len(normal) // 2
-    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).eval()
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS, normalization="imagenet").eval()
     embeddings = embed(model, normal[:half])
     model.model.memory_bank = embeddings[GreedyCoreset(ratio=0.01).fit(embeddings)]
     runtime = PatchcoreRuntime.load(export_bundle(model, folder / "bundle", images=normal[half:][:64]))

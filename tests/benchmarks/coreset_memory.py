@@ -79,7 +79,12 @@ def train(root: str, budget: float | None, bank: str) -> None:
     from anomalib.engine import Engine
 
     model = FaissPatchcore(
-        backbone="efficientnet_lite0", layers=LAYERS, coreset_sampling_ratio=0.01, memory_budget=budget, visualizer=False
+        backbone="efficientnet_lite0",
+        layers=LAYERS,
+        normalization="imagenet",
+        coreset_sampling_ratio=0.01,
+        memory_budget=budget,
+        visualizer=False,
     )
     data = anomalib.data.Folder(
         name="cells", root=root, normal_dir="train/good", normal_test_dir="test/good", abnormal_dir="test/defective",

@@ -55,7 +55,12 @@ def main(data: Path | None, ratio: float) -> None:
         images = find_images(data / "test")
         labels = [image.parent.name != "good" for image in images]
         model = FaissPatchcore(
-            backbone="efficientnet_lite0", layers=LAYERS, coreset_sampling_ratio=ratio, visualizer=False, evaluator=False
+            backbone="efficientnet_lite0",
+            layers=LAYERS,
+            normalization="imagenet",
+            coreset_sampling_ratio=ratio,
+            visualizer=False,
+            evaluator=False,
         )
         defects = [f"test/{path.name}" for path in sorted((data / "test").iterdir()) if path.name != "good"]
         datamodule = Folder(

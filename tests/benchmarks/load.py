@@ -125,7 +125,7 @@ def make_bundle(folder: Path) -> tuple[Path, list[Path]]:
     from patchcore_plugin.export import export_bundle
 
     embeddings = elpv_embeddings()
-    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).eval()
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS, normalization="imagenet").eval()
     model.model.memory_bank = embeddings[GreedyCoreset(ratio=0.01).fit(embeddings)]
     lay_out(folder / "elpv")
     good, bad = (sorted((folder / "elpv/test" / kind).iterdir()) for kind in ("good", "defective"))

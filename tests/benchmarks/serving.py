@@ -43,7 +43,7 @@ def make_bundle(bank: torch.Tensor, normal: list[Path], folder: Path, **options:
     from patchcore_plugin import FaissPatchcore
     from patchcore_plugin.export import export_bundle
 
-    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).eval()
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS, normalization="imagenet").eval()
     model.model.memory_bank = bank
     return export_bundle(model, folder, images=normal, **options)
 

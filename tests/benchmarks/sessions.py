@@ -79,7 +79,7 @@ def make_sessions(folder: Path) -> Cells:
     paths.sort(key=lambda path: path.parent.name != "good")
     session = np.arange(len(paths)) % len(SESSIONS)
     seen = [record(path, number, folder) for path, number in zip(paths, session, strict=True)]
-    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS).eval()
+    model = FaissPatchcore(backbone="efficientnet_lite0", layers=LAYERS, normalization="imagenet").eval()
     with torch.inference_mode():
         embeddings = embed(model, seen).reshape(len(seen), -1, 152)
     return Cells(distances_to_coresets(embeddings, sum(path.parent.name == "good" for path in paths)), session)

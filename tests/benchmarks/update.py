@@ -40,7 +40,12 @@ SHIFTS = {
 def train(root: Path, folder: Path) -> Path:
     """Train at 1 %; returns the bundle."""
     model = FaissPatchcore(
-        backbone="efficientnet_lite0", layers=LAYERS, coreset_sampling_ratio=0.01, visualizer=False, evaluator=False
+        backbone="efficientnet_lite0",
+        layers=LAYERS,
+        normalization="imagenet",
+        coreset_sampling_ratio=0.01,
+        visualizer=False,
+        evaluator=False,
     )
     data = Folder(
         name="cells", root=root, normal_dir="train/good", normal_test_dir="test/good", abnormal_dir="test/defective",
