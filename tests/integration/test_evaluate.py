@@ -55,7 +55,10 @@ def config(tiles, tmp_path_factory) -> Path:
         "baseline": HOSTILE,
         "backbones": {"lite0": BACKBONE},
         "models": {
-            "ours": {"class_path": "patchcore_plugin.FaissPatchcore", "init_args": {"coreset_sampling_ratio": 0.02}},
+            "ours": {
+                "class_path": "patchcore_plugin.FaissPatchcore",
+                "init_args": {"coreset_sampling_ratio": 0.02, "normalization": "imagenet"},  # as the peer
+            },
             HOSTILE: {"class_path": "anomalib.models.Padim", "init_args": {"n_features": 20}},
             "peer": {"class_path": "anomalib.models.Patchcore", "init_args": {"coreset_sampling_ratio": 0.02}},
             "broken": {"class_path": "anomalib.models.Padim", "init_args": {"n_features": 1000}},
