@@ -171,8 +171,8 @@ def common_options(settings: Settings) -> dict[str, Any]:
         # search would take half as long again. A value in the environment goes before these.
         "envs": [
             {"name": "MALLOC_ARENA_MAX", "value": "2"},
-            {"name": "MALLOC_MMAP_THRESHOLD_", "value": str(20 << 20)},
-            {"name": "MALLOC_TRIM_THRESHOLD_", "value": str(32 << 20)},
+            {"name": "MALLOC_MMAP_THRESHOLD_", "value": str(17 << 20)},
+            {"name": "MALLOC_TRIM_THRESHOLD_", "value": str(20 << 20)},
         ],
     }
 
