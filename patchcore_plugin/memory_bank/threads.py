@@ -48,8 +48,8 @@ class Threads:
         if self.count is None:
             return [outside_fork(function, part) for part in parts]
         if self._pool is None or self._process != os.getpid():
-            self._process = os.getpid()
             self._pool = ThreadPoolExecutor(self.count, "memory-bank", initializer=faiss.omp_set_num_threads, initargs=(1,))
+            self._process = os.getpid()  # last: until then, other threads must not take the pool of before a fork
         return list(self._pool.map(function, parts))
 
 
