@@ -345,17 +345,19 @@ def test_sanity_check_names_its_setting(cells):
         trainer.fit(make_model(), datamodule=folder_datamodule(cells))
 
 
+class Unreadable(OSError):
+    """What a step raises whose images cannot be read."""
+
+
+def unreadable(batch, batch_idx):
+    raise Unreadable
+
+
 def test_bank_outlives_a_validation_that_fails(cells, tmp_path):
     """A checkpoint is there before the validation; a validation that ends replaces it under the same name."""
     model, engine = make_model(), make_engine(tmp_path)
 
-    class Unreadable(OSError):
-        pass
-
-    def step(batch, batch_idx):
-        raise Unreadable
-
-    model.validation_step = step
+    model.validation_step = unreadable
     with pytest.raises(Unreadable):
         engine.fit(model, datamodule=folder_datamodule(cells))
     (kept,) = tmp_path.rglob("*.ckpt")
@@ -376,19 +378,13 @@ def test_failure_says_where_the_checkpoint_lies(cells, tmp_path, caplog):
     """A test that fails after the training names the checkpoint; a training that kept none says so."""
     model, engine = make_model(), make_engine(tmp_path)
 
-    class Unreadable(OSError):
-        pass
-
-    def step(batch, batch_idx):
-        raise Unreadable
-
-    model.test_step = step
+    model.test_step = unreadable
     with pytest.raises(Unreadable):
         engine.train(model, datamodule=folder_datamodule(cells))
     (kept,) = tmp_path.rglob("v0/**/*.ckpt")
     assert f"The trained model is kept in {kept}" in caplog.text
 
-    model.training_step = step
+    model.training_step = unreadable
     with pytest.raises(Unreadable):
         make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
     assert f"No model is kept in {tmp_path / 'FaissPatchcore/cells/v1'}" in caplog.text
