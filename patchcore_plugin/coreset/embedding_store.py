@@ -15,10 +15,14 @@ from patchcore_plugin.coreset.products import full_float32
 from patchcore_plugin.coreset.traversal import Traversal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch.distributed as dist
 
     from patchcore_plugin.coreset.sampler import GreedyCoreset
     from patchcore_plugin.coreset.tuning import Tuning
+
+    FindOutliers = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +127,15 @@ class EmbeddingStore:
             self._filled += len(part)
             embeddings = embeddings[len(part) :]
 
-    def reduce_to_bank(self, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    def reduce_to_bank(
+        self, group: dist.ProcessGroup | None = None, find_outliers: FindOutliers | None = None
+    ) -> torch.Tensor:
         """Reduce all rows, those of all processes in a group, to the coreset (K, D), and empty the store.
+
+        Args:
+            group: The processes.
+            find_outliers: Called in each process with the coreset (K, D), the numbers of its rows (K,), the process's rows
+                that are left (N, D), and their numbers (N,). Returns which vectors of the coreset are dropped (K,).
 
         Raises:
             ValueError: If no process has any row.
@@ -143,6 +154,10 @@ class EmbeddingStore:
         self.radius_ = collected.error + radius
         self.numbers_ = self._numbers_of(picks, collected, shards, tuning)
         self._warn(len(bank), collected)
+        if find_outliers is not None:
+            numbers = self.numbers_.to(bank.device)
+            usual = ~find_outliers(bank, numbers, rows, self._numbers_left(collected))
+            bank, self.numbers_ = bank[usual], self.numbers_[usual.cpu()]
         self._matrix = self._numbers = None
         self._filled = self._kept = 0
         return bank
@@ -182,9 +197,13 @@ class EmbeddingStore:
         """Numbers of picked rows as they were appended; where rows were reduced, those that are left are numbered anew."""
         if not collected.streamed:
             return picks.cpu()
-        numbers = torch.arange(self._filled, device=picks.device) if self._numbers is None else self._numbers
-        numbers = (numbers[: self._filled] + collected.first)[:, None]
-        return rows_of_all(numbers, picks, shards, tuning)[:, 0].cpu()
+        return rows_of_all(self._numbers_left(collected)[:, None], picks, shards, tuning)[:, 0].cpu()
+
+    def _numbers_left(self, collected: _Collected) -> torch.Tensor:
+        """Numbers of this process's rows that are left (N,), through all processes, as they were appended."""
+        device = self._matrix.device
+        numbers = torch.arange(self._filled, device=device) if self._numbers is None else self._numbers[: self._filled]
+        return numbers + collected.first
 
     def _warn(self, size: int, collected: _Collected) -> None:
         """Warn of a bank that is smaller, or of a radius that is larger, than was asked for."""

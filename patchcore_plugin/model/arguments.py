@@ -21,6 +21,10 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "coreset_radius": {**SAMPLER_BOUNDS["radius"], "optional": True},
     "coreset_projection": {**SAMPLER_BOUNDS["projection"], "optional": True},
     "random_state": {**SAMPLER_BOUNDS["random_state"], "optional": True},
+    "outlier_rejection": {
+        "low": 0, "closed": "right", "optional": True,
+        "hint": "It is a number of standard deviations: 2 leaves out what is rare, 3 less, None nothing.",
+    },
     "memory_budget": {
         "low": 0, "closed": "right", "optional": True,
         "hint": "4 lets the embeddings and the coreset take 4 GiB per process; leave it out to use the free memory.",

@@ -9,11 +9,12 @@ import torch
 
 from patchcore_plugin.bundle.origins import Origins, locate_patches
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
+from patchcore_plugin.coreset.outliers import find_outliers
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.training_images import check_finite, own_images
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anomalib.data import Batch
 
@@ -27,11 +28,13 @@ class FittedBank(NamedTuple):
         vectors: The coreset (M, D).
         radius: Largest distance of any training patch to the coreset, in feature units.
         origins: Training image, row and column of each vector; None where the images had no paths.
+        outliers: Vectors of the coreset that were left out.
     """
 
     vectors: torch.Tensor
     radius: float
     origins: Origins | None
+    outliers: int
 
 
 class PatchCollector:
@@ -43,6 +46,8 @@ class PatchCollector:
         expected_images: Images that the training gives to this process, at most; None if unknown.
         budget: Bytes that the embeddings and the coreset may take; ``None`` takes most of the free memory.
         processes: Processes that share this machine's memory.
+        outlier_rejection: Deviations beyond which a vector of the coreset is left out, as in
+            :func:`patchcore_plugin.coreset.outliers.find_outliers`; ``None`` keeps them all.
 
     Attributes:
         anomalous: Images that were left out because they are labeled anomalous.
@@ -55,12 +60,14 @@ class PatchCollector:
         expected_images: int | None,
         budget: float | None = None,
         processes: int = 1,
+        outlier_rejection: float | None = None,
     ) -> None:
         self.sampler = sampler
         self.dtype = dtype
         self.expected_images = expected_images
         self.budget = budget
         self.processes = processes
+        self.outlier_rejection = outlier_rejection
         self.anomalous = 0
         self._seen = 0
         self._store: EmbeddingStore | None = None
@@ -124,17 +131,35 @@ class PatchCollector:
         """Reduce the embeddings of all processes in a group to the memory bank, and forget them."""
         store = self._store or self._new_store(0)  # this process has none; others have
         self._store = None
-        vectors = store.reduce_to_bank(group)
-        return FittedBank(vectors, store.radius_, self._origins(store.numbers_, group))
+        images = self._images_of_all(group)
+        found: list[torch.Tensor] = []
+
+        def find(bank: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor, row_numbers: torch.Tensor) -> torch.Tensor:
+            image_of = _image_numbers(images, rows.device)
+            found.append(find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group))
+            return found[0]
+
+        vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
+        origins = locate_patches(store.numbers_.numpy(), images) if all(path for path, *_ in images) else None
+        return FittedBank(vectors, store.radius_, origins, sum(int(outliers.sum()) for outliers in found))
 
     def _new_store(self, expected_rows: int | None) -> EmbeddingStore:
         return EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes)
 
-    def _origins(self, numbers: torch.Tensor, group: torch.distributed.ProcessGroup | None) -> Origins | None:
-        """Where patches come from whose numbers count those of all processes by rank."""
+    def _images_of_all(self, group: torch.distributed.ProcessGroup | None) -> list[tuple[str, int, int]]:
+        """Path, rows and columns of the patch grid of the images of all processes by rank; this process's are forgotten."""
         shares = [self._images]
         if group is not None:
             shares = [[] for _ in range(torch.distributed.get_world_size(group))]
             torch.distributed.all_gather_object(shares, self._images, group=group)
-        images, self._images = [image for share in shares for image in share], []
-        return locate_patches(numbers.numpy(), images) if all(path for path, *_ in images) else None
+        self._images = []
+        return [image for share in shares for image in share]
+
+
+def _image_numbers(images: Sequence[tuple[str, int, int]], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Function from numbers of patches to numbers of their images; an image that came twice has one number."""
+    ends = torch.tensor([rows * columns for _, rows, columns in images], device=device).cumsum(0)
+    first: dict[str, int] = {}
+    same = torch.tensor([first.setdefault(path, place) if path else place for place, (path, *_) in enumerate(images)])
+    same = same.to(device)
+    return lambda numbers: same[torch.searchsorted(ends, numbers, right=True)]

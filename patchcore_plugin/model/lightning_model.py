@@ -99,6 +99,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             255, e.g. ``[0, 4095]``, or ``"auto"``, the smallest and the largest value of the training images. Values outside
             are clipped: a single hot pixel widens ``"auto"``, and a defect brighter than every normal image ends at 255.
             ``None`` reads 8-bit images and refuses deeper ones; with a range, 8-bit ones are refused.
+        outlier_rejection: Leaves patches out of the memory bank that have no like in two other training images, as a defect
+            that hides among the normal ones. A patch is left out if it is farther from its likes than the median of the
+            bank by this number of standard deviations. ``None`` leaves none out.
         exclude: Text file (UTF-8) with the path of an image in each line, as ``patchcore check`` writes it. These images are
             neither learned from nor in the validation set. Paths are relative to the file's folder.
 
@@ -148,6 +151,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         normalization: Normalization | None = None,
         score_smoothing: float = 0,
         intensity_range: tuple[float, float] | Literal["auto"] | None = None,
+        outlier_rejection: float | None = None,
         exclude: str | Path | None = None,
     ) -> None:
         check_numbers(
@@ -156,6 +160,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             coreset_projection=coreset_projection,
             random_state=random_state,
             memory_budget=memory_budget,
+            outlier_rejection=outlier_rejection,
         )
         if coreset_radius is not None and coreset_projection is not None:
             msg = "coreset_radius is a distance of the embeddings themselves: leave coreset_projection out."
@@ -186,6 +191,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.coreset_projection = coreset_projection
         self.memory_budget = memory_budget
         self.random_state = random_state
+        self.outlier_rejection = outlier_rejection
         self.model = FaissPatchcoreModel(
             layers=layers,
             backbone=backbone,
@@ -317,6 +323,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             expected_images=expected_images(self.trainer),
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
+            outlier_rejection=self.outlier_rejection,
         )
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -361,10 +368,16 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.origins = fitted.origins
         logger.info(
             "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
-            len(self.model.memory_bank),
+            len(self.model.memory_bank) + fitted.outliers,
             patches,
             fitted.radius,
         )
+        if fitted.outliers:
+            logger.info(
+                "%d of them are left out: they have no like in two other images (outlier_rejection: %g). `patchcore check` "
+                "ranks the images.",
+                fitted.outliers, self.outlier_rejection,
+            )  # fmt: skip
 
     def on_validation_start(self) -> None:
         """Build the memory bank before the first validation.

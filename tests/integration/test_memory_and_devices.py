@@ -1,6 +1,7 @@
 """Training within a memory budget, at other precisions, to a radius, and by several processes."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -212,6 +213,65 @@ def test_two_processes_end_with_the_bank_of_one(odd_cells, tmp_path, trained):
     for found in (one, first, second):
         patches, images = found["origins"]
         assert_origins(Origins(patches.numpy(), images), found["bank"], trained, 23)
+
+
+@pytest.fixture(scope="module")
+def dirty_cells(cells, tmp_path_factory) -> tuple[Path, set[str]]:
+    """The cells with three defective ones among those to learn from, and the names of the three."""
+    root = tmp_path_factory.mktemp("dirty")
+    defective = sorted((cells / "test/defective").iterdir())[::20]
+    (root / "train/good").mkdir(parents=True)
+    for image in [*(cells / "train/good").iterdir(), *defective]:
+        (root / "train/good" / image.name).hardlink_to(image)
+    (root / "test").symlink_to(cells / "test", target_is_directory=True)
+    return root, {image.name for image in defective}
+
+
+def share_of(images: set[str], origins: Origins) -> float:
+    """Share of the bank's vectors that come from some images."""
+    names = np.array([Path(path).name for path in origins.images])[origins.patches[:, 0]]
+    return np.isin(names, list(images)).mean()
+
+
+@pytest.fixture(scope="module")
+def dirty(dirty_cells, trained, tmp_path_factory) -> FaissPatchcore:
+    """A model that learned from the dirty cells without outlier rejection; its bank is full of them."""
+    model = fit(make_model(), dirty_cells[0], tmp_path_factory.mktemp("dirty-results"))
+    assert len(model.model.memory_bank) == 27 * 1024 * 2 // 100
+    assert share_of(dirty_cells[1], model.origins) > 1.5 * 3 / 27
+    return model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"embedding_dtype": "float16"}, {"memory_budget": 27 * 1024 * 152 * 4 * 1.25 / 6 / 2**30}],
+    ids=["exact", "float16", "streamed"],
+)
+def test_outliers_are_left_out(dirty, dirty_cells, trained, tmp_path, caplog, arguments):
+    root, planted = dirty_cells
+    with caplog.at_level(logging.INFO):
+        model = fit(make_model(outlier_rejection=2, **arguments), root, tmp_path)
+    before, bank = dirty.model.memory_bank, model.model.memory_bank
+    assert 0.85 * len(before) < len(bank) < len(before)
+    assert f"{len(before) - len(bank)} of them are left out" in caplog.text
+    assert share_of(planted, model.origins) < 0.88 * share_of(planted, dirty.origins)
+    if "embedding_dtype" not in arguments:  # rounded vectors are no embeddings
+        assert_origins(model.origins, bank, trained, 27)
+    if not arguments:  # most are of the three among 27 images; the others stay, in the order of picking
+        counts = [share_of(planted, found.origins) * len(found.model.memory_bank) for found in (dirty, model)]
+        assert counts[0] - counts[1] > 0.6 * (len(before) - len(bank))
+        stay = (bank[:, None] == before).all(2).nonzero()[:, 1]
+        assert len(stay) == len(bank)
+        assert (stay.diff() > 0).all()
+
+
+def test_outliers_by_two_processes(dirty_cells, tmp_path):
+    root, _ = dirty_cells
+    (one,) = train_by(1, root, tmp_path / "one", {"outlier_rejection": 2})
+    first, second = train_by(2, root, tmp_path / "two", {"outlier_rejection": 2})
+    assert torch.equal(first["bank"], second["bank"])
+    assert 450 < len(one["bank"]) < 27 * 1024 * 2 // 100
+    assert abs(len(first["bank"]) - len(one["bank"])) <= 3  # an image's embedding depends on its batch in the last digits
 
 
 @pytest.mark.slow

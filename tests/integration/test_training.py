@@ -68,6 +68,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "normalization",
         "score_smoothing",
         "intensity_range",
+        "outlier_rejection",
         "exclude",
     }
 
