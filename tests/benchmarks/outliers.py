@@ -3,9 +3,9 @@
     python tests/benchmarks/outliers.py                      # ELPV's monocrystalline and polycrystalline cells
     python tests/benchmarks/outliers.py --data MTD_FOLDER    # a folder with train/good, test/good and test/DEFECT
 
-Each seed draws ELPV's split, the first patch of the coreset, and the defective images that are taken out of the test set, one
-for each 19 normal images to learn from. Clean training images are the normal ones, dirty ones these and the defective ones.
-The test set is the same for both. Normalization is the backbone's; the search is exact.
+Each seed draws ELPV's split, the first patch of the coreset, and the defective images that are taken out of the test set,
+one for each 19 normal images to learn from. Clean training images are the normal ones, dirty ones these and the defective
+ones. The test set is the same for both. Normalization is the backbone's; the search is exact.
 """
 
 from __future__ import annotations
