@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MIN_IMAGES = 10
 """Fewest images of which vectors are left out: with fewer, what is usual is unknown."""
 
-_PILOT = 1024  # vectors whose distances tell what is usual
+_PILOT = 4096  # vectors whose distances tell what is usual; with a quarter of them, 15 % more or fewer are left out
 _SPREAD_FLOOR = 0.1  # least standard deviation of the distances, as a share of their median
 _NORMAL_MAD = 0.6745  # median absolute deviation of a standard normal distribution
 _PRODUCT_VALUES = 2**23  # of a matrix product: bounds its memory at 32 MiB
@@ -39,8 +39,8 @@ def find_outliers(
     defect. An outlier is farther than the median of all vectors by a number of standard deviations, estimated from the
     median absolute deviation. No share of outliers is assumed, but that it is below half.
 
-    Distances above that limit alone are needed exactly, so most vectors are compared with a part of the rows: those of a
-    tenth to a third of the images.
+    Median and deviation are those of 4,096 vectors. Of the others, distances are needed above the limit alone, so most are
+    compared with a part of the rows: those of a tenth to a third of the images.
 
     Args:
         bank: The coreset's vectors (M, D); the same in every process.
@@ -67,7 +67,9 @@ def find_outliers(
         if not middle > 0:
             return outliers
         limit = middle + deviations * torch.maximum(spread, _SPREAD_FLOOR * middle)
-        outliers[:] = _second_distances(bank, bank_images, images, limit, shards) > limit
+        outliers[pilot] = distances > limit
+        others = torch.ones_like(outliers).index_fill_(0, pilot, False).nonzero().squeeze(1)
+        outliers[others] = _second_distances(bank[others], bank_images[others], images, limit, shards) > limit
     return outliers.clone()
 
 
@@ -128,6 +130,8 @@ def _second_distances(
     vectors: torch.Tensor, vector_images: torch.Tensor, images: _Images, limit: torch.Tensor | None, shards: Shards
 ) -> torch.Tensor:
     """Distance (M,) of each vector to the second nearest other image; where it is below ``limit``, any such value."""
+    if not len(vectors):
+        return torch.empty(0, device=vectors.device)
     mean = vectors.float().mean(0)  # what both sides share would cost the product its digits
     centered = vectors.float() - mean
     lengths = centered.square().sum(1)

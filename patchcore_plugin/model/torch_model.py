@@ -48,7 +48,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
-        covering_radius: Largest distance of any training patch to the bank, in feature units; NaN until fitted.
+        covering_radius: Largest distance of any training patch to the coreset, in feature units; NaN until fitted. It
+            counts vectors that outlier rejection left out of the bank.
         tiler: anomalib's tiler, set by its tiling callback.
         position_weight: Distance, in feature units, by which patches at opposite edges of the image differ through their
             position alone. 0 but in models that version 0.1 trained with this argument.

@@ -57,9 +57,9 @@ def test_as_the_reference(seed, deviations):
 
 
 def test_only_the_pilot_sets_the_limit_of_many_vectors():
-    rows, images, _ = data(images=20, each=100)
-    picks = np.arange(2000)
-    pilot = np.linspace(0, 1999, 1024).astype(int)
+    rows, images, _ = data(images=12, each=450)
+    picks = np.arange(5400)
+    pilot = np.linspace(0, 5399, 4096).astype(int)
     truth = second_distances(rows, images, rows, images)
     found = find(rows[picks], images[picks], rows, images)
     np.testing.assert_array_equal(found, truth > limit_of(truth[pilot], 2))
