@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from patchcore_plugin.bundle.origins import Origins, locate_patches
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
 from patchcore_plugin.coreset.outliers import find_outliers
 from patchcore_plugin.errors import UsageError
+from patchcore_plugin.model.augmentation import Change
 from patchcore_plugin.model.training_images import check_finite, own_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from anomalib.data import Batch
+    from numpy.typing import NDArray
 
     from patchcore_plugin.coreset.sampler import GreedyCoreset
 
@@ -37,13 +40,31 @@ class FittedBank(NamedTuple):
     outliers: int
 
 
+class _Grid(NamedTuple):
+    """The patch grid of an image, or of a changed copy of one.
+
+    Attributes:
+        path: Absolute path of the image; "" if it has none.
+        rows: Rows of the image's grid.
+        columns: Columns of the image's grid.
+        change: What makes the copy out of the image.
+        back: How many grids before this one the image's own lies; 0 for the image itself.
+    """
+
+    path: str
+    rows: int
+    columns: int
+    change: Change = Change()
+    back: int = 0
+
+
 class PatchCollector:
     """Collects the patch embeddings of a training's normal images, and reduces them to the memory bank.
 
     Args:
         sampler: Picks the memory bank.
         dtype: Type in which the embeddings are held.
-        expected_images: Images that the training gives to this process, at most; None if unknown.
+        expected_images: Images that the training gives to this process, at most, copies included; None if unknown.
         budget: Bytes that the embeddings and the coreset may take; ``None`` takes most of the free memory.
         processes: Processes that share this machine's memory.
         outlier_rejection: Deviations beyond which a vector of the coreset is left out, as in
@@ -71,7 +92,7 @@ class PatchCollector:
         self.anomalous = 0
         self._seen = 0
         self._store: EmbeddingStore | None = None
-        self._images: list[tuple[str, int, int]] = []  # path, and rows and columns of the patch grid
+        self._grids: list[_Grid] = []
 
     @property
     def patches(self) -> int:
@@ -108,16 +129,35 @@ class PatchCollector:
             UsageError: If an embedding is NaN or infinite, or too large for the type in which embeddings are held; or if
                 the memory budget is far too small.
         """
+        images, rows, columns, _ = embedding.shape
+        self._append(embedding, paths)
+        self._grids += [_Grid(path and str(Path(path).absolute()), rows, columns) for path in paths or [""] * images]
+
+    def add_copies(self, embedding: torch.Tensor, paths: Sequence[str] | None, change: Change) -> None:
+        """Add the patch embeddings (B, h, w, D) of copies of the images that were added last by :meth:`add`.
+
+        Args:
+            embedding: The embeddings, in the order of the images; a quarter turn swaps h and w.
+            paths: Paths of the images, if they have any.
+            change: What made the copies.
+
+        Raises:
+            UsageError: As :meth:`add` does.
+        """
+        self._append(embedding, paths)
+        last = self._grids[-len(embedding) :]
+        self._grids += [grid._replace(change=change, back=grid.back + len(last)) for grid in last]
+
+    def _append(self, embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
         check_finite(embedding, paths)
         held = embedding.to(self.dtype)
         if not held.to(embedding.dtype).isfinite().all():
             msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
             raise UsageError(msg)
-        images, rows, columns, dimension = embedding.shape
+        _, rows, columns, dimension = embedding.shape
         if self._store is None:
             self._store = self._new_store(self.expected_images and self.expected_images * rows * columns)
         self._store.append(held.reshape(-1, dimension))
-        self._images += [(path and str(Path(path).absolute()), rows, columns) for path in paths or [""] * images]
 
     def totals(self, group: torch.distributed.ProcessGroup | None, device: torch.device) -> tuple[int, int]:
         """Patch embeddings and anomalous images of all processes in a group."""
@@ -131,35 +171,52 @@ class PatchCollector:
         """Reduce the embeddings of all processes in a group to the memory bank, and forget them."""
         store = self._store or self._new_store(0)  # this process has none; others have
         self._store = None
-        images = self._images_of_all(group)
+        grids = self._grids_of_all(group)
         found: list[torch.Tensor] = []
 
         def find(bank: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor, row_numbers: torch.Tensor) -> torch.Tensor:
-            image_of = _image_numbers(images, rows.device)
+            image_of = _image_numbers(grids, rows.device)
             found.append(find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group))
             return found[0]
 
         vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
-        origins = locate_patches(store.numbers_.numpy(), images) if all(path for path, *_ in images) else None
+        origins = None
+        if all(grid.path for grid in grids):
+            images = [(grid.path, grid.rows, grid.columns) for grid in grids]
+            origins = locate_patches(_in_originals(store.numbers_.numpy(), grids), images)
         return FittedBank(vectors, store.radius_, origins, sum(int(outliers.sum()) for outliers in found))
 
     def _new_store(self, expected_rows: int | None) -> EmbeddingStore:
         return EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes)
 
-    def _images_of_all(self, group: torch.distributed.ProcessGroup | None) -> list[tuple[str, int, int]]:
-        """Path, rows and columns of the patch grid of the images of all processes by rank; this process's are forgotten."""
-        shares = [self._images]
+    def _grids_of_all(self, group: torch.distributed.ProcessGroup | None) -> list[_Grid]:
+        """Patch grids of the images and copies of all processes by rank; this process's are forgotten."""
+        shares = [self._grids]
         if group is not None:
             shares = [[] for _ in range(torch.distributed.get_world_size(group))]
-            torch.distributed.all_gather_object(shares, self._images, group=group)
-        self._images = []
-        return [image for share in shares for image in share]
+            torch.distributed.all_gather_object(shares, self._grids, group=group)
+        self._grids = []
+        return [grid for share in shares for grid in share]
 
 
-def _image_numbers(images: Sequence[tuple[str, int, int]], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Function from numbers of patches to numbers of their images; an image that came twice has one number."""
-    ends = torch.tensor([rows * columns for _, rows, columns in images], device=device).cumsum(0)
+def _image_numbers(grids: Sequence[_Grid], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Function from numbers of patches to numbers of their images; an image has one number, with its copies and repeats."""
+    ends = torch.tensor([grid.rows * grid.columns for grid in grids], device=device).cumsum(0)
     first: dict[str, int] = {}
-    same = torch.tensor([first.setdefault(path, place) if path else place for place, (path, *_) in enumerate(images)])
-    same = same.to(device)
-    return lambda numbers: same[torch.searchsorted(ends, numbers, right=True)]
+    same = [first.setdefault(grid.path, place) if grid.path else place - grid.back for place, grid in enumerate(grids)]
+    numbers_of = torch.tensor(same).to(device)
+    return lambda numbers: numbers_of[torch.searchsorted(ends, numbers, right=True)]
+
+
+def _in_originals(numbers: NDArray[np.int64], grids: Sequence[_Grid]) -> NDArray[np.int64]:
+    """Replace the number of each copy's patch by that of the same patch in the image itself; all count grid by grid."""
+    starts = np.cumsum([0, *(grid.rows * grid.columns for grid in grids)])
+    places = np.searchsorted(starts, numbers, side="right") - 1
+    first = starts[places - np.array([grid.back for grid in grids])[places]]
+    within = numbers - starts[places]
+    kinds = {grid[1:4]: number for number, grid in enumerate(grids)}
+    kind = np.array([kinds[grid[1:4]] for grid in grids])[places]
+    for (rows, columns, change), number in kinds.items():
+        mine = kind == number
+        within[mine] = change.origins(rows, columns).numpy()[within[mine]]
+    return first + within

@@ -34,6 +34,7 @@ from patchcore_plugin.model.arguments import (
     dtype_of_bank,
     dtype_of_embeddings,
 )
+from patchcore_plugin.model.augmentation import PixelScale, changes_of, check_augmentations
 from patchcore_plugin.model.checkpoints import CheckedIO, CheckpointTeller, check_checkpoint
 from patchcore_plugin.model.collector import PatchCollector
 from patchcore_plugin.model.data_checks import check_data, set_up
@@ -104,6 +105,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             bank by this number of standard deviations. ``None`` leaves none out.
         exclude: Text file (UTF-8) with the path of an image in each line, as ``patchcore check`` writes it. These images are
             neither learned from nor in the validation set. Paths are relative to the file's folder.
+        augmentations: Changed copies of each training image that the bank learns too, for trainings with few images: names
+            of :data:`patchcore_plugin.model.augmentation.AUGMENTATIONS`. ``"mirror"`` (left and right), ``"flip"`` (top and
+            bottom), ``"half_turn"``, ``"quarter_turns"``, ``"small_turns"`` (by 5 degrees) and ``"brightness"`` (by 20 %).
+            What they show counts as normal: a part that lies the wrong way too. ``coreset_sampling_ratio`` is a share of
+            all patches, those of copies included. ``None`` makes no copies.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -153,6 +159,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         intensity_range: tuple[float, float] | Literal["auto"] | None = None,
         outlier_rejection: float | None = None,
         exclude: str | Path | None = None,
+        augmentations: Sequence[str] | None = None,
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -178,6 +185,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             pre_processor = build_pre_processor(image_size, normalization=normalization, backbone=backbone)
         dtype = dtype_of_bank(precision)
         self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
+        augmentations = check_augmentations(augmentations)
         if not isinstance(layers, str):
             layers = list(layers)  # plain: a checkpoint with the list type of get_model's omegaconf could not be loaded
         super().__init__(
@@ -203,6 +211,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self._finds_range = intensity_range == "auto"
         self.intensity_range = None if intensity_range in (None, "auto") else check_intensity_range(intensity_range)
         self.exclude = exclude
+        self.augmentations = augmentations
         self.held_out = None
         self.origins = None
 
@@ -311,7 +320,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Start a new memory bank: training again replaces the old one."""
         self.held_out = self.origins = None
         self._is_fitted = torch.tensor([False], device=self.device)
-        radius = self.coreset_radius
+        radius, images = self.coreset_radius, expected_images(self.trainer)
         self._patches = PatchCollector(
             GreedyCoreset(
                 ratio=self.coreset_sampling_ratio if radius is None else None,
@@ -320,7 +329,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 projection=self.coreset_projection,
             ),
             dtype=self.embedding_dtype,
-            expected_images=expected_images(self.trainer),
+            expected_images=images and images * (1 + len(changes_of(self.augmentations))),
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
             outlier_rejection=self.outlier_rejection,
@@ -340,6 +349,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         images, paths = self._patches.select(batch, self.trainer.train_dataloader)
         if len(images):
             self._patches.add(self.model.embed(images), paths)
+            scale = PixelScale.of(getattr(self.pre_processor, "transform", None))
+            for change in changes_of(self.augmentations):
+                self._patches.add_copies(self.model.embed(change.apply(images, scale)), paths, change)
         # Lightning wants a loss. Nothing is learned from it: there is no optimizer.
         parameter = next(self.model.feature_extractor.parameters())
         if parameter.requires_grad:

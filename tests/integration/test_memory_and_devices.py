@@ -18,6 +18,7 @@ from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
 from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.export import export_bundle
+from patchcore_plugin.model.augmentation import PixelScale, changes_of
 
 
 def fit(model, cells, tmp_path, **arguments) -> FaissPatchcore:
@@ -117,6 +118,103 @@ def test_data_ten_times_the_budget(cells, tmp_path, trained, training_embeddings
     assert reached < 1.3 * trained.model.model.covering_radius
     assert auroc(model, cells, tmp_path) > trained.metrics["image_AUROC"] - 0.03
     assert_origins(model.origins, bank, trained, 24)
+
+
+COPIES = ["mirror", "flip", "half_turn", "quarter_turns", "small_turns", "brightness"]
+
+
+@pytest.fixture(scope="module")
+def three_cells(cells, tmp_path_factory) -> Path:
+    """Three normal cells to train, and some test images."""
+    root = tmp_path_factory.mktemp("three")
+    for folder, count in {"train/good": 3, "test/good": 20, "test/defective": 2}.items():
+        (root / folder).mkdir(parents=True)
+        for image in sorted((cells / folder).iterdir())[:count]:
+            (root / folder / image.name).hardlink_to(image)
+    return root
+
+
+def assert_copies(origins: Origins, bank: torch.Tensor, trained, names: list[str], atol: float = 1e-3) -> None:
+    """Each bank vector is an embedding of its image or of a copy, at the place that is its origin in the image."""
+    scale, kinds = PixelScale.of(trained.model.pre_processor.transform), set()
+    assert len(origins.patches) == len(bank)
+    assert len(set(origins.images)) == len(origins.images) <= 3
+    for number, path in enumerate(origins.images):
+        mine = origins.patches[:, 0] == number
+        vectors = bank[torch.from_numpy(mine)].float()
+        originals = torch.from_numpy(origins.patches[mine, 1] * 32 + origins.patches[mine, 2])
+        pixels = trained.model.pre_processor.transform(read_image(path, as_tensor=True)[None])
+        found = torch.zeros(len(vectors), dtype=torch.bool)
+        for change in [None, *changes_of(names)]:
+            with torch.no_grad():
+                copy = trained.model.model.embed(pixels if change is None else change.apply(pixels, scale)).reshape(1024, -1)
+            places = torch.arange(1024) if change is None else change.origins(32, 32)
+            nearest = torch.cdist(vectors, copy, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+            fits = (nearest.values < atol * 152**0.5) & (places[nearest.indices] == originals)
+            found |= fits
+            kinds |= {change} if fits.any() else set()
+        assert found.all()
+    assert len(kinds) == 1 + len(changes_of(names)), "every copy has given some vectors"
+
+
+def test_copies_of_three_images(three_cells, tmp_path, trained):
+    model = fit(make_model(augmentations=COPIES), three_cells, tmp_path / "all")
+    copies = len(changes_of(COPIES))
+    assert copies == 9
+    assert len(model.model.memory_bank) == 3 * 1024 * (1 + copies) * 2 // 100
+    assert_copies(model.origins, model.model.memory_bank, trained, COPIES)
+    plain = fit(make_model(), three_cells, tmp_path / "none")
+    assert len(plain.model.memory_bank) == 3 * 1024 * 2 // 100
+    # no copy is validated, and none is held out
+    assert len(model.held_out) == len(plain.held_out) == 20
+
+
+def test_checkpoint_keeps_the_names_of_copies(three_cells, tmp_path, test_images):
+    model, engine = make_model(augmentations=("mirror",), coreset_sampling_ratio=1), make_engine(tmp_path)
+    engine.fit(model, datamodule=folder_datamodule(three_cells))
+    loaded = FaissPatchcore.load_from_checkpoint(engine.best_model_path)
+    assert loaded.augmentations == loaded.hparams["augmentations"] == ["mirror"]
+    assert len(loaded.model.memory_bank) == 3 * 1024 * 2
+    runtime = PatchcoreRuntime.load(export_bundle(loaded.eval(), tmp_path / "bundle", index="flat", thumbnails=True))
+    found = {(one.nearest.image, one.nearest.row, one.nearest.column) for one in runtime.explain(test_images[-1])[1]}
+    assert {name for name, *_ in found} <= {f"good/{path.name}" for path in (three_cells / "train/good").iterdir()}
+    assert all(0 <= row < 32 and 0 <= column < 32 for _, row, column in found)
+
+
+def test_copies_of_an_image_that_is_not_square(three_cells, tmp_path):
+    """A quarter turn swaps height and width."""
+    model = fit(make_model(augmentations=["quarter_turns"], image_size=[128, 256]), three_cells, tmp_path)
+    assert len(model.model.memory_bank) == 3 * 16 * 32 * 3 * 2 // 100
+    _, rows, columns = model.origins.patches.T
+    assert rows.max() < 16 <= columns.max() < 32
+
+
+def test_copies_in_half_the_memory(three_cells, tmp_path, trained):
+    model = fit(make_model(augmentations=COPIES, embedding_dtype="float16"), three_cells, tmp_path)
+    bank = model.model.memory_bank
+    assert torch.equal(bank, bank.half().float())
+    assert_copies(model.origins, bank, trained, COPIES, atol=0.03)
+
+
+def test_copies_within_a_budget(three_cells, tmp_path, trained, caplog):
+    """The budget is for the embeddings of all copies: they are planned for, and streamed."""
+    budget = 30 * 1024 * 152 * 4 * 1.25 / 5 / 2**30
+    with caplog.at_level("INFO", "patchcore_plugin"):
+        model = fit(make_model(augmentations=COPIES, memory_budget=budget), three_cells, tmp_path)
+    assert "Reduced" in caplog.text
+    assert len(model.model.memory_bank) == 30 * 1024 * 2 // 100
+    assert_copies(model.origins, model.model.memory_bank, trained, COPIES)
+
+
+def test_two_processes_with_copies(three_cells, tmp_path, trained):
+    (one,) = train_by(1, three_cells, tmp_path / "one", {"augmentations": ["mirror", "small_turns"]})
+    first, second = train_by(2, three_cells, tmp_path / "two", {"augmentations": ["mirror", "small_turns"]})
+    assert torch.equal(first["bank"], second["bank"])
+    assert len(first["bank"]) == len(one["bank"]) == 3 * 1024 * 4 * 2 // 100
+    assert first["radius"] == pytest.approx(one["radius"], rel=1e-4)
+    for found in (one, first, second):
+        patches, images = found["origins"]
+        assert_copies(Origins(patches.numpy(), images), found["bank"], trained, ["mirror", "small_turns"])
 
 
 def test_features_too_large_for_float16(cells, tmp_path):

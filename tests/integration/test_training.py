@@ -70,6 +70,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "intensity_range",
         "outlier_rejection",
         "exclude",
+        "augmentations",
     }
 
 
