@@ -188,11 +188,13 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
     def _check_count(self, count: int) -> None:
         needed = images_needed(self.false_positive_rate)
         if count < needed:
+            lowest = f"{1 / (count + 1):.3g} is the lowest rate for {count} images" if count else "that takes an image too"
             msg = (
                 f"false_positive_rate={self.false_positive_rate:g} needs at least {needed} normal images in the validation "
                 f"set, which has {count}. Hold back more of the training images (val_split_mode: from_train, and a larger "
-                f"val_split_ratio), take more images, or allow more false alarms: {1 / (count + 1):.3g} is the lowest rate "
-                f"for {count} images."
+                f"val_split_ratio), take more images, or allow more false alarms: {lowest}. Or train without thresholds, as "
+                "configs/few_images.yaml does (val_split_mode: none, and the trainer's limit_val_batches: 0): such a model "
+                "gives scores and no verdict."
             )
             raise UsageError(msg)
 
