@@ -10,6 +10,7 @@ from helpers.training import make_model
 from torchvision.transforms.v2 import functional as TF
 
 from patchcore_plugin.model.augmentation import AUGMENTATIONS, Change, PixelScale, changes_of
+from patchcore_plugin.model.collector import _Grid, _image_numbers
 from patchcore_plugin.model.pre_processing import build_pre_processor
 
 PIXELS = PixelScale(torch.zeros(1), torch.ones(1))
@@ -114,3 +115,15 @@ def test_embeddings_of_copies(cells):
         rng = np.random.default_rng(0)
         others = (copy - plain[torch.from_numpy(rng.permutation(1024))]).norm(dim=1).median()
         assert distances < 0.95 * others, change
+
+
+def test_copies_are_no_other_images():
+    """Of outlier rejection, that is: else a defect's mirror images would be its likes."""
+    mirror, turn = changes_of(["mirror"])[0], changes_of(["quarter_turns"])[0]
+    images = [_Grid("a", 2, 3), _Grid("b", 2, 3)]
+    copies = [grid._replace(change=change, back=back) for change, back in ((mirror, 2), (turn, 4)) for grid in images]
+    numbers = torch.arange(36)
+    expected = (torch.arange(36) // 6) % 2
+    assert torch.equal(_image_numbers([*images, *copies], numbers.device)(numbers), expected)
+    nameless = [grid._replace(path="") for grid in (*images, *copies)]
+    assert torch.equal(_image_numbers(nameless, numbers.device)(numbers), expected)
