@@ -12,6 +12,7 @@ import torch
 from patchcore_plugin.coreset.memory import RowCost, free_memory, plan_memory
 from patchcore_plugin.coreset.processes import Shards, rows_of_all
 from patchcore_plugin.coreset.products import full_float32
+from patchcore_plugin.coreset.threads import threads_for
 from patchcore_plugin.coreset.traversal import Traversal
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ class EmbeddingStore:
         if self._numbers is None:
             self._numbers = torch.arange(capacity, device=matrix.device)
         room = (self._filled if final else capacity * 3 // 4) - self._kept
-        with torch.inference_mode(), full_float32(matrix.device.type):
+        with torch.inference_mode(), full_float32(matrix.device.type), threads_for(matrix):
             if not (self._radius and room > 0 and self._cover_new(matrix, room)):
                 self._cover_all(matrix)
 

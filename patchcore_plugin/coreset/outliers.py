@@ -12,6 +12,7 @@ import torch
 
 from patchcore_plugin.coreset.processes import Shards
 from patchcore_plugin.coreset.products import full_float32
+from patchcore_plugin.coreset.threads import threads_for
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -56,7 +57,7 @@ def find_outliers(
     """
     shards = Shards(group)
     outliers = torch.zeros(len(bank), dtype=torch.bool, device=bank.device)
-    with torch.inference_mode(), full_float32(bank.device.type):
+    with torch.inference_mode(), full_float32(bank.device.type), threads_for(rows):
         images = _Images(rows, row_images)
         if len(images.numbers_of_all(shards)) < MIN_IMAGES:
             return outliers

@@ -17,6 +17,7 @@ from patchcore_plugin.checks import check_number
 from patchcore_plugin.coreset.processes import Shards, rows_of_all
 from patchcore_plugin.coreset.products import full_float32
 from patchcore_plugin.coreset.progress import CoresetProgress
+from patchcore_plugin.coreset.threads import threads_for
 from patchcore_plugin.coreset.traversal import Traversal, random_generator
 from patchcore_plugin.coreset.tuning import Tuning
 from patchcore_plugin.cpu import outside_fork
@@ -132,7 +133,7 @@ class GreedyCoreset:
         home = points.device
         if home.type not in {"cpu", "cuda"}:
             points = points.cpu()  # Apple's and some of Intel's GPUs have no float64
-        with torch.inference_mode(), full_float32(points.device.type):
+        with torch.inference_mode(), full_float32(points.device.type), threads_for(points):
             picks = self._pick(points, group).to(home)
         return picks.clone()  # usable in a computation that records gradients
 
