@@ -15,6 +15,7 @@ from patchcore_plugin.cli.check import check
 from patchcore_plugin.cli.common import PlainGroup
 from patchcore_plugin.cli.evaluate import evaluate
 from patchcore_plugin.cli.predict import predict
+from patchcore_plugin.cli.tune import tune
 from patchcore_plugin.cli.update import update
 
 
@@ -32,6 +33,7 @@ def main(debug: bool) -> None:
 
 for command in (
     check,
+    tune,
     training.train,
     training.fit,
     training.test,

@@ -407,6 +407,7 @@ def test_help():
         "explain": ["BUNDLE", "IMAGE", "--output"],
         "update": ["BUNDLE", "NEW_NORMALS", "--holdout N", "--test"],
         "benchmark": ["BUNDLE", "FOLDER", "--threads"],
+        "tune": ["FOLDER", "--defects", "--overwrite", "weak evidence", "Exit code: 0"],
         "demo": ["--data-only", "Safe to run again"],
     }.items():
         output = words(call(command, "--help").stdout)

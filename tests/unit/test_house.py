@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # From top to bottom. A folder, or a file beside the folders, imports only from the levels below its own.
 LEVELS = (
     {"bento", "cli"},
-    {"demo"},
+    {"demo", "tuning"},
     {"cleaning", "evaluation", "export", "operations"},
     {"model", "runtime"},
     {"coreset", "memory_bank"},
@@ -31,7 +31,7 @@ LEVELS = (
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
-TORCH_FOLDERS = {"cleaning", "coreset", "evaluation", "export", "model"}
+TORCH_FOLDERS = {"cleaning", "coreset", "evaluation", "export", "model", "tuning"}
 TORCH_PACKAGES = {"torch", "torchvision", "lightning", "pytorch_lightning", "anomalib", "timm", "jsonargparse"}
 LAZY_TORCH = {"cli", "demo", "registry"}  # import them inside functions and for types, as some commands train
 
