@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
+from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.memory_bank.bfloat16 import CANDIDATES_LIMIT, BFloat16Candidates
 from patchcore_plugin.scoring import ScoreRule
@@ -97,7 +98,7 @@ def test_wider_after_the_first_image(bank_vectors, patch_grids):
     bank.width = CANDIDATES_LIMIT
     wide = bank.nearest(patch_grids)[0]
     assert (wide <= narrow).all()
-    assert (wide < narrow).any()
+    assert (wide < narrow).any() or not has_bfloat16()  # without it the product is float32, and one candidate is enough
 
 
 def test_many_grids(bank_vectors, real_embeddings):
