@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from patchcore_plugin.cleaning.evidence import Evidence, find_evidence, suspicious_above
-from patchcore_plugin.cleaning.files import ImageFacts, find_copies, find_odd, stream_facts
+from patchcore_plugin.cleaning.files import ImageFacts, find_copies, find_odd, read_all_facts
 from patchcore_plugin.depth import IntensityRange
 from patchcore_plugin.images import ImageError, read_image
 from patchcore_plugin.model.pre_processing import build_pre_processor
@@ -130,14 +130,14 @@ def check_images(
         UsageError: If the backbone or a layer is unknown, or the image size does not fit the backbone.
     """
     embedder = Embedder(network or Network())  # first: a wrong name is reported before the long work
-    facts = _read(images, "read", progress)
+    facts = read_all_facts(images, "read", progress)
     readable = [image for image in facts if not image.error]
     findings = [Finding(image.path, "unreadable", image.error) for image in facts if image.error]
     copies = find_copies(readable)
     for number, (like, words) in copies.items():
         findings.append(Finding(readable[number].path, "copy", words, readable[like].path))
     if test_images:
-        tests = [image for image in _read(test_images, "read test images", progress) if not image.error]
+        tests = [image for image in read_all_facts(test_images, "read test images", progress) if not image.error]
         for number, (like, words) in find_copies(readable, tests).items():
             findings.append(Finding(readable[number].path, "in the test folder", words, tests[like].path))
     findings += _odd(readable)
@@ -182,15 +182,6 @@ class Embedder:
         for path in paths:
             pixels = torch.tensor(read_image(path, intensity_range=span)).permute(2, 0, 1)[None]
             yield self._model.embed(self._transform(pixels.to(self._device).float() / 255))[0]
-
-
-def _read(paths: Sequence[Path], step: str, progress: Progress) -> list[ImageFacts]:
-    facts = []
-    progress(step, 0, len(paths))
-    for image in stream_facts(paths):
-        facts.append(image)
-        progress(step, len(facts), len(paths))
-    return facts
 
 
 def _odd(images: Sequence[ImageFacts]) -> Iterator[Finding]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.progress import Progress
+
 _SIDE = 32  # of a thumbnail, in pixels
 
 NEAR_DISTANCE = 0.04
@@ -63,10 +65,21 @@ class ImageFacts:
     thumbnail: NDArray[np.float32] = field(default_factory=lambda: np.zeros(_SIDE * _SIDE, np.float32), repr=False)
 
 
-def stream_facts(paths: Sequence[Path]) -> Iterator[ImageFacts]:
-    """Facts of image files in their order, read in several threads."""
+def read_all_facts(paths: Sequence[Path], step: str, progress: Progress) -> list[ImageFacts]:
+    """Facts of image files in their order, read in several threads.
+
+    Args:
+        paths: The files.
+        step: Name of the step that progress is told of.
+        progress: Called with each file.
+    """
+    facts = []
+    progress(step, 0, len(paths))
     with ThreadPoolExecutor(cores()) as pool:
-        yield from pool.map(read_facts, paths)
+        for image in pool.map(read_facts, paths):
+            facts.append(image)
+            progress(step, len(facts), len(paths))
+    return facts
 
 
 def read_facts(path: Path) -> ImageFacts:

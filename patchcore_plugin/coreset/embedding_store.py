@@ -78,6 +78,7 @@ class EmbeddingStore:
             bound.
         numbers_: Which rows the bank is made of, after :meth:`reduce_to_bank` (K,), int64, on the CPU. Rows are numbered as
             they were appended, through all processes in order of rank.
+        outliers_: Vectors of the coreset that :meth:`reduce_to_bank` dropped.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class EmbeddingStore:
         self.rows = 0
         self.reductions = 0
         self.radius_ = math.nan
+        self.outliers_ = 0
         self.numbers_ = torch.empty(0, dtype=torch.int64)
         self._matrix: torch.Tensor | None = None
         self._numbers: torch.Tensor | None = None  # of the matrix's rows, once they have been moved
@@ -158,6 +160,7 @@ class EmbeddingStore:
         if find_outliers is not None:
             numbers = self.numbers_.to(bank.device)
             usual = ~find_outliers(bank, numbers, rows, self._numbers_left(collected))
+            self.outliers_ = len(usual) - int(usual.sum())
             bank, self.numbers_ = bank[usual], self.numbers_[usual.cpu()]
         self._matrix = self._numbers = None
         self._filled = self._kept = 0

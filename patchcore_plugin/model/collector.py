@@ -172,19 +172,17 @@ class PatchCollector:
         store = self._store or self._new_store(0)  # this process has none; others have
         self._store = None
         grids = self._grids_of_all(group)
-        found: list[torch.Tensor] = []
 
         def find(bank: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor, row_numbers: torch.Tensor) -> torch.Tensor:
             image_of = _image_numbers(grids, rows.device)
-            found.append(find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group))
-            return found[0]
+            return find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group)
 
         vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
         origins = None
         if all(grid.path for grid in grids):
             images = [(grid.path, grid.rows, grid.columns) for grid in grids]
             origins = locate_patches(_in_originals(store.numbers_.numpy(), grids), images)
-        return FittedBank(vectors, store.radius_, origins, sum(int(outliers.sum()) for outliers in found))
+        return FittedBank(vectors, store.radius_, origins, store.outliers_)
 
     def _new_store(self, expected_rows: int | None) -> EmbeddingStore:
         return EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes)

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from patchcore_plugin.cleaning.files import ImageFacts, stream_facts
+from patchcore_plugin.cleaning.files import ImageFacts, read_all_facts
 from patchcore_plugin.depth import IntensityRange
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import ImageError
@@ -88,10 +88,7 @@ def draw_images(
 
 
 def _read(paths: Sequence[Path], progress: Progress) -> list[ImageFacts]:
-    facts = []
-    for image in stream_facts(paths):
-        facts.append(image)
-        progress("read", len(facts), len(paths))
+    facts = read_all_facts(paths, "read", progress)
     bad = [image for image in facts if image.error]
     if bad:
         names = "".join(f"\n  {as_line(str(image.path))}: {image.error}" for image in bad[:_NAMED])
