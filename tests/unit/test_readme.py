@@ -8,7 +8,7 @@ import pytest
 from helpers.training import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = {"README.md": 160, "configs/README.md": 66, "bento/README.md": 145, "tests/benchmarks/README.md": 180}
+DOCUMENTS = {"README.md": 160, "configs/README.md": 66, "bento/README.md": 145, "tests/benchmarks/README.md": 260}
 """Every README, with its longest length in lines."""
 
 
