@@ -251,7 +251,9 @@ class ModelSummary(BaseModel):
     loaded: bool = Field(description="Whether the process that answers has the model in memory; others load when asked for.")
     title: str | None = Field(None, description="Name in the bundle's manifest.")
     created: str | None = Field(None, description="When the bundle was written, ISO 8601.")
-    backbone: str | None = Field(None, description="Name of the network that computes the features.")
+    backbone: str | None = Field(
+        None, description="Name of the network that computes the features; of an ensemble, those of all members."
+    )
     input_size: HeightAndWidth | None = Field(None, description="Size that the network sees, after resize and crop.")
     intensity_range: tuple[float, float] | None = Field(
         None, description="Values of the images that become 0 and 255; null for a model of 8-bit images."
@@ -259,8 +261,8 @@ class ModelSummary(BaseModel):
     threshold: float | None = Field(
         None, description="Raw score above which an image is anomalous, sensitivity included, in feature units."
     )
-    bank_size: int | None = Field(None, description="Vectors in the memory bank.")
-    index: str | None = Field(None, description="Kind of the memory bank's index, such as flat or hnsw.")
+    bank_size: int | None = Field(None, description="Vectors in the memory bank; of an ensemble, in all of its banks.")
+    index: str | None = Field(None, description="Kind of the (first) memory bank's index, such as flat or hnsw.")
     storage: str | None = Field(None, description="Number format of the memory bank's vectors, such as float32.")
     precision: str | None = Field(None, description="Arithmetic of the network, such as f32.")
     bytes: int | None = Field(None, description="Size of the bundle's files.")
@@ -283,11 +285,11 @@ class ModelSummary(BaseModel):
             loaded=loaded,
             title=manifest.name,
             created=manifest.created.isoformat(),
-            backbone=manifest.backbone,
+            backbone=manifest.backbones,
             input_size=manifest.preprocessing.size,
             intensity_range=manifest.preprocessing.intensity_range,
             threshold=raw_threshold(manifest.image),
-            bank_size=manifest.bank_size,
+            bank_size=manifest.vectors,
             index=manifest.index.kind,
             storage=manifest.index.storage,
             precision=manifest.precision,

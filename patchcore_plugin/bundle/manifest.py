@@ -28,11 +28,19 @@ from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import PatchcoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Self
 
 MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
 ORIGINS, SOURCES, THUMBNAILS = "origins.npy", "sources.json", "thumbnails.npy"
+
+MAX_MEMBERS = 8
+"""Most members of an ensemble."""
+
+BANKS = [(BANK, NEIGHBORS), *((f"bank_{number}.faiss", f"bank_{number}.npy") for number in range(2, MAX_MEMBERS + 1))]
+"""Files of each member's memory bank, and of its neighbors; a single model has the first."""
 
 
 class FileRule(NamedTuple):
@@ -56,6 +64,11 @@ FILES = {
     # vectors (M, D), and beside them the k nearest of each (M, k), int32
     BANK: FileRule("memory bank and its index (FAISS)"),
     NEIGHBORS: FileRule("nearest neighbors of each bank vector", required=False),  # a huge flat bank has none
+    **{bank: FileRule("memory bank of a further member, and its index (FAISS)", required=False) for bank, _ in BANKS[1:]},
+    **{
+        neighbors: FileRule("nearest neighbors of each of its vectors", required=False, needs=(bank,))
+        for bank, neighbors in BANKS[1:]
+    },
     # (M, 3), int32; K names; (K, h, w, 3), u8, RGB
     ORIGINS: FileRule("training image, row and column of each bank vector", required=False, needs=(SOURCES,)),
     SOURCES: FileRule("names of the training images", required=False, needs=(ORIGINS,)),
@@ -66,6 +79,9 @@ FILES = {
 IndexKind = Literal["flat", "bfloat16", "ivf", "hnsw"]
 Storage = Literal["float32", "float16", "int8"]
 Precision = Literal["f32", "bf16", "int8"]
+
+ENSEMBLE_FORMAT = 6
+"""Lowest version of the bundle format that has ensembles."""
 
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
@@ -458,17 +474,43 @@ class Update(_Record):
     vectors: Annotated[int, Field(ge=0, le=2**53)]
 
 
+class Member(_Record):
+    """One member of an ensemble.
+
+    Attributes:
+        backbone: Name of the network that computes its features.
+        layers: Names of the backbone's layers whose features make its part of an embedding.
+        embedding_dimension: Number of values of that part.
+        bank_size: Number of vectors of its bank.
+        covering_radius: Largest distance from a training patch to its nearest bank vector, in the backbone's feature units;
+            None if unknown.
+        index: The index of its bank.
+        weight: Factor of its distances, before they are averaged with those of the others; 1 for the first member.
+    """
+
+    backbone: Text
+    layers: Annotated[list[Text], Field(max_length=100)]
+    embedding_dimension: Count
+    bank_size: Count
+    covering_radius: PositiveNumber | None = None
+    index: Index = Index()
+    weight: Annotated[Number, Field(gt=0)]
+
+
 class Manifest(_Record):
     """Content of manifest.json.
 
+    The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
+
     Attributes:
-        format_version: Version of the bundle format. Version 5 added the calibration's sessions, version 4 the intensity
-            range, and only bundles that have them are of these versions; what version 3 added has a default, so version 2
-            can be read.
+        format_version: Version of the bundle format. Version 6 added further members, version 5 the calibration's sessions,
+            version 4 the intensity range, and only bundles that have them are of these versions; what version 3 added has a
+            default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
         layers: Names of the backbone's layers whose features make an embedding.
+        members: Further members of an ensemble; empty for a single model.
         preprocessing: Steps from an image to the network's input.
         grid: Rows h and columns w of the patch grid.
         embedding_dimension: Number D of values of an embedding.
@@ -490,11 +532,12 @@ class Manifest(_Record):
         files: Checksum and size of each other file.
     """
 
-    format_version: Literal[2, 3, 4, 5]
+    format_version: Literal[2, 3, 4, 5, 6]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
     layers: Annotated[list[Text], Field(max_length=100)]
+    members: Annotated[list[Member], Field(max_length=MAX_MEMBERS - 1)] = []
     preprocessing: Preprocessing
     grid: Size
     embedding_dimension: Count
@@ -522,6 +565,9 @@ class Manifest(_Record):
         if self.calibration is not None and self.calibration.sessions is not None and self.format_version < 5:
             msg = f"format_version {self.format_version} has no sessions"
             raise ValueError(msg)
+        if self.members and self.format_version < ENSEMBLE_FORMAT:
+            msg = f"format_version {self.format_version} has no members"
+            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
@@ -535,7 +581,55 @@ class Manifest(_Record):
             if missing:
                 msg = f"files lists {sorted(self.files)}; {name} needs {', '.join(missing)}"
                 raise ValueError(msg)
+        banks = [bank for bank, _ in BANKS if bank in self.files]
+        if banks != [bank for bank, _ in BANKS[: 1 + len(self.members)]]:
+            msg = f"files lists the banks {', '.join(banks)}, and there are {1 + len(self.members)} members"
+            raise ValueError(msg)
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out members that are not there: earlier versions refuse the field."""
+        content = serialize(self)
+        if not self.members:
+            del content["members"]
+        return content
+
+    @property
+    def all_members(self) -> list[Member]:
+        """The members of an ensemble, the first included; of a single model, that one."""
+        first = Member(
+            backbone=self.backbone,
+            layers=self.layers,
+            embedding_dimension=self.embedding_dimension,
+            bank_size=self.bank_size,
+            covering_radius=self.covering_radius,
+            index=self.index,
+            weight=1,
+        )
+        return [first, *self.members]
+
+    @staticmethod
+    def fields_of(members: Sequence[Member]) -> dict[str, Any]:
+        """Fields of a manifest that has these members, the first included."""
+        first, *others = members
+        fields = {name: getattr(first, name) for name in Member.model_fields if name != "weight"}
+        return {**fields, "members": others}
+
+    @property
+    def backbones(self) -> str:
+        """Names of the members' backbones, as one text."""
+        return " + ".join(member.backbone for member in self.all_members)
+
+    @property
+    def vectors(self) -> int:
+        """Number of vectors of all banks."""
+        return sum(member.bank_size for member in self.all_members)
+
+    @property
+    def values(self) -> int:
+        """Number of values of an embedding, of all members together."""
+        return sum(member.embedding_dimension for member in self.all_members)
 
     @property
     def total_bytes(self) -> int:

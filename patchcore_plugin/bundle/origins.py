@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,15 +45,21 @@ class Origins:
     images: list[str]
     thumbnails: NDArray[np.uint8] | None = None
 
-    def join(self, added: Origins) -> Origins:
-        """Join the origins with those of vectors that were added to the bank. Thumbnails need to be on both sides."""
-        shifted = added.patches + np.int32([len(self.images), 0, 0])
-        both = self.thumbnails is not None and added.thumbnails is not None
-        return Origins(
-            np.concatenate([self.patches, shifted]),
-            [*self.images, *added.images],
-            np.concatenate([self.thumbnails, added.thumbnails]) if both else None,
-        )
+    @classmethod
+    def of_members(cls, parts: Sequence[Origins | None]) -> Origins | None:
+        """Origins of the vectors of an ensemble's banks, member by member; None where a member's are unknown.
+
+        The members know the same images, each of which is named once. Thumbnails are not carried over.
+        """
+        if len(parts) == 1 or any(part is None for part in parts):
+            return parts[0] if len(parts) == 1 else None
+        numbers = {image: number for number, image in enumerate(dict.fromkeys(chain(*(part.images for part in parts))))}
+        patches = []
+        for part in parts:
+            own = part.patches.copy()
+            own[:, 0] = np.array([numbers[image] for image in part.images], np.int32)[own[:, 0]]
+            patches.append(own)
+        return cls(np.concatenate(patches), list(numbers))
 
     def write(self, folder: str | Path) -> None:
         """Write the files of a bundle. Of each image's path they keep the last folder and the file name only, as text."""
@@ -119,10 +126,10 @@ def _read_names(file: FileContent) -> list[str]:
 
 def _read_patches(file: FileContent, manifest: Manifest, images: int) -> NDArray[np.int32]:
     patches = parse_array(file)
-    if patches.dtype != np.int32 or patches.shape != (manifest.bank_size, 3):
+    if patches.dtype != np.int32 or patches.shape != (manifest.vectors, 3):
         msg = (
             f"{file.path} holds {patches.dtype} values of shape {patches.shape}, expected int32 of "
-            f"{(manifest.bank_size, 3)}: image, row and column of each bank vector."
+            f"{(manifest.vectors, 3)}: image, row and column of each bank vector."
         )
         raise BundleError(msg)
     limits = (images, *manifest.grid)

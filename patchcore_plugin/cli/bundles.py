@@ -42,7 +42,7 @@ def info(bundle: Path) -> None:
     for name, text in _summary(manifest, version):
         table.add_row(name, as_cell(text))
     Console().print(table)
-    if manifest.index.trials or manifest.precision_trials:
+    if manifest.precision_trials or any(member.index.trials for member in manifest.all_members):
         click.echo("Measured when the bundle was written:")
         print_trials(manifest)
 
@@ -51,11 +51,12 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     from patchcore_plugin.bundle import FILES, ORIGINS, THUMBNAILS
     from patchcore_plugin.scoring import ScoreRule
 
-    recipe, index = manifest.preprocessing, manifest.index
+    recipe = manifest.preprocessing
     yield "name", manifest.name
     yield "version", f"{version} (format {manifest.format_version})"
     yield "created", f"{manifest.created:%Y-%m-%d %H:%M %Z}"
-    yield "backbone", f"{manifest.backbone}, layers {', '.join(manifest.layers)}, in {manifest.precision}"
+    for member in manifest.all_members:
+        yield "backbone", f"{member.backbone}, layers {', '.join(member.layers)}, in {manifest.precision}"
     crop = "" if recipe.crop is None else f", of which the middle {_width_by_height(recipe.crop)}"
     patches = f"{_width_by_height(manifest.grid)} patches"
     if recipe.intensity_range is None:
@@ -63,9 +64,12 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     else:
         yield "images", f"deeper than 8 bits: values {recipe.intensity_range} become 0 to 255"
     yield "input", f"resized to {_width_by_height(recipe.resize)} pixels{crop}; {patches}"
-    radius = "unknown" if manifest.covering_radius is None else f"{manifest.covering_radius:.4g}"
-    yield "memory bank", f"{manifest.bank_size:,} x {manifest.embedding_dimension}, covering radius {radius}"
-    yield "index", f"{index.kind} in {index.storage}" + (f", width {index.width}" if index.width else "")
+    for member in manifest.all_members:
+        radius = "unknown" if member.covering_radius is None else f"{member.covering_radius:.4g}"
+        weight = f", distances x {member.weight:.3g}" if manifest.members else ""
+        yield "memory bank", f"{member.bank_size:,} x {member.embedding_dimension}, covering radius {radius}{weight}"
+        index = member.index
+        yield "index", f"{index.kind} in {index.storage}" + (f", width {index.width}" if index.width else "")
     yield "image score", str(ScoreRule.of(manifest))
     yield "image threshold", _threshold(manifest.image)
     yield "pixel threshold", _threshold(manifest.pixel)
@@ -221,11 +225,12 @@ def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> No
     images *= -(-30 // len(images))  # the median of fewer says little
     runtime = PatchcoreRuntime.load(bundle, threads=threads)
     manifest = runtime.manifest
-    click.echo(
-        f"{manifest.name}: {manifest.backbone} in {manifest.precision}, {manifest.bank_size:,} x "
-        f"{manifest.embedding_dimension} bank ({manifest.index.kind}, {manifest.index.storage}); {runtime.threads} threads, "
-        f"{len(images)} images"
+    parts = " + ".join(
+        f"{member.backbone}, {member.bank_size:,} x {member.embedding_dimension} bank ({member.index.kind}, "
+        f"{member.index.storage})"
+        for member in manifest.all_members
     )
+    click.echo(f"{manifest.name}: {parts}; network in {manifest.precision}, {runtime.threads} threads, {len(images)} images")
     times = measure.stages(runtime, images)
     table = Table("stage", "median ms", "90 % below")
     for stage, spent in {**times, "all": list(map(sum, zip(*times.values(), strict=True)))}.items():
@@ -256,7 +261,7 @@ def pack(bundle: Path) -> None:
     )
 
     manifest, version = read_manifest_and_version(bundle)
-    labels = {"model": manifest.name, "backbone": manifest.backbone, "format_version": str(manifest.format_version)}
+    labels = {"model": manifest.name, "backbone": manifest.backbones, "format_version": str(manifest.format_version)}
     with ended_by_signals(), bentoml.models.create("patchcore", labels=labels) as stored:
         copy_files(bundle, manifest, stored.path)
         shutil.copyfile(bundle / MANIFEST, Path(stored.path) / MANIFEST)

@@ -124,9 +124,14 @@ def step_bars() -> Iterator[progress.Progress]:
 
 def print_trials(manifest: Manifest) -> None:
     """Print what was measured when a bundle was written: the indexes and the network's precisions that were tried."""
-    index = manifest.index
-    if index.trials:
-        table = Table("index", "storage", "width", "ms an image", "recall@1", "error at 99.9 %", "of storage", "")
+    for member in manifest.all_members:
+        index = member.index
+        if not index.trials:
+            continue
+        title = member.backbone if manifest.members else None
+        table = Table(
+            "index", "storage", "width", "ms an image", "recall@1", "error at 99.9 %", "of storage", "", title=title
+        )
         for trial in index.trials:
             taken = (trial.index, trial.width) == (index.kind, index.width)
             table.add_row(

@@ -65,9 +65,10 @@ def update(bundle: Path, new_normals: Path, output: Path, holdout: int, test: Pa
 
 def _print(report: UpdateReport) -> None:
     step = report.update
+    radii = " and ".join(f"{radius:.4g}" for radius in report.radii)
     click.echo(
         f"{step.images} images added {step.vectors:,} vectors to the memory bank, which has {report.bank_size:,} now. Every "
-        f"patch of these images lies within {report.radius:.4g} of the bank."
+        f"patch of these images lies within {radii} of the bank."
     )
     table = Table("held-out image", "score before", "after", "verdict before", "after")
     order = sorted(range(len(report.names)), key=lambda number: -report.before[number].score)

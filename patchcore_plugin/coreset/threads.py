@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _PROBE_VALUES = 2**17  # of an operation that torch shares among its threads
 _PROBE_SECONDS = 0.05
 _WAITING = 1.5  # times as many operations by one thread as by all: what shows that they wait
-_MANY_VALUES = 2**24  # of a matrix; work on fewer takes less time than is worth a look
+_MANY_VALUES = 2**20  # of a matrix; work on fewer is soon done, even by threads that wait for each other
 
 
 @contextmanager

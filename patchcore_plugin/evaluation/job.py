@@ -102,13 +102,14 @@ def _fit_and_score(
     engine.predict(model, datamodule=datamodule, return_predictions=False)
     collected.check()
     model.to(engine.trainer.strategy.root_device).eval()
-    bank = getattr(model.model, "memory_bank", None)
+    banks = [getattr(part, "memory_bank", None) for part in getattr(model.model, "members", [model.model])]
+    banks = [bank for bank in banks if isinstance(bank, torch.Tensor) and bank.ndim == 2]
     state = sum(value.nbytes for value in model.state_dict().values() if isinstance(value, torch.Tensor))
     return collected, {
         "fit_seconds": fit_seconds,
         "bank_seconds": clock.bank,
         "peak_mebibytes": memory.peak / 2**20,
-        "bank_vectors": len(bank) if isinstance(bank, torch.Tensor) and bank.ndim == 2 else None,
+        "bank_vectors": sum(map(len, banks)) or None,
         "state_mebibytes": state / 2**20,
     }
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from patchcore_plugin.bundle import (
-    BANK,
+    BANKS,
+    ENSEMBLE_FORMAT,
     FEATURES,
     MAX_NAME_LENGTH,
     BundleError,
     Index,
     Manifest,
+    Member,
     atomic_folder,
     describe_files,
     describe_versions,
@@ -33,7 +35,7 @@ from patchcore_plugin.export.model_records import (
 from patchcore_plugin.export.network import write_network
 from patchcore_plugin.export.precision import choose_precision
 from patchcore_plugin.images import read_image
-from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.model.torch_model import MemoryBankError
 from patchcore_plugin.progress import no_progress
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
     from patchcore_plugin.progress import Progress
-    from patchcore_plugin.runtime.network import Network
+    from patchcore_plugin.scoring import ScoreRule
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +111,13 @@ def export_bundle(
     with atomic_folder(path, overwrite=overwrite) as draft:
         progress("network", 0, 1)
         network = write_network(model, recipe, draft / FEATURES)
-        *grid, dimension = network.shape
-        bank, trials = _build_bank(torch_model, network, measured, index, storage, progress)
-        del network  # on Windows, a file in use is not replaced
-        bank.save(draft / BANK)
+        *grid, _ = network.shape
+        embedder = network.embedder()
+        embeddings = np.concatenate([embedder.embed(image) for image in measured]) if measured else None
+        del network, embedder  # on Windows, a file in use is not replaced
+        members, bank = _build_banks(model, embeddings, index, storage, progress)
+        for part, (file, _) in zip(bank.members, BANKS, strict=False):
+            part.save(draft / file)
         if origins is not None:
             origins.write(draft)
         precision, precision_trials = choose_precision(
@@ -126,19 +131,17 @@ def export_bundle(
                 precision,
             )
         manifest = Manifest(
-            format_version=max(part.format_version for part in (recipe, calibration) if part is not None),
+            format_version=max(
+                *(part.format_version for part in (recipe, calibration) if part is not None),
+                ENSEMBLE_FORMAT if len(members) > 1 else 0,
+            ),
             name=name,
             created=datetime.now(timezone.utc),
-            backbone=str(model.hparams.get("backbone")),
-            layers=list(torch_model.layers),
+            **Manifest.fields_of(members),
             preprocessing=recipe,
             grid=tuple(grid),
-            embedding_dimension=dimension,
-            bank_size=len(bank),
             coreset_sampling_ratio=model.coreset_sampling_ratio,
-            covering_radius=None if torch_model.covering_radius.isnan() else float(torch_model.covering_radius),
             **asdict(torch_model.rule),
-            index=Index(kind=bank.index, storage=bank.storage, width=bank.width, trials=trials),
             precision=precision,
             precision_trials=precision_trials,
             image=image,
@@ -161,7 +164,7 @@ def _checked_name(name: str) -> str:
 
 
 def _check_exportable(model: FaissPatchcoreModel) -> None:
-    if not model.memory_bank.numel():
+    if not model.is_fitted:
         msg = "The memory bank is empty: train the model before exporting it."
         raise MemoryBankError(msg)
     if model.tiler is not None:
@@ -175,23 +178,58 @@ def _read_some(images: Sequence[str | Path], recipe: Preprocessing) -> list[NDAr
     return [read_image(image, intensity_range=recipe.intensity_range) for image in some]
 
 
+def _build_banks(
+    model: FaissPatchcore,
+    embeddings: NDArray[np.float32] | None,
+    index: IndexKind | Literal["auto"],
+    storage: Storage,
+    progress: Progress,
+) -> tuple[list[Member], MemoryBank | EnsembleBank]:
+    """The memory bank, of an ensemble that of each member, and their records.
+
+    Args:
+        model: The model.
+        embeddings: Patch embeddings (B, h, w, D) of images to measure on; None without images.
+        index: The index asked for, or the choice of the fastest.
+        storage: Number format of the vectors.
+        progress: Called as each step begins.
+    """
+    if embeddings is None and index == "auto":
+        logger.warning("No held-out normal images to choose an index by: the bank is flat. Give some (--images).")
+    ends = np.cumsum(model.model.widths)[:-1]
+    parts = [None] * len(model.model.members) if embeddings is None else np.split(embeddings, ends, axis=-1)
+    names = [model.hparams.get("backbone"), *(member["backbone"] for member in model.ensemble or [])]
+    members, banks = [], []
+    for member, name, weight, part in zip(model.model.members, names, model.model.weights, parts, strict=True):
+        bank, trials = _build_bank(member, model.model.rule, part, index, storage, progress)
+        banks.append(bank)
+        members.append(
+            Member(
+                backbone=str(name),
+                layers=list(member.layers),
+                embedding_dimension=bank.dimension,
+                bank_size=len(bank),
+                covering_radius=None if member.covering_radius.isnan() else float(member.covering_radius),
+                index=Index(kind=bank.index, storage=bank.storage, width=bank.width, trials=trials),
+                weight=float(weight),
+            )
+        )
+    return members, EnsembleBank(banks, [member.weight for member in members]) if len(banks) > 1 else banks[0]
+
+
 def _build_bank(
     model: FaissPatchcoreModel,
-    network: Network,
-    images: Sequence[NDArray[np.uint8]],
+    rule: ScoreRule,
+    embeddings: NDArray[np.float32] | None,
     index: IndexKind | Literal["auto"],
     storage: Storage,
     progress: Progress,
 ) -> tuple[MemoryBank, list[IndexTrial]]:
-    """The memory bank with the index asked for, or the fastest; and what was measured on the images."""
+    """The memory bank with the index asked for, or the fastest; and what was measured on the embeddings."""
     vectors = model.memory_bank.detach().float().cpu().numpy()
-    if images:
-        embedder = network.embedder()
-        embeddings = np.concatenate([embedder.embed(image) for image in images])
+    if embeddings is not None:
         only = None if index == "auto" else index
-        return choose(vectors, embeddings, model.rule, only, storage, progress, cores())
-    if index == "auto":
-        logger.warning("No held-out normal images to choose an index by: the bank is flat. Give some (--images).")
+        return choose(vectors, np.ascontiguousarray(embeddings), rule, only, storage, progress, cores())
     bank = MemoryBank(vectors, "flat" if index == "auto" else index, storage)
-    bank.find_neighbors(model.rule.num_neighbors)
+    bank.find_neighbors(rule.num_neighbors)
     return bank, []

@@ -98,7 +98,7 @@ def read_origins(model: FaissPatchcore, recipe: Preprocessing, *, thumbnails: bo
         ImageError: If a training image cannot be read.
     """
     origins = model.origins
-    if origins is not None and len(origins.patches) != len(model.model.memory_bank):
+    if origins is not None and len(origins.patches) != sum(model.model.bank_sizes):
         origins = None  # of another bank: somebody replaced the model's
     if not thumbnails:
         return origins

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patchcore_plugin.bundle import Precision
-    from patchcore_plugin.memory_bank import MemoryBank
+    from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
     from patchcore_plugin.progress import Progress
     from patchcore_plugin.scoring import ScoreRule
 
@@ -41,7 +41,7 @@ _REPETITIONS = 5
 def choose_precision(
     path: Path,
     precision: Precision | Literal["auto"],
-    bank: MemoryBank,
+    bank: MemoryBank | EnsembleBank,
     images: Sequence[NDArray[np.uint8]],
     rule: ScoreRule,
     progress: Progress = no_progress,
@@ -103,7 +103,7 @@ def _candidates(
 def _measure(
     files: dict[Precision, Path],
     asked: Precision | Literal["auto"],
-    bank: MemoryBank,
+    bank: MemoryBank | EnsembleBank,
     images: Sequence[NDArray[np.uint8]],
     rule: ScoreRule,
     progress: Progress,
@@ -126,7 +126,7 @@ def _measure(
 
 
 def _run(
-    network: Network, bank: MemoryBank, images: Sequence[NDArray[np.uint8]], rule: ScoreRule
+    network: Network, bank: MemoryBank | EnsembleBank, images: Sequence[NDArray[np.uint8]], rule: ScoreRule
 ) -> tuple[float, NDArray[np.float32]]:
     """Median milliseconds for the embeddings of an image, and all images' scores."""
     times, scores, embedder = [], [], network.embedder()

@@ -206,16 +206,58 @@ class MemoryBank:
         Raises:
             UsageError: If the embedding does not fit the bank, or holds NaN or infinity.
         """
+        patch, indices = self.find(embedding)
+        rows = farthest_patches(patch)
+        queries = embedding.reshape(-1, self.dimension)[rows]
+        support = self.support(queries, indices.reshape(-1)[rows], rule.num_neighbors)
+        return Scores(reweight(image_score(patch, rule), support), patch)
+
+    def find(self, embedding: NDArray[np.float32]) -> Found:
+        """Find the nearest bank vector of each patch of images, and search more widely for an image's farthest patches.
+
+        Args:
+            embedding: Patch embeddings (B, h, w, D), float32.
+
+        Returns:
+            Euclidean distances (B, h, w), float32, and bank indices (B, h, w), int64.
+
+        Raises:
+            UsageError: If the embedding does not fit the bank, or holds NaN or infinity.
+        """
         images, height, width, dimension = embedding.shape
         queries = self._as_queries(embedding.reshape(-1, dimension))
         distances, indices = self._nearest(queries, (height, width))
         if self._width:
             for image in _images(len(queries), height * width):
                 distances[image], indices[image] = self._farthest_again(queries[image], distances[image], indices[image])
-        patch = distances.reshape(images, height, width)
-        rows = farthest_patches(patch)
-        support = self.support(queries[rows], indices[rows], rule.num_neighbors)
-        return Scores(reweight(image_score(patch, rule), support), patch)
+        return distances.reshape(images, height, width), indices.reshape(images, height, width)
+
+    def search_again(self, queries: NDArray[np.float32], factor: int) -> Found:
+        """Find the nearest bank vector of a few patches, by a wider search than for a score.
+
+        Args:
+            queries: Patch embeddings (N, D), float32.
+            factor: Width of an approximate search, as a multiple of the bank's own.
+
+        Returns:
+            Distances (N,), float32, and bank indices (N,), int64.
+        """
+        distances, indices = self.search(queries, 1, max(1, factor * self._width))
+        return distances[:, 0], indices[:, 0]
+
+    @property
+    def members(self) -> list[MemoryBank]:
+        """The bank itself, as the only one of a model that is no ensemble."""
+        return [self]
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of the only member."""
+        return [1]
+
+    def split(self, embedding: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The embedding itself; see :meth:`EnsembleBank.split`."""
+        return [embedding]
 
     def support(self, queries: NDArray[np.float32], indices: NDArray[np.int64], num_neighbors: int) -> NDArray[np.float32]:
         """Distances of patches to the neighborhoods of their nearest bank vectors, for equation 7 of the paper.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, get_args
 
 import torch
 from anomalib import PrecisionType
 
-from patchcore_plugin.bundle import MAX_INPUT_SIDE
+from patchcore_plugin.bundle import MAX_INPUT_SIDE, MAX_MEMBERS
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.coreset.sampler import BOUNDS as SAMPLER_BOUNDS
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import MAX_PIXELS
 from patchcore_plugin.model.pre_processing import Normalization
+
+_MEMBER = "{backbone: efficientnet_lite1, layers: [blocks.2, blocks.4]}"
 
 BOUNDS: dict[str, dict[str, Any]] = {
     "coreset_sampling_ratio": SAMPLER_BOUNDS["ratio"],
@@ -87,3 +89,37 @@ def check_normalization(value: Any) -> None:
     if value is not None and value not in get_args(Normalization):
         msg = f"normalization must be None or one of {', '.join(map(repr, get_args(Normalization)))}, got {value!r}."
         raise UsageError(msg)
+
+
+def check_ensemble(members: Any) -> list[dict[str, Any]] | None:
+    """Further members of an ensemble as plain dictionaries; None without any.
+
+    Raises:
+        UsageError: Unless ``members`` is a list of dictionaries, each with a backbone, and layers or weights where they are
+            not those of the model.
+    """
+    if members is None:
+        return None
+    if isinstance(members, str | dict) or not isinstance(members, Iterable):
+        msg = f"ensemble must be a list of further members such as {_MEMBER}, got {members!r}."
+        raise UsageError(msg)
+    members = [dict(member) if isinstance(member, Mapping) else member for member in members]
+    if len(members) > MAX_MEMBERS - 1:
+        msg = f"An ensemble has at most {MAX_MEMBERS} members, the model's own backbone among them; got {len(members)} more."
+        raise UsageError(msg)
+    for member in members:
+        known = isinstance(member, dict) and {"backbone"} <= member.keys() <= {"backbone", "layers", "backbone_weights"}
+        if not known or not isinstance(member["backbone"], str):
+            msg = (
+                f"A member of the ensemble has a backbone, and may have layers and backbone_weights, as in {_MEMBER}; got "
+                f"{member!r}."
+            )
+            raise UsageError(msg)
+        layers, weights = member.get("layers"), member.get("backbone_weights")
+        if layers is not None and not isinstance(layers, str):
+            member["layers"] = (
+                list(layers) if isinstance(layers, Iterable) else layers
+            )  # the backbone refuses what is no list
+        if weights is not None:
+            member["backbone_weights"] = str(weights)
+    return members or None

@@ -66,6 +66,11 @@ class Backbone(nn.Module):
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
         self.eval().requires_grad_(requires_grad=False)
 
+    @property
+    def channels(self) -> int:
+        """Values of all layers together."""
+        return sum(self.net.feature_info.channels())
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen, its batch statistics too."""
         del mode

@@ -10,6 +10,7 @@ import torch
 
 from patchcore_plugin.bundle.origins import Origins, locate_patches
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
+from patchcore_plugin.coreset.memory import FREE_MEMORY_SHARE, free_memory
 from patchcore_plugin.coreset.outliers import find_outliers
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.augmentation import Change
@@ -69,6 +70,8 @@ class PatchCollector:
         processes: Processes that share this machine's memory.
         outlier_rejection: Deviations beyond which a vector of the coreset is left out, as in
             :func:`patchcore_plugin.coreset.outliers.find_outliers`; ``None`` keeps them all.
+        widths: Values of an embedding that belong to each member of an ensemble; ``None`` without one. Each member gets a
+            coreset of its own.
 
     Attributes:
         anomalous: Images that were left out because they are labeled anomalous.
@@ -82,6 +85,7 @@ class PatchCollector:
         budget: float | None = None,
         processes: int = 1,
         outlier_rejection: float | None = None,
+        widths: Sequence[int] | None = None,
     ) -> None:
         self.sampler = sampler
         self.dtype = dtype
@@ -89,15 +93,16 @@ class PatchCollector:
         self.budget = budget
         self.processes = processes
         self.outlier_rejection = outlier_rejection
+        self.widths = widths
         self.anomalous = 0
         self._seen = 0
-        self._store: EmbeddingStore | None = None
+        self._stores: list[EmbeddingStore] = []
         self._grids: list[_Grid] = []
 
     @property
     def patches(self) -> int:
         """Number of patch embeddings so far."""
-        return 0 if self._store is None else self._store.rows
+        return self._stores[0].rows if self._stores else 0
 
     def select(self, batch: Batch, loader: Any) -> tuple[torch.Tensor, list[str] | None]:
         """Select the images of a batch to learn from: normal ones, each in one process only.
@@ -155,9 +160,11 @@ class PatchCollector:
             msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
             raise UsageError(msg)
         _, rows, columns, dimension = embedding.shape
-        if self._store is None:
-            self._store = self._new_store(self.expected_images and self.expected_images * rows * columns)
-        self._store.append(held.reshape(-1, dimension))
+        if not self._stores:
+            self._stores = self._new_stores(self.expected_images and self.expected_images * rows * columns, held.device)
+        parts = held.reshape(-1, dimension).split(self.widths or dimension, dim=1)
+        for store, part in zip(self._stores, parts, strict=True):
+            store.append(part)
 
     def totals(self, group: torch.distributed.ProcessGroup | None, device: torch.device) -> tuple[int, int]:
         """Patch embeddings and anomalous images of all processes in a group."""
@@ -167,25 +174,39 @@ class PatchCollector:
         patches, anomalous = counts.tolist()
         return patches, anomalous
 
-    def reduce_to_bank(self, group: torch.distributed.ProcessGroup | None) -> FittedBank:
-        """Reduce the embeddings of all processes in a group to the memory bank, and forget them."""
-        store = self._store or self._new_store(0)  # this process has none; others have
-        self._store = None
+    def reduce_to_banks(self, group: torch.distributed.ProcessGroup | None) -> list[FittedBank]:
+        """Reduce the embeddings of all processes in a group to the memory bank, and forget them.
+
+        Returns:
+            The bank; of an ensemble, that of each member.
+        """
+        stores = self._stores or self._new_stores(0, torch.device("cpu"))  # this process has none; others have
+        self._stores = []
         grids = self._grids_of_all(group)
 
         def find(bank: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor, row_numbers: torch.Tensor) -> torch.Tensor:
             image_of = _image_numbers(grids, rows.device)
             return find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group)
 
-        vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
-        origins = None
-        if all(grid.path for grid in grids):
-            images = [(grid.path, grid.rows, grid.columns) for grid in grids]
-            origins = locate_patches(_in_originals(store.numbers_.numpy(), grids), images)
-        return FittedBank(vectors, store.radius_, origins, store.outliers_)
+        banks = []
+        for store in stores:
+            vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
+            origins = None
+            if all(grid.path for grid in grids):
+                images = [(grid.path, grid.rows, grid.columns) for grid in grids]
+                origins = locate_patches(_in_originals(store.numbers_.numpy(), grids), images)
+            banks.append(FittedBank(vectors, store.radius_, origins, store.outliers_))
+        return banks
 
-    def _new_store(self, expected_rows: int | None) -> EmbeddingStore:
-        return EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes)
+    def _new_stores(self, expected_rows: int | None, device: torch.device) -> list[EmbeddingStore]:
+        """A store for each member; each gets a share of the memory by its number of values."""
+        if self.widths is None:
+            return [EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes)]
+        budget = self.budget
+        if budget is None:
+            budget = FREE_MEMORY_SHARE * free_memory(device, self.processes)
+        shares = [budget * width / sum(self.widths) for width in self.widths]
+        return [EmbeddingStore(self.sampler, self.dtype, expected_rows, share, self.processes) for share in shares]
 
     def _grids_of_all(self, group: torch.distributed.ProcessGroup | None) -> list[_Grid]:
         """Patch grids of the images and copies of all processes by rank; this process's are forgotten."""

@@ -28,6 +28,7 @@ from patchcore_plugin.coreset.sampler import GreedyCoreset
 from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.model.arguments import (
+    check_ensemble,
     check_image_size,
     check_normalization,
     check_numbers,
@@ -41,7 +42,12 @@ from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.exclusion import leave_out
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
-from patchcore_plugin.model.pre_processing import Normalization, build_pre_processor, normalization_of
+from patchcore_plugin.model.pre_processing import (
+    Normalization,
+    build_pre_processor,
+    normalization_of,
+    renormalization,
+)
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 from patchcore_plugin.model.training_images import expected_images, hold_out
 from patchcore_plugin.model.weights import weights_from_checkpoint
@@ -110,6 +116,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             bottom), ``"half_turn"``, ``"quarter_turns"``, ``"small_turns"`` (by 5 degrees) and ``"brightness"`` (by 20 %).
             What they show counts as normal: a part that lies the wrong way too. ``coreset_sampling_ratio`` is a share of
             all patches, those of copies included. ``None`` makes no copies.
+        ensemble: Further members of an ensemble, each a dictionary with a ``backbone``, and with ``layers`` and
+            ``backbone_weights`` where they are not the model's. Each member has a coreset and a memory bank of its own, and
+            the members' patch distances are averaged, in units of the spread of their banks. Time, memory and size of a
+            bundle are the sum of the members'. All patch grids must be the same. ``None`` is a single model.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -160,6 +170,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         outlier_rejection: float | None = None,
         exclude: str | Path | None = None,
         augmentations: Sequence[str] | None = None,
+        ensemble: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -171,6 +182,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         )
         if coreset_radius is not None and coreset_projection is not None:
             msg = "coreset_radius is a distance of the embeddings themselves: leave coreset_projection out."
+            raise UsageError(msg)
+        ensemble = check_ensemble(ensemble)
+        if coreset_radius is not None and ensemble:
+            msg = "coreset_radius is a distance in one backbone's units: leave it out with an ensemble, or the ensemble."
             raise UsageError(msg)
         rule = ScoreRule(num_neighbors=num_neighbors, score_smoothing=score_smoothing)
         check_normalization(normalization)
@@ -200,6 +215,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.memory_budget = memory_budget
         self.random_state = random_state
         self.outlier_rejection = outlier_rejection
+        self.ensemble = ensemble
         self.model = FaissPatchcoreModel(
             layers=layers,
             backbone=backbone,
@@ -207,7 +223,19 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             backbone_weights=backbone_weights,
             dtype=dtype,
             rule=rule,
+            further=[
+                FaissPatchcoreModel(
+                    layers=member.get("layers") or layers,
+                    backbone=member["backbone"],
+                    pre_trained=pre_trained,
+                    backbone_weights=member.get("backbone_weights"),
+                    dtype=dtype,
+                )
+                for member in ensemble or []
+            ],
         )
+        for part, member in zip(self.model.further, ensemble or [], strict=True):
+            part.renormalization = renormalization(backbone, member["backbone"], normalization)
         self._finds_range = intensity_range == "auto"
         self.intensity_range = None if intensity_range in (None, "auto") else check_intensity_range(intensity_range)
         self.exclude = exclude
@@ -333,6 +361,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
             outlier_rejection=self.outlier_rejection,
+            widths=self.model.widths if self.ensemble else None,
         )
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -373,23 +402,25 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", anomalous)
         if not patches:
             raise MemoryBankError(_no_normal_image(anomalous))
-        fitted = self._patches.reduce_to_bank(group)
+        banks = self._patches.reduce_to_banks(group)
         self._patches = None
-        self.model.memory_bank = fitted.vectors.to(self.model.memory_bank)
-        self.model.covering_radius.fill_(fitted.radius)
-        self.origins = fitted.origins
-        logger.info(
-            "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
-            len(self.model.memory_bank) + fitted.outliers,
-            patches,
-            fitted.radius,
-        )
-        if fitted.outliers:
+        for member, fitted in zip(self.model.members, banks, strict=True):
+            member.memory_bank = fitted.vectors.to(member.memory_bank)
+            member.covering_radius.fill_(fitted.radius)
             logger.info(
-                "%d of them are left out: they have no like in two other images (outlier_rejection: %g). `patchcore check` "
-                "ranks the images.",
-                fitted.outliers, self.outlier_rejection,
-            )  # fmt: skip
+                "Memory bank: %d of %d patch embeddings, every other within %.4g of one of them.",
+                len(member.memory_bank) + fitted.outliers,
+                patches,
+                fitted.radius,
+            )
+            if fitted.outliers:
+                logger.info(
+                    "%d of them are left out: they have no like in two other images (outlier_rejection: %g). `patchcore "
+                    "check` ranks the images.",
+                    fitted.outliers, self.outlier_rejection,
+                )  # fmt: skip
+        self.model.weigh_members()
+        self.origins = Origins.of_members([fitted.origins for fitted in banks])
 
     def on_validation_start(self) -> None:
         """Build the memory bank before the first validation.
@@ -517,13 +548,13 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             MemoryBankError: If the bank is empty, or too large: a graph computes the distances of all patches to all bank
                 vectors as one matrix.
         """
-        size = self.model.memory_bank.numel() * 4
-        if not size:
+        size = sum(member.memory_bank.numel() for member in self.model.members) * 4
+        if not self.model.is_fitted:
             msg = "The memory bank is empty: train the model before exporting it."
             raise MemoryBankError(msg)
         if size > _GRAPH_BANK_BYTES:
             msg = (
-                f"A memory bank of {len(self.model.memory_bank):,} vectors ({size / 2**20:,.0f} MiB) is too large for an "
+                f"A memory bank of {sum(self.model.bank_sizes):,} vectors ({size / 2**20:,.0f} MiB) is too large for an "
                 "ONNX or OpenVINO graph, which compares every patch with every vector. Export a bundle, which searches it "
                 "by an index: `patchcore export CHECKPOINT BUNDLE`. Or lower coreset_sampling_ratio."
             )

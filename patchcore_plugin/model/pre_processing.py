@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.backbone import known_statistics, pretrained_statistics
+from patchcore_plugin.model.torch_model import Renormalization
 from patchcore_plugin.model.weights import PACKAGED
 
 if TYPE_CHECKING:
@@ -51,6 +52,22 @@ def build_pre_processor(
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalization == "imagenet" else pretrained_statistics(backbone)
     steps.append(Normalize(mean=mean, std=std))
     return PreProcessor(transform=Compose(steps))
+
+
+def renormalization(backbone: str, member: str, normalization: Normalization) -> Renormalization | None:
+    """What a further member of an ensemble does to images that are normalized for the first backbone.
+
+    Args:
+        backbone: Name of the first backbone.
+        member: Name of the member's.
+        normalization: As of :func:`build_pre_processor`; ``"imagenet"`` is the same for all.
+
+    Raises:
+        UsageError: If timm does not know a backbone's normalization.
+    """
+    if normalization == "imagenet":
+        return None
+    return Renormalization.between(pretrained_statistics(backbone), pretrained_statistics(member))
 
 
 def normalization_of(backbone: str) -> Normalization:

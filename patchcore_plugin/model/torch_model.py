@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -17,13 +17,15 @@ from torch.nn import functional as F
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.model.backbone import Backbone
-from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight
+from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight, weighted_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from anomalib.data.utils.tiler import Tiler
+
+    Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 _DISTANCE_ROWS = 1024  # of a distance matrix on an accelerator: bounds its memory at 1024 x M values
 
@@ -32,11 +34,38 @@ class MemoryBankError(PatchcoreError, ValueError):
     """The memory bank is missing, unfinished, or does not fit the model."""
 
 
+class Renormalization(NamedTuple):
+    """From pixels as they are normalized for one backbone to those that another one was trained with.
+
+    Attributes:
+        factor: Factor of each channel.
+        offset: What is added to each channel afterwards.
+    """
+
+    factor: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @classmethod
+    def between(cls, given: Statistics, wanted: Statistics) -> Renormalization | None:
+        """Between two means and standard deviations of pixels; None where they are the same."""
+        if given == wanted:
+            return None
+        channels = list(zip(*given, *wanted, strict=True))
+        factor = tuple(std / own_std for _, std, _, own_std in channels)
+        offset = tuple((mean - own_mean) / own_std for mean, _, own_mean, own_std in channels)
+        return cls(factor, offset)
+
+
 class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
     """Backbone, patch embeddings and memory bank.
 
     In training mode :meth:`forward` returns embeddings; in evaluation mode it scores images against ``memory_bank``. On
     a CPU the bank is searched by FAISS; on an accelerator, and where the model is traced for export, by torch.
+
+    An ensemble has further backbones, each with a memory bank of its own. An embedding holds the values of all members, one
+    after the other, and each member searches its own values in its own bank. A patch's distance is the mean of the members'
+    distances, each multiplied by the member's weight: the spread of the first bank, divided by that of the member's. So
+    each has the same say, and scores are in feature units of the first backbone.
 
     Args:
         layers: Feature layers, shallow to deep. The first sets the resolution of the patch grid.
@@ -45,9 +74,12 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         backbone_weights: Local weight file instead of ``pre_trained``.
         dtype: Type of the memory bank and, on an accelerator, of the backbone's arithmetic.
         rule: How patch distances become an image score; ``None`` is the paper's.
+        further: The other members of an ensemble.
+        renormalization: What the backbone of a further member needs, as images are normalized for the first one.
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
+        weight: Weight of a further member; see :func:`spread`.
         covering_radius: Largest distance of any training patch to the coreset, in feature units; NaN until fitted. It
             counts vectors that outlier rejection left out of the bank.
         tiler: anomalib's tiler, set by its tiling callback.
@@ -57,6 +89,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
     memory_bank: torch.Tensor
     covering_radius: torch.Tensor
+    weight: torch.Tensor
 
     def __init__(
         self,
@@ -66,16 +99,53 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         backbone_weights: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         rule: ScoreRule | None = None,
+        further: Sequence[FaissPatchcoreModel] = (),
+        renormalization: Renormalization | None = None,
     ) -> None:
         super().__init__()
         self.tiler: Tiler | None = None
         self.rule = rule or ScoreRule()
         self.position_weight = 0.0
+        self.renormalization = renormalization
         self.layers = tuple(layers)
         self.feature_extractor = Backbone(backbone, layers, pre_trained, backbone_weights)
         self.register_buffer("memory_bank", torch.empty(0, dtype=dtype))
         self.register_buffer("covering_radius", torch.tensor(math.nan))
+        self.further = nn.ModuleList(further)
+        for member in further:
+            member.register_buffer("weight", torch.tensor(1.0))
         self._faiss: tuple[torch.Tensor, int, MemoryBank] | None = None
+
+    @property
+    def members(self) -> list[FaissPatchcoreModel]:
+        """The members of the ensemble, this one first; of a single model, itself."""
+        return [self, *self.further]
+
+    @property
+    def weights(self) -> list[torch.Tensor | float]:
+        """Weights of the members' distances."""
+        return [1.0, *(member.weight for member in self.further)]
+
+    @property
+    def widths(self) -> list[int]:
+        """Values of each member in an embedding."""
+        return [member.feature_extractor.channels for member in self.members]
+
+    @property
+    def bank_sizes(self) -> list[int]:
+        """Number of vectors of each member's bank."""
+        return [len(member.memory_bank) for member in self.members]
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether every member has a memory bank."""
+        return all(member.memory_bank.numel() for member in self.members)
+
+    def weigh_members(self) -> None:
+        """Set the members' weights by the spread of their banks; a bank without any keeps the weight 1."""
+        first, *others = (spread(member.memory_bank) for member in self.members)
+        for member, own in zip(self.further, others, strict=True):
+            member.weight.fill_(first / own if first and own else 1.0)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | InferenceBatch:
         """Embed or score pre-processed images.
@@ -96,7 +166,34 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         return self.score(embedding, images.shape[-2:])
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch embeddings (B, h, w, D) of normalized images (B, 3, H, W), in the memory bank's type."""
+        """Patch embeddings (B, h, w, D) of normalized images (B, 3, H, W), in the memory bank's type.
+
+        D counts the values of all members.
+
+        Raises:
+            UsageError: If the members have different patch grids.
+        """
+        if not self.further:
+            return self._embed(images)
+        parts = [member._embed(images) for member in self.members]
+        grids = {part.shape[1:3] for part in parts}
+        if len(grids) > 1 and not _is_traced():
+            found = ", ".join(
+                f"{part.shape[1]} x {part.shape[2]} (layers {list(member.layers)})"
+                for part, member in zip(parts, self.members, strict=True)
+            )
+            msg = (
+                f"The members of the ensemble have different patch grids: {found}. A patch's distances are averaged: choose "
+                "first layers of one resolution, such as blocks.2 of EfficientNets, or layer2 of ResNets."
+            )
+            raise UsageError(msg)
+        return torch.cat(parts, dim=-1)
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        """What :meth:`embed` gives, of this member alone."""
+        if self.renormalization is not None:
+            factor, offset = (images.new_tensor(values)[:, None, None] for values in self.renormalization)
+            images = images * factor + offset
         tiles = self._tile(images).to(next(self.feature_extractor.parameters()).dtype)
         # A CPU computes float16 convolutions a hundred times slower than float32 ones: there only the bank is halved.
         half = self.memory_bank.dtype == torch.float16 and images.device.type != "cpu"
@@ -163,34 +260,48 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         # Distances are float32 whatever the trainer's precision: bf16 has three digits.
         with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
             embedding = embedding.float()
-            queries = embedding.reshape(-1, embedding.shape[-1])
-            distances, indices = (found[:, 0] for found in self._search(queries, 1))
-            patch = distances.reshape(embedding.shape[:-1])
+            queries = self.split(embedding.reshape(-1, embedding.shape[-1]))
+            found = [member._search(own, 1) for member, own in zip(self.members, queries, strict=True)]
+            patch = weighted_mean([distances[:, 0] for distances, _ in found], self.weights).reshape(embedding.shape[:-1])
             rows = farthest_patches(patch)
-            scores = reweight(image_score(patch, self.rule), self._support(queries[rows], indices[rows]))
+            neighbors = min(self.rule.num_neighbors, *(len(member.memory_bank) for member in self.members))
+            support = [
+                member._support(own[rows], indices[rows, 0], neighbors)
+                for member, own, (_, indices) in zip(self.members, queries, found, strict=True)
+            ]
+            scores = reweight(image_score(patch, self.rule), weighted_mean(support, self.weights))
             maps = anomaly_map(patch, (size[0], size[1]), upsampling)
         return InferenceBatch(pred_score=scores, anomaly_map=maps[:, None])
 
     def _check_bank(self, embedding: torch.Tensor) -> None:
-        """Refuse a bank that is empty or does not go with embeddings (B, h, w, D)."""
-        if not self.memory_bank.numel():
+        """Refuse banks that are empty or do not go with embeddings (B, h, w, D)."""
+        if not self.is_fitted:
             msg = (
                 "The memory bank is empty, so nothing can be scored. Train first (Engine.fit, or `anomalib train`), or load "
                 "a trained checkpoint (ckpt_path=...)."
             )
             raise MemoryBankError(msg)
-        if self.memory_bank.ndim != 2 or self.memory_bank.shape[1] != embedding.shape[-1]:
+        flat = all(member.memory_bank.ndim == 2 for member in self.members)
+        if not flat or sum(member.memory_bank.shape[1] for member in self.members) != embedding.shape[-1]:
+            shapes = ", ".join(str(tuple(member.memory_bank.shape)) for member in self.members)
+            layers = ", ".join(str(list(member.layers)) for member in self.members)
             msg = (
-                f"The memory bank has shape {tuple(self.memory_bank.shape)}, but layers {list(self.layers)} give embeddings "
-                f"of {embedding.shape[-1]} values. It was built with another backbone or other layers: train again, or "
-                "restore the backbone and layers it was trained with."
+                f"The memory bank has shape {shapes}, but layers {layers} give embeddings of {embedding.shape[-1]} values. "
+                "It was built with another backbone or other layers: train again, or restore the backbone and layers it was "
+                "trained with."
             )
             raise MemoryBankError(msg)
 
-    def _support(self, queries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Distances (B, b) of patches (B, D) to the neighbors of bank vectors (B,)."""
+    def split(self, embeddings: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Values (N, D) of each member, contiguous, in embeddings (N, D) of all."""
+        if not self.further:
+            return [embeddings]
+        return [part.contiguous() for part in embeddings.split(self.widths, dim=-1)]
+
+    def _support(self, queries: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor:
+        """Distances (B, b) of patches (B, D) to the ``count`` neighbors of bank vectors (B,)."""
         vectors = self.memory_bank.float()
-        _, neighbors = self._search(vectors[indices], min(self.rule.num_neighbors, len(vectors)))
+        _, neighbors = self._search(vectors[indices], count)
         around = vectors[neighbors.reshape(-1)].reshape(*neighbors.shape, -1)
         return (queries[:, None] - around).square().sum(2).sqrt()
 
@@ -227,7 +338,14 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         if "rule" not in state:
             known = {field.name for field in fields(ScoreRule)} & state.keys()
             state = {"position_weight": 0.0, "rule": ScoreRule(**{name: state[name] for name in known}), **state}
-        super().__setstate__(state)
+        super().__setstate__({"renormalization": None, **state})
+        if "further" not in self._modules:
+            self.further = nn.ModuleList()
+
+
+def spread(vectors: torch.Tensor) -> float:
+    """Root mean square distance of vectors (M, D) from their mean, in feature units: how large a member's distances are."""
+    return float(vectors.double().var(0, correction=0).sum().sqrt())
 
 
 def _is_traced() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from patchcore_plugin.bundle import (
-    BANK,
+    BANKS,
     BundleError,
     Calibration,
     Index,
     Manifest,
+    Member,
     Scale,
     Update,
     atomic_folder,
@@ -29,7 +30,7 @@ from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbn
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import read_image
-from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.memory_bank.growth import farthest_first
 from patchcore_plugin.progress import no_progress
@@ -38,7 +39,7 @@ from patchcore_plugin.scoring import Scores, anomaly_map
 from patchcore_plugin.scoring.conformal import check_new_session, extend_calibration, set_thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Sequence, Sized
 
     from numpy.typing import NDArray
 
@@ -53,8 +54,8 @@ class UpdateReport:
 
     Attributes:
         update: The step that the new bundle records.
-        bank_size: Number of vectors of the new bank.
-        radius: Covering radius of the bank, which new patches lie within too, in feature units.
+        bank_size: Number of vectors of the new bank; of an ensemble, of all its banks.
+        radii: Covering radius of each member's bank, which new patches lie within too, in feature units.
         names: Paths of the held-out images.
         before: Predictions of the held-out images by the old bundle.
         after: Predictions of the held-out images by the new bundle.
@@ -62,7 +63,7 @@ class UpdateReport:
 
     update: Update
     bank_size: int
-    radius: float
+    radii: list[float]
     names: list[str]
     before: list[Prediction]
     after: list[Prediction]
@@ -105,18 +106,22 @@ def update_bundle(
     added, held_out = _divide(images, holdout)
     _check_output(output, path)
     old = PatchcoreRuntime.load(path)
-    radius = _covering_radius(old)
+    radii = _covering_radii(old)
     if old.manifest.calibration is not None:
         check_new_session(old.manifest.calibration, len(held_out))
     with atomic_folder(output) as draft:
         copy_files(path, old.manifest, draft)  # those of the bank are written anew below
-        patches = _find_uncovered(old, added, radius, progress)
-        picks = farthest_first(patches.embeddings, patches.distances, radius, progress)
+        patches = _find_uncovered(old, added, radii, progress)
+        picks = [
+            farthest_first(part.embeddings, part.distances, radius, progress)
+            for part, radius in zip(patches.members, radii, strict=True)
+        ]
         answers = _answers(old, held_out, progress)
         measured = list(islice(answers, _MEASURED_IMAGES_LIMIT))
         embeddings = np.stack([embedding for embedding, _ in measured])
-        bank, index = _grow_bank(old, patches.embeddings[picks], embeddings, progress)
-        bank.save(draft / BANK)
+        members, bank = _grow_banks(old, patches, picks, embeddings, progress)
+        for part, (file, _) in zip(bank.members, BANKS, strict=False):
+            part.save(draft / file)
         if old.origins is not None:
             _grow_origins(old, patches, picks, added).write(draft)
         found, before = [], []
@@ -125,13 +130,13 @@ def update_bundle(
             before.append(prediction)
         scores = Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
         image, pixel, calibration = recalibrate(old.manifest, scores)
-        step = Update(parent=old.version, date=datetime.now(timezone.utc), images=len(added), vectors=len(picks))
+        gained = sum(map(len, picks))
+        step = Update(parent=old.version, date=datetime.now(timezone.utc), images=len(added), vectors=gained)
         manifest = old.manifest.model_copy(
             update={
                 "format_version": max(3, old.manifest.format_version),
                 "created": step.date,
-                "bank_size": len(bank),
-                "index": index,
+                **Manifest.fields_of(members),
                 "image": image,
                 "pixel": pixel,
                 "calibration": calibration,
@@ -144,7 +149,7 @@ def update_bundle(
         progress("self-test", 0, 1)
         self_test.record(draft)
     after = [Prediction.of(scores, number, answer.size, manifest) for number, answer in enumerate(before)]
-    return UpdateReport(step, len(bank), radius, [str(image) for image in held_out], before, after)
+    return UpdateReport(step, len(bank), radii, [str(image) for image in held_out], before, after)
 
 
 def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Calibration | None]:
@@ -188,52 +193,65 @@ def _check_output(output: str | Path, bundle: str | Path) -> None:
     check_outside(output, bundle)
 
 
-def _covering_radius(runtime: PatchcoreRuntime) -> float:
-    radius = runtime.manifest.covering_radius
-    if radius is None:
+def _covering_radii(runtime: PatchcoreRuntime) -> list[float]:
+    """Covering radius of each member's bank."""
+    radii = [member.covering_radius for member in runtime.manifest.all_members]
+    if None in radii:
         msg = (
             f"{runtime.path} does not record the covering radius of its memory bank, up to which it would be extended: an "
             "older version trained the model. Train again, with the new images among the normal ones; the export then "
             "records it."
         )
         raise BundleError(msg)
-    return radius
+    return radii
 
 
-class _Patches(NamedTuple):
-    """Patches of the added images that lie farther from the bank than its covering radius.
+class _MemberPatches(NamedTuple):
+    """Patches of the added images that lie farther from a member's bank than its covering radius.
 
     Attributes:
-        embeddings: Their embeddings (K, D), float32.
-        distances: Distance of each to the nearest bank vector (K,), float32.
+        embeddings: Their embeddings (K, D), float32: the member's values.
+        distances: Distance of each to the member's nearest bank vector (K,), float32.
         numbers: Number of each (K,), counted image by image and row by row.
-        thumbnails: Thumbnail of each image that has such a patch, by its path; empty where the bundle has no thumbnails.
     """
 
     embeddings: NDArray[np.float32]
     distances: NDArray[np.float32]
     numbers: NDArray[np.int64]
+
+
+class _Patches(NamedTuple):
+    """Patches of the added images that a bank does not cover.
+
+    Attributes:
+        members: Those of each member's bank.
+        thumbnails: Thumbnail of each image that has such a patch, by its path; empty where the bundle has no thumbnails.
+    """
+
+    members: list[_MemberPatches]
     thumbnails: dict[str, NDArray[np.uint8]]
 
 
-def _find_uncovered(runtime: PatchcoreRuntime, images: Sequence[Path], radius: float, progress: Progress) -> _Patches:
-    exact = MemoryBank(runtime.bank.vectors)
-    exact.threads = runtime.threads
+def _find_uncovered(
+    runtime: PatchcoreRuntime, images: Sequence[Path], radii: Sequence[float], progress: Progress
+) -> _Patches:
+    exact = [MemoryBank(bank.vectors) for bank in runtime.bank.members]
+    for bank in exact:
+        bank.threads = runtime.threads
     small = runtime.origins is not None and runtime.origins.thumbnails is not None
-    embeddings, distances, numbers, thumbnails = [], [], [], {}
+    found, thumbnails = [[] for _ in exact], {}
     for place, image in enumerate(images):
         progress("embed new images", place, len(images))
         pixels = read_image(image, intensity_range=runtime.intensity_range)
-        patches = runtime.embed([pixels])[0]
-        patches = patches.reshape(-1, patches.shape[-1])
-        distance = exact.search(patches)[0][:, 0]
-        far = np.flatnonzero(distance > radius)
-        embeddings.append(patches[far])
-        distances.append(distance[far])
-        numbers.append(far + place * len(patches))
-        if small and len(far):
-            thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)
-    return _Patches(np.concatenate(embeddings), np.concatenate(distances), np.concatenate(numbers), thumbnails)
+        for bank, radius, part, own in zip(exact, radii, found, runtime.bank.split(runtime.embed([pixels])[0]), strict=True):
+            patches = own.reshape(-1, bank.dimension)
+            distance = bank.search(patches)[0][:, 0]
+            far = np.flatnonzero(distance > radius)
+            part.append(_MemberPatches(patches[far], distance[far], far + place * len(patches)))
+            if small and len(far):
+                thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)
+    members = [_MemberPatches(*map(np.concatenate, zip(*part, strict=True))) for part in found]
+    return _Patches(members, thumbnails)
 
 
 def _answers(
@@ -247,32 +265,52 @@ def _answers(
         yield outcome.embedding, outcome.prediction
 
 
-def _grow_bank(
-    runtime: PatchcoreRuntime, vectors: NDArray[np.float32], embeddings: NDArray[np.float32], progress: Progress
-) -> tuple[MemoryBank, Index]:
-    """The bank with more vectors, and what its index does on held-out images: the same kind, at least as wide, or exact.
+def _grow_banks(
+    runtime: PatchcoreRuntime,
+    patches: _Patches,
+    picks: Sequence[NDArray[np.int64]],
+    embeddings: NDArray[np.float32],
+    progress: Progress,
+) -> tuple[list[Member], MemoryBank | EnsembleBank]:
+    """The banks with more vectors, and what their indexes do on held-out images: the same kind, at least as wide, or exact.
 
-    The bank is built anew: a graph that is mapped from a file cannot grow, nor can the range of int8.
+    A bank is built anew: a graph that is mapped from a file cannot grow, nor can the range of int8.
     """
-    index = runtime.manifest.index
-    bank, trials = choose(
-        np.concatenate([runtime.bank.vectors, vectors]),
-        embeddings,
-        runtime.rule,
-        index.kind,
-        index.storage,
-        progress,
-        runtime.threads,
-        least=index.width,
-    )
-    return bank, Index(kind=bank.index, storage=bank.storage, width=bank.width, trials=trials)
+    members, banks, old = [], [], runtime.manifest.all_members
+    for member, bank, part, picked, own in zip(
+        old, runtime.bank.members, patches.members, picks, runtime.bank.split(embeddings), strict=True
+    ):
+        grown, trials = choose(
+            np.concatenate([bank.vectors, part.embeddings[picked]]),
+            own,
+            runtime.rule,
+            member.index.kind,
+            member.index.storage,
+            progress,
+            runtime.threads,
+            least=member.index.width,
+        )
+        banks.append(grown)
+        index = Index(kind=grown.index, storage=grown.storage, width=grown.width, trials=trials)
+        members.append(member.model_copy(update={"bank_size": len(grown), "index": index}))
+    return members, EnsembleBank(banks, runtime.bank.weights) if len(banks) > 1 else banks[0]
 
 
-def _grow_origins(runtime: PatchcoreRuntime, patches: _Patches, picks: NDArray[np.int64], images: Sequence[Path]) -> Origins:
-    if not len(picks):
-        return runtime.origins
-    grid = runtime.manifest.grid
-    added = locate_patches(patches.numbers[picks], [(str(image), *grid) for image in images])
-    if patches.thumbnails:
-        added = replace(added, thumbnails=np.stack([patches.thumbnails[image] for image in added.images]))
-    return runtime.origins.join(added)
+def _grow_origins(
+    runtime: PatchcoreRuntime, patches: _Patches, picks: Sequence[NDArray[np.int64]], images: Sequence[Path]
+) -> Origins:
+    """Origins of the vectors of all banks: those of each bank, then those that it gained."""
+    old, grids = runtime.origins, [(str(image), *runtime.manifest.grid) for image in images]
+    gained = [locate_patches(part.numbers[picked], grids) for part, picked in zip(patches.members, picks, strict=True)]
+    added = Origins.of_members(gained)
+    shifted = added.patches + np.int32([len(old.images), 0, 0])
+    both = zip(_cut(old.patches, runtime.bank.members), _cut(shifted, picks), strict=True)
+    thumbnails = old.thumbnails
+    if thumbnails is not None and added.images:
+        thumbnails = np.concatenate([thumbnails, np.stack([patches.thumbnails[image] for image in added.images])])
+    return Origins(np.concatenate(list(chain(*both))), [*old.images, *added.images], thumbnails)
+
+
+def _cut(rows: NDArray[np.int32], parts: Sequence[Sized]) -> list[NDArray[np.int32]]:
+    """Rows cut into pieces as long as the parts."""
+    return np.split(rows, np.cumsum([len(part) for part in parts])[:-1])

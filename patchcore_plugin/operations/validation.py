@@ -137,7 +137,7 @@ def _check_loading(path: Path, version: str, manifest: Manifest) -> _Finding:
     if runtime.version != version:
         msg = f"{path} was replaced by version {runtime.version} meanwhile; validate it again."
         raise BundleError(msg)
-    shape = f"{manifest.bank_size:,} x {manifest.embedding_dimension}"
+    shape = " and ".join(f"{member.bank_size:,} x {member.embedding_dimension}" for member in manifest.all_members)
     return _Finding(f"network in {manifest.precision}, bank of {shape}", runtime)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.bundle import Preprocessing
     from patchcore_plugin.bundle.origins import Origins
-    from patchcore_plugin.memory_bank import MemoryBank
+    from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
     from patchcore_plugin.runtime.prediction import Outcome, Prediction
     from patchcore_plugin.scoring.regions import Region
 
@@ -75,7 +75,7 @@ class Reason:
     crop: NDArray[np.uint8] = field(repr=False)
 
 
-def explain(outcome: Outcome, bank: MemoryBank, origins: Origins | None) -> list[Reason]:
+def explain(outcome: Outcome, bank: MemoryBank | EnsembleBank, origins: Origins | None) -> list[Reason]:
     """Find the nearest normal patch of each of an image's regions, or, without a region, of its farthest patch.
 
     Args:
@@ -91,11 +91,9 @@ def explain(outcome: Outcome, bank: MemoryBank, origins: Origins | None) -> list
     seen = preprocessing.seen(prediction.size)
     regions, places = _peaks(prediction)
     rows, columns = np.array(places).T
-    distances, vectors = bank.search(embedding[rows, columns], 1, max(1, _SEARCH_WIDTH_FACTOR * bank.width))
+    distances, vectors = bank.search_again(embedding[rows, columns], _SEARCH_WIDTH_FACTOR)
     reasons = []
-    for region, (row, column), distance, vector in zip(
-        regions, places, distances[:, 0].tolist(), vectors[:, 0].tolist(), strict=True
-    ):
+    for region, (row, column), distance, vector in zip(regions, places, distances.tolist(), vectors.tolist(), strict=True):
         box = seen.cell(row, column, grid).rounded()
         nearest = _normal_patch(vector, distance, origins, grid, preprocessing)
         reasons.append(Reason(region, row, column, box, nearest, _crop(pixels, box, seen)))

@@ -14,14 +14,14 @@ import faiss
 import numpy as np
 from PIL import Image
 
-from patchcore_plugin.bundle import BANK, FEATURES, MANIFEST, NEIGHBORS, WEIGHTS, BundleError, read_bundle
+from patchcore_plugin.bundle import BANKS, FEATURES, MANIFEST, WEIGHTS, BundleError, read_bundle
 from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.cpu import Mode, cores
 from patchcore_plugin.depth import to_pixels
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.images import ImageError, decode_image, read_image
-from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
 from patchcore_plugin.runtime.explain import Reason, explain
 from patchcore_plugin.runtime.heatmap import overlay
 from patchcore_plugin.runtime.network import Embedder, Network, NetworkFiles
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from patchcore_plugin.bundle import BundleContent
+    from patchcore_plugin.bundle import BundleContent, Member
     from patchcore_plugin.images import Source
 
 
@@ -66,7 +66,7 @@ class PatchcoreRuntime:
         states: State of each file of the bundle when it was read; see :func:`patchcore_plugin.bundle.file_states`.
         rule: How patch distances become an image score.
         intensity_range: Values that become 0 and 255 when an image is read; None for 8-bit images.
-        bank: Memory bank of the bundle.
+        bank: Memory bank of the bundle; of an ensemble, the banks of its members.
         origins: Where the bank's vectors come from; None where the bundle does not say.
         mode: Mode of work.
         threads: Number of threads.
@@ -283,24 +283,29 @@ def _cache_folder(path: Path, cache: str | Path | bool) -> Path | None:
     return path.with_name(f"{path.name}.cache") if cache else None
 
 
-def _load_bank(bundle: BundleContent) -> MemoryBank:
-    files, manifest = bundle.files, bundle.manifest
-    path = files[BANK].path
+def _load_bank(bundle: BundleContent) -> MemoryBank | EnsembleBank:
+    members = bundle.manifest.all_members
+    banks = [_load_member(bundle, member, *names) for member, names in zip(members, BANKS, strict=False)]
+    return EnsembleBank(banks, [member.weight for member in members]) if len(banks) > 1 else banks[0]
+
+
+def _load_member(bundle: BundleContent, member: Member, bank_name: str, neighbors_name: str) -> MemoryBank:
+    files, path = bundle.files, bundle.files[bank_name].path
     try:
         # Only files that the manifest lists are here. The bytes of the bank are given away, as the index copies them.
-        bank = MemoryBank.from_content(files.pop(BANK), files.get(NEIGHBORS), manifest.index.kind)
+        bank = MemoryBank.from_content(files.pop(bank_name), files.get(neighbors_name), member.index.kind)
     except ValueError as error:
         raise BundleError(str(error)) from error
-    found, expected = (len(bank), bank.dimension), (manifest.bank_size, manifest.embedding_dimension)
+    found, expected = (len(bank), bank.dimension), (member.bank_size, member.embedding_dimension)
     if found != expected:
         msg = f"{path} holds vectors of shape {found}, the manifest says {expected}."
         raise BundleError(msg)
-    if bank.storage != manifest.index.storage:
-        msg = f"{path} holds vectors in {bank.storage}, the manifest says {manifest.index.storage}."
+    if bank.storage != member.index.storage:
+        msg = f"{path} holds vectors in {bank.storage}, the manifest says {member.index.storage}."
         raise BundleError(msg)
     try:
-        if manifest.index.width:
-            bank.width = manifest.index.width
+        if member.index.width:
+            bank.width = member.index.width
     except ValueError as error:
         msg = f"{bundle.path / MANIFEST}: {error}"
         raise BundleError(msg) from error
@@ -316,7 +321,7 @@ def _load_network(bundle: BundleContent, mode: Mode, threads: int, cache: Path |
     except Exception as error:  # OpenVINO raises nearly any on a file that is made to harm
         msg = f"{files.model.path} cannot be compiled by OpenVINO: {error}"
         raise BundleError(msg) from error
-    expected = (*manifest.grid, manifest.embedding_dimension)
+    expected = (*manifest.grid, manifest.values)
     if network.shape != expected:
         msg = f"{files.model.path} gives embeddings of shape {network.shape}, the manifest says {expected}."
         raise BundleError(msg)

@@ -17,6 +17,8 @@ from patchcore_plugin.bundle import MAX_NEIGHBORS, MAX_SMOOTHING
 from patchcore_plugin.checks import check_number
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from typing_extensions import Self
 
@@ -131,6 +133,24 @@ def reweight(distance: Any, support: Any) -> Any:
     shift = xp.max(support, axis=1)  # the largest exponent is then 0: nothing overflows
     weight = 1 - xp.exp(support[:, 0] - shift) / xp.sum(xp.exp(support - shift[:, None]), axis=1)
     return weight * distance
+
+
+def weighted_mean(distances: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """Mean of the distances of an ensemble's members, each multiplied by the member's weight.
+
+    Args:
+        distances: Distances by each member, all of one shape.
+        weights: Weight of each member; the first is 1.
+
+    Returns:
+        Distances in feature units of the first member; of a single member its own, untouched.
+    """
+    total = distances[0]
+    if len(distances) == 1:
+        return total
+    for distance, weight in zip(distances[1:], weights[1:], strict=True):
+        total = total + weight * distance
+    return total / len(distances)
 
 
 def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear", sigma: float = SIGMA) -> Any:

@@ -34,8 +34,14 @@ def test_numbers_of_rows_to_patches(grids, data):
     found = locate_patches(np.array(numbers), images)
     assert [(found.images[image], row, column) for image, row, column in found.patches] == [every[n] for n in numbers]
     assert sorted(set(found.patches[:, 0])) == list(range(len(found.images)))
-    both = found.join(found)
-    assert [(both.images[image], row, column) for image, row, column in both.patches] == 2 * [every[n] for n in numbers]
+    others = locate_patches(np.array(numbers[::-1]), images[::-1])
+    both = Origins.of_members([found, others])
+    assert sorted(both.images) == sorted({*found.images, *others.images}), "each image is named once"
+    places = [(both.images[image], row, column) for image, row, column in both.patches]
+    assert places[: len(numbers)] == [every[n] for n in numbers]
+    assert places[len(numbers) :] == [(others.images[image], row, column) for image, row, column in others.patches]
+    assert Origins.of_members([found]) is found
+    assert Origins.of_members([found, None]) is None
 
 
 def test_bundle_keeps_folder_and_file_name_only(bundle):
