@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchcore_plugin.model.lightning_model import FaissPatchcore
     from patchcore_plugin.model.post_processing import ConformalPostProcessor
+    from patchcore_plugin.model.spade import Spade
     from patchcore_plugin.registry import register
     from patchcore_plugin.runtime import PatchcoreRuntime
 
-__all__ = ["ConformalPostProcessor", "FaissPatchcore", "PatchcoreRuntime", "register"]
+__all__ = ["ConformalPostProcessor", "FaissPatchcore", "PatchcoreRuntime", "Spade", "register"]
 __version__ = "0.1.0"
 
 # A wheel has bento/ and configs/ inside the package. A checkout has them beside it, and they must be found there even where
@@ -26,6 +27,7 @@ _LAZY_NAMES = {
     "ConformalPostProcessor": "patchcore_plugin.model.post_processing",
     "FaissPatchcore": "patchcore_plugin.model.lightning_model",
     "PatchcoreRuntime": "patchcore_plugin.runtime",
+    "Spade": "patchcore_plugin.model.spade",
     "register": "patchcore_plugin.registry",
 }
 

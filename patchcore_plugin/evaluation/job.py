@@ -36,6 +36,7 @@ from patchcore_plugin.evaluation.plan import Job, component_class, component_par
 from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE
 from patchcore_plugin.model.backbone import Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
+from patchcore_plugin.model.spade import Spade
 from patchcore_plugin.model.weights import PACKAGED
 from patchcore_plugin.names import as_text, to_cell
 
@@ -172,7 +173,7 @@ def _model(job: Job) -> AnomalibModule:
     """
     path, arguments = job.network["class_path"], job.network["init_args"]
     name = arguments.get("backbone")
-    if name not in PACKAGED or issubclass(component_class(job.network), FaissPatchcore):
+    if name not in PACKAGED or issubclass(component_class(job.network), (FaissPatchcore, Spade)):
         return _build("model", job.network)
     net = Backbone(name, arguments.get("layers", ())).net
     # anomalib would download weights from a model hub. It builds timm's architecture instead, and our weights are copied.

@@ -37,6 +37,7 @@ from patchcore_plugin.export.precision import choose_precision
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
 from patchcore_plugin.memory_bank.choice import choose
+from patchcore_plugin.model.spade import COMPARISON_ONLY, SpadeModel
 from patchcore_plugin.model.torch_model import MemoryBankError
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import self_test
@@ -164,6 +165,8 @@ def _checked_name(name: str) -> str:
 
 
 def _check_exportable(model: FaissPatchcoreModel) -> None:
+    if isinstance(model, SpadeModel):
+        raise BundleError(COMPARISON_ONLY)
     if not model.is_fitted:
         msg = "The memory bank is empty: train the model before exporting it."
         raise MemoryBankError(msg)

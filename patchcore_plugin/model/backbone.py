@@ -92,6 +92,15 @@ class Backbone(nn.Module):
         return [features[position] for position in self._order]
 
 
+def deepest_layer(name: str) -> str:
+    """Name of a backbone's deepest feature layer.
+
+    Raises:
+        UsageError: If timm has no such model, or the model gives no features.
+    """
+    return _feature_layers(name)[-1]
+
+
 def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation by which images were normalized when a backbone's weights were trained.
 
@@ -125,8 +134,7 @@ def _layer_indices(name: str, layers: Sequence[str]) -> list[int]:
     if isinstance(layers, str) or not layers or not all(isinstance(layer, str) for layer in layers):
         msg = f"layers must be a non-empty list of layer names, got {layers!r}."
         raise UsageError(msg)
-    model = _create(timm_name(name), None, pretrained=False)
-    available = [info["module"] for info in model.feature_info.info]
+    available = _feature_layers(name)
     missing = [layer for layer in layers if layer not in available]
     if missing:
         msg = f"Backbone {name!r} has no layer {', '.join(map(repr, missing))}. Its feature layers: {', '.join(available)}."
@@ -135,6 +143,11 @@ def _layer_indices(name: str, layers: Sequence[str]) -> list[int]:
         msg = f"layers names a layer twice: {list(layers)}."
         raise UsageError(msg)
     return [available.index(layer) for layer in layers]
+
+
+def _feature_layers(name: str) -> list[str]:
+    """Names of all feature layers of a backbone, shallow to deep."""
+    return [info["module"] for info in _create(timm_name(name), None, pretrained=False).feature_info.info]
 
 
 def _create(architecture: str, indices: list[int] | None, *, pretrained: bool) -> nn.Module:

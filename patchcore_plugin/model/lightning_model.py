@@ -48,6 +48,7 @@ from patchcore_plugin.model.pre_processing import (
     normalization_of,
     renormalization,
 )
+from patchcore_plugin.model.spade import refuse_spade
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 from patchcore_plugin.model.training_images import expected_images, hold_out
 from patchcore_plugin.model.weights import weights_from_checkpoint
@@ -503,7 +504,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
         Hyper parameters of version 0.1 may have a ``position_weight``, which is no argument any more. Among the hyper
         parameters it also travels to the checkpoints of this model.
+
+        Raises:
+            UsageError: If the checkpoint is one of Spade.
         """
+        refuse_spade(checkpoint)
         config = checkpoint.get("anomalib_post_processor_config", {})
         rate = config.get("false_positive_rate")
         if rate is not None and type(self.post_processor) is PostProcessor:

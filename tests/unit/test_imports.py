@@ -40,7 +40,7 @@ import sys
 import patchcore_plugin
 print(patchcore_plugin.__all__, sorted({'numpy', 'openvino', 'faiss', 'torch', 'pydantic'} & set(sys.modules)))
 """
-    assert run(code) == "['ConformalPostProcessor', 'FaissPatchcore', 'PatchcoreRuntime', 'register'] []"
+    assert run(code) == "['ConformalPostProcessor', 'FaissPatchcore', 'PatchcoreRuntime', 'Spade', 'register'] []"
 
 
 def test_unknown_attribute():

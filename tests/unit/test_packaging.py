@@ -41,8 +41,10 @@ def test_bento_installs_what_serving_needs():
 
 
 def test_entry_points():
-    (model,) = entry_points(group="anomalib.models", name="faiss_patchcore")
-    assert model.value == "patchcore_plugin:FaissPatchcore"
+    models = {"faiss_patchcore": "patchcore_plugin:FaissPatchcore", "spade": "patchcore_plugin:Spade"}
+    for name, value in models.items():
+        (model,) = entry_points(group="anomalib.models", name=name)
+        assert model.value == value
     (command,) = entry_points(group="console_scripts", name="patchcore")
     assert command.value == "patchcore_plugin.cli:main"
 
