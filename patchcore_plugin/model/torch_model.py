@@ -175,6 +175,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         """
         if not self.further:
             return self._embed(images)
+        for member in self.further:
+            member.tiler = self.tiler
         parts = [member._embed(images) for member in self.members]
         grids = {part.shape[1:3] for part in parts}
         if len(grids) > 1 and not _is_traced():
