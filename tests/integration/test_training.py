@@ -71,6 +71,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "outlier_rejection",
         "exclude",
         "augmentations",
+        "ensemble",
     }
 
 
