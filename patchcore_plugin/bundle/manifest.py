@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -146,6 +146,17 @@ SessionNumbers = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_CALIBRATION)]]
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    later_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that versions before theirs refuse: where they hold nothing, they are not written."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = serialize(self)
+        for name in self.later_fields:
+            if not getattr(self, name):
+                del content[name]
+        return content
+
 
 @dataclass(frozen=True)
 class Box:
@@ -197,19 +208,13 @@ class Preprocessing(_Record):
         std: Standard deviation of each channel (RGB), in [0, 1], which is divided by.
     """
 
+    later_fields = ("intensity_range",)
+
     intensity_range: Annotated[IntensityRange, AfterValidator(check_intensity_range)] | None = None
     resize: Size
     crop: Size | None = None
     mean: Triple
     std: Triple
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a range that is not there: earlier versions refuse the field."""
-        content = serialize(self)
-        if self.intensity_range is None:
-            del content["intensity_range"]
-        return content
 
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
@@ -325,19 +330,13 @@ class Calibration(_Record):
         sessions: Recording sessions of scores and peaks; None where the images count as one session.
     """
 
+    later_fields = ("sessions",)
+
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)]
     scores: Ascending
     peaks: Ascending
     means: Ascending
     sessions: Sessions | None = None
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out sessions that are not there: earlier versions refuse the field."""
-        content = serialize(self)
-        if self.sessions is None:
-            del content["sessions"]
-        return content
 
     @property
     def format_version(self) -> int:
@@ -532,6 +531,8 @@ class Manifest(_Record):
         files: Checksum and size of each other file.
     """
 
+    later_fields = ("members",)
+
     format_version: Literal[2, 3, 4, 5, 6]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
@@ -586,14 +587,6 @@ class Manifest(_Record):
             msg = f"files lists the banks {', '.join(banks)}, and there are {1 + len(self.members)} members"
             raise ValueError(msg)
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out members that are not there: earlier versions refuse the field."""
-        content = serialize(self)
-        if not self.members:
-            del content["members"]
-        return content
 
     @property
     def all_members(self) -> list[Member]:
