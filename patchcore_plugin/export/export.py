@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from patchcore_plugin.bundle import (
-    BANKS,
     ENSEMBLE_FORMAT,
     FEATURES,
     MAX_NAME_LENGTH,
@@ -35,7 +34,7 @@ from patchcore_plugin.export.model_records import (
 from patchcore_plugin.export.network import write_network
 from patchcore_plugin.export.precision import choose_precision
 from patchcore_plugin.images import read_image
-from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, save_banks
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.model.spade import COMPARISON_ONLY, SpadeModel
 from patchcore_plugin.model.torch_model import MemoryBankError
@@ -117,8 +116,7 @@ def export_bundle(
         embeddings = np.concatenate([embedder.embed(image) for image in measured]) if measured else None
         del network, embedder  # on Windows, a file in use is not replaced
         members, bank = _build_banks(model, embeddings, index, storage, progress)
-        for part, (file, _) in zip(bank.members, BANKS, strict=False):
-            part.save(draft / file)
+        save_banks(bank, draft)
         if origins is not None:
             origins.write(draft)
         precision, precision_trials = choose_precision(
@@ -217,7 +215,7 @@ def _build_banks(
                 weight=float(weight),
             )
         )
-    return members, EnsembleBank(banks, [member.weight for member in members]) if len(banks) > 1 else banks[0]
+    return members, join_banks(banks, [member.weight for member in members])
 
 
 def _build_bank(

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patchcore_plugin.bundle import BANKS
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.scoring.scores import Scores, farthest_patches, image_score, reweight, weighted_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -101,3 +103,14 @@ class EnsembleBank:
         numbers = np.stack([vectors + start for (_, vectors), start in zip(found, self._starts, strict=True)])
         own = np.stack([distance * weight for distance, weight in zip(distances, self.weights, strict=True)])
         return weighted_mean(distances, self.weights), numbers[own.argmax(0), np.arange(len(queries))]
+
+
+def join_banks(members: Sequence[MemoryBank], weights: Sequence[float]) -> MemoryBank | EnsembleBank:
+    """The bank of a single model itself; those of several members as one."""
+    return EnsembleBank(members, weights) if len(members) > 1 else members[0]
+
+
+def save_banks(bank: MemoryBank | EnsembleBank, folder: Path) -> None:
+    """Write the bank of each member into the folder of a bundle."""
+    for member, (file, _) in zip(bank.members, BANKS, strict=False):
+        member.save(folder / file)

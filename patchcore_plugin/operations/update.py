@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from patchcore_plugin.bundle import (
-    BANKS,
     BundleError,
     Calibration,
     Index,
@@ -30,7 +29,7 @@ from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbn
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import read_image
-from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, save_banks
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.memory_bank.growth import farthest_first
 from patchcore_plugin.progress import no_progress
@@ -120,8 +119,7 @@ def update_bundle(
         measured = list(islice(answers, _MEASURED_IMAGES_LIMIT))
         embeddings = np.stack([embedding for embedding, _ in measured])
         members, bank = _grow_banks(old, patches, picks, embeddings, progress)
-        for part, (file, _) in zip(bank.members, BANKS, strict=False):
-            part.save(draft / file)
+        save_banks(bank, draft)
         if old.origins is not None:
             _grow_origins(old, patches, picks, added).write(draft)
         found, before = [], []
@@ -243,13 +241,15 @@ def _find_uncovered(
     for place, image in enumerate(images):
         progress("embed new images", place, len(images))
         pixels = read_image(image, intensity_range=runtime.intensity_range)
+        covered = True
         for bank, radius, part, own in zip(exact, radii, found, runtime.bank.split(runtime.embed([pixels])[0]), strict=True):
             patches = own.reshape(-1, bank.dimension)
             distance = bank.search(patches)[0][:, 0]
             far = np.flatnonzero(distance > radius)
             part.append(_MemberPatches(patches[far], distance[far], far + place * len(patches)))
-            if small and len(far):
-                thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)
+            covered = covered and not len(far)
+        if small and not covered:
+            thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)
     members = [_MemberPatches(*map(np.concatenate, zip(*part, strict=True))) for part in found]
     return _Patches(members, thumbnails)
 
@@ -293,7 +293,7 @@ def _grow_banks(
         banks.append(grown)
         index = Index(kind=grown.index, storage=grown.storage, width=grown.width, trials=trials)
         members.append(member.model_copy(update={"bank_size": len(grown), "index": index}))
-    return members, EnsembleBank(banks, runtime.bank.weights) if len(banks) > 1 else banks[0]
+    return members, join_banks(banks, runtime.bank.weights)
 
 
 def _grow_origins(

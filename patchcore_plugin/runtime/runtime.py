@@ -21,7 +21,7 @@ from patchcore_plugin.cpu import Mode, cores
 from patchcore_plugin.depth import to_pixels
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.images import ImageError, decode_image, read_image
-from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks
 from patchcore_plugin.runtime.explain import Reason, explain
 from patchcore_plugin.runtime.heatmap import overlay
 from patchcore_plugin.runtime.network import Embedder, Network, NetworkFiles
@@ -286,7 +286,7 @@ def _cache_folder(path: Path, cache: str | Path | bool) -> Path | None:
 def _load_bank(bundle: BundleContent) -> MemoryBank | EnsembleBank:
     members = bundle.manifest.all_members
     banks = [_load_member(bundle, member, *names) for member, names in zip(members, BANKS, strict=False)]
-    return EnsembleBank(banks, [member.weight for member in members]) if len(banks) > 1 else banks[0]
+    return join_banks(banks, [member.weight for member in members])
 
 
 def _load_member(bundle: BundleContent, member: Member, bank_name: str, neighbors_name: str) -> MemoryBank:
