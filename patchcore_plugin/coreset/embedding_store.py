@@ -70,6 +70,7 @@ class EmbeddingStore:
         expected_rows: Rows to come in all; ``None`` if unknown.
         budget: Bytes that the fit may take, its matrix and everything beside; ``None`` takes most of the free memory.
         processes: Processes that share this machine's memory.
+        share: Share of the budget, or of the free memory, that this store may take beside others.
 
     Attributes:
         rows: Rows appended so far.
@@ -88,12 +89,14 @@ class EmbeddingStore:
         expected_rows: int | None = None,
         budget: float | None = None,
         processes: int = 1,
+        share: float = 1,
     ) -> None:
         self.sampler = sampler
         self.dtype = dtype
         self.expected_rows = expected_rows
         self.budget = budget
         self.processes = processes
+        self.share = share
         self.rows = 0
         self.reductions = 0
         self.radius_ = math.nan
@@ -241,7 +244,9 @@ class EmbeddingStore:
             bank_share=min(0.5, self.sampler.count(many) * self.processes / many),  # each process gets the whole bank
             projected=self.sampler.projection is not None,
         )
-        plan = plan_memory(cost, self.expected_rows, budget=self.budget, free=free_memory(device, self.processes))
+        budget = None if self.budget is None else self.share * self.budget
+        free = self.share * free_memory(device, self.processes)
+        plan = plan_memory(cost, self.expected_rows, budget=budget, free=free)
         plan.log(logger)
         return torch.empty((plan.rows, cost.columns), dtype=self.dtype, device=device)
 

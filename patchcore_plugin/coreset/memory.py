@@ -25,12 +25,10 @@ CONTAINER_FILES = (
 MIN_STREAMED_ROWS = 1024
 """Fewest rows of a matrix that embeddings are streamed through."""
 
-FREE_MEMORY_SHARE = 0.8
-"""Share of the free memory that a fit takes where no budget is given."""
-
 _STATE_BYTES = 48  # that the coreset keeps for each row, at most
 _NUMBER_BYTES = 8  # more for each row of a stream: which row it is
 _BUFFER_SHARE = 0.1  # of the budget, for what does not grow with the rows
+_FREE_MEMORY_SHARE = 0.8  # that a fit takes where no budget is given
 
 
 def free_memory(
@@ -147,7 +145,7 @@ def plan_memory(cost: RowCost, expected_rows: int | None, *, budget: float | Non
         UsageError: If the memory holds fewer rows than a streamed fit needs.
     """
     given = budget is not None
-    budget = budget if given else free * FREE_MEMORY_SHARE
+    budget = budget if given else free * _FREE_MEMORY_SHARE
     usable = budget * (1 - _BUFFER_SHARE)
     capacity = int(usable / cost.kept)
     if expected_rows is not None and expected_rows <= capacity:
@@ -167,7 +165,7 @@ def _too_little(rows: int, cost: RowCost, budget: float, *, given: bool) -> str:
         way_out = f"Raise memory_budget to at least {least:.3g}, or leave it out to use the free memory."
     else:
         memory = f"The free memory, of which {budget / GIB:.3g} GiB may be used,"
-        way_out = f"Free at least {least / FREE_MEMORY_SHARE:.3g} GiB, or use fewer processes."
+        way_out = f"Free at least {least / _FREE_MEMORY_SHARE:.3g} GiB, or use fewer processes."
     return (
         f"{memory} holds {rows} patch embeddings of {cost.columns} values, fewer than the {MIN_STREAMED_ROWS} that a "
         f"streamed fit needs. {way_out}"

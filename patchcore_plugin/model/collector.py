@@ -10,7 +10,6 @@ import torch
 
 from patchcore_plugin.bundle.origins import Origins, locate_patches
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
-from patchcore_plugin.coreset.memory import FREE_MEMORY_SHARE, free_memory
 from patchcore_plugin.coreset.outliers import find_outliers
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.augmentation import Change
@@ -161,7 +160,7 @@ class PatchCollector:
             raise UsageError(msg)
         _, rows, columns, dimension = embedding.shape
         if not self._stores:
-            self._stores = self._new_stores(self.expected_images and self.expected_images * rows * columns, held.device)
+            self._stores = self._new_stores(self.expected_images and self.expected_images * rows * columns)
         parts = held.reshape(-1, dimension).split(self.widths or dimension, dim=1)
         for store, part in zip(self._stores, parts, strict=True):
             store.append(part)
@@ -180,7 +179,7 @@ class PatchCollector:
         Returns:
             The bank; of an ensemble, that of each member.
         """
-        stores = self._stores or self._new_stores(0, torch.device("cpu"))  # this process has none; others have
+        stores = self._stores or self._new_stores(0)  # this process has none; others have
         self._stores = []
         grids = self._grids_of_all(group)
 
@@ -188,25 +187,23 @@ class PatchCollector:
             image_of = _image_numbers(grids, rows.device)
             return find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group)
 
+        images = [(grid.path, grid.rows, grid.columns) for grid in grids] if all(grid.path for grid in grids) else None
         banks = []
         for store in stores:
             vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
             origins = None
-            if all(grid.path for grid in grids):
-                images = [(grid.path, grid.rows, grid.columns) for grid in grids]
+            if images is not None:
                 origins = locate_patches(_in_originals(store.numbers_.numpy(), grids), images)
             banks.append(FittedBank(vectors, store.radius_, origins, store.outliers_))
         return banks
 
-    def _new_stores(self, expected_rows: int | None, device: torch.device) -> list[EmbeddingStore]:
-        """A store for each member; each gets a share of the memory by its number of values."""
-        if self.widths is None:
-            return [EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes)]
-        budget = self.budget
-        if budget is None:
-            budget = FREE_MEMORY_SHARE * free_memory(device, self.processes)
-        shares = [budget * width / sum(self.widths) for width in self.widths]
-        return [EmbeddingStore(self.sampler, self.dtype, expected_rows, share, self.processes) for share in shares]
+    def _new_stores(self, expected_rows: int | None) -> list[EmbeddingStore]:
+        """A store for each member, each with a share of the memory by its number of values."""
+        widths = self.widths or [1]
+        return [
+            EmbeddingStore(self.sampler, self.dtype, expected_rows, self.budget, self.processes, width / sum(widths))
+            for width in widths
+        ]
 
     def _grids_of_all(self, group: torch.distributed.ProcessGroup | None) -> list[_Grid]:
         """Patch grids of the images and copies of all processes by rank; this process's are forgotten."""
