@@ -174,10 +174,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             UsageError: If the members have different patch grids.
         """
         if not self.further:
-            return self._embed(images)
-        for member in self.further:
-            member.tiler = self.tiler
-        parts = [member._embed(images) for member in self.members]
+            return self._embed(images, self.tiler)
+        parts = [member._embed(images, self.tiler) for member in self.members]
         grids = {part.shape[1:3] for part in parts}
         if len(grids) > 1 and not _is_traced():
             found = ", ".join(
@@ -191,12 +189,12 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             raise UsageError(msg)
         return torch.cat(parts, dim=-1)
 
-    def _embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What :meth:`embed` gives, of this member alone."""
+    def _embed(self, images: torch.Tensor, tiler: Tiler | None) -> torch.Tensor:
+        """What :meth:`embed` gives, of this member alone; the tiler is the ensemble's."""
         if self.renormalization is not None:
             factor, offset = (images.new_tensor(values)[:, None, None] for values in self.renormalization)
             images = images * factor + offset
-        tiles = self._tile(images).to(next(self.feature_extractor.parameters()).dtype)
+        tiles = self._tile(images, tiler).to(next(self.feature_extractor.parameters()).dtype)
         # A CPU computes float16 convolutions a hundred times slower than float32 ones: there only the bank is halved.
         half = self.memory_bank.dtype == torch.float16 and images.device.type != "cpu"
         with torch.no_grad(), torch.autocast(images.device.type, torch.float16) if half else nullcontext():
@@ -206,8 +204,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             grid = features[0].shape[-2:]
             features[1:] = [F.interpolate(feature, size=grid, mode="bilinear") for feature in features[1:]]
             embedding = torch.cat(features, dim=1)
-        if self.tiler:
-            embedding = self._untile(embedding, self.tiler)
+        if tiler:
+            embedding = self._untile(embedding, tiler)
         if self.position_weight:
             embedding = torch.cat([embedding, self._positions(embedding)], dim=1)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
@@ -219,14 +217,15 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.position_weight
         return positions.to(embedding.dtype).expand(embedding.shape[0], -1, -1, -1)
 
-    def _tile(self, images: torch.Tensor) -> torch.Tensor:
-        if self.tiler is None:
+    @staticmethod
+    def _tile(images: torch.Tensor, tiler: Tiler | None) -> torch.Tensor:
+        if tiler is None:
             return images
-        if self.tiler.mode != ImageUpscaleMode.PADDING:
-            mode = ImageUpscaleMode(self.tiler.mode).value  # it may be text
+        if tiler.mode != ImageUpscaleMode.PADDING:
+            mode = ImageUpscaleMode(tiler.mode).value  # it may be text
             msg = f"Tiling mode {mode!r} would resize embeddings like images; use mode 'padding'."
             raise UsageError(msg)
-        return self.tiler.tile(images)
+        return tiler.tile(images)
 
     @staticmethod
     def _untile(embedding: torch.Tensor, tiler: Tiler) -> torch.Tensor:
