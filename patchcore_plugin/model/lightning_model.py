@@ -50,7 +50,7 @@ from patchcore_plugin.model.pre_processing import (
 )
 from patchcore_plugin.model.spade import refuse_spade
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
-from patchcore_plugin.model.training_images import expected_images, hold_out
+from patchcore_plugin.model.training_images import expected_images, hold_out, no_normal_image
 from patchcore_plugin.model.weights import weights_from_checkpoint
 from patchcore_plugin.scoring import ScoreRule
 
@@ -402,7 +402,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if anomalous and self.global_rank == 0:
             logger.warning("Left out %d anomalous images: PatchCore learns from normal ones only.", anomalous)
         if not patches:
-            raise MemoryBankError(_no_normal_image(anomalous))
+            raise MemoryBankError(no_normal_image("PatchCore", anomalous))
         banks = self._patches.reduce_to_banks(group)
         self._patches = None
         for member, fitted in zip(self.model.members, banks, strict=True):
@@ -589,12 +589,3 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             reason = shorten(f"{type(error).__name__}: {error}", 300)  # torch lists all tensors that it misses
             msg = f"{checkpoint_path} is not a checkpoint of FaissPatchcore: {reason}"
             raise UsageError(msg) from error
-
-
-def _no_normal_image(anomalous: int) -> str:
-    """The message for a training set without normal images, which has some anomalous ones."""
-    found = f" It has {anomalous} anomalous ones." if anomalous else ""
-    return (
-        f"The training set has no normal image, and PatchCore learns from normal images only.{found} Check the data section "
-        "of the config: normal_dir (or the data set's training split) must hold defect-free images."
-    )

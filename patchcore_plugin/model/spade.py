@@ -23,7 +23,7 @@ from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.backbone import Backbone, deepest_layer
 from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.torch_model import MemoryBankError, nearest_by_product
-from patchcore_plugin.model.training_images import check_finite
+from patchcore_plugin.model.training_images import check_finite, no_normal_image
 from patchcore_plugin.scoring.scores import anomaly_map
 
 COMPARISON_ONLY = (
@@ -259,11 +259,7 @@ class Spade(MemoryBankMixin, AnomalibModule):
             )
             raise MemoryBankError(msg)
         if not self._features:
-            msg = (
-                "The training set has no normal image, and Spade learns from normal images only. Check the data section of "
-                "the config: normal_dir (or the data set's training split) must hold defect-free images."
-            )
-            raise MemoryBankError(msg)
+            raise MemoryBankError(no_normal_image("Spade"))
         kinds = [list(kind) for kind in zip(*self._features, strict=True)]
         self._features = []
         joined = []

@@ -66,6 +66,20 @@ def check_finite(embedding: torch.Tensor, paths: Sequence[str] | None) -> None:
         raise UsageError(msg)
 
 
+def no_normal_image(model: str, anomalous: int = 0) -> str:
+    """The message for a training set without normal images.
+
+    Args:
+        model: Name of the model.
+        anomalous: Anomalous images in the training set.
+    """
+    found = f" It has {anomalous} anomalous ones." if anomalous else ""
+    return (
+        f"The training set has no normal image, and {model} learns from normal images only.{found} Check the data section "
+        "of the config: normal_dir (or the data set's training split) must hold defect-free images."
+    )
+
+
 def hold_out(kept: torch.Tensor | None, normal: torch.Tensor) -> torch.Tensor | None:
     """Append normal images to the held-out images until there are enough. An export measures on them.
 
