@@ -200,6 +200,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 raise UsageError(msg)
             pre_processor = build_pre_processor(image_size, normalization=normalization, backbone=backbone)
         dtype = dtype_of_bank(precision)
+        # Plain: Python 3.11.0 to 3.11.3, Debian's among them, pickle an enumeration so that torch refuses the checkpoint.
+        precision = str(dtype).removeprefix("torch.")
         self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
         augmentations = check_augmentations(augmentations)
         if not isinstance(layers, str):

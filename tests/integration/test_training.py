@@ -546,6 +546,11 @@ def test_tiling_mode_that_would_resize_embeddings():
             model.embed(torch.zeros(1, 3, 256, 256))
 
 
+def test_checkpoint_holds_no_enumeration(trained):
+    """Early Python 3.11 pickles its members by getattr, which no checkpoint may call."""
+    assert type(torch.load(trained.checkpoint, weights_only=False)["hyper_parameters"]["precision"]) is str
+
+
 def test_checkpoint_of_get_model_can_be_loaded(cells, tmp_path):
     """anomalib's get_model passes omegaconf's lists, which a safe load of the checkpoint would refuse."""
     import anomalib.models
