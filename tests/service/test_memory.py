@@ -43,7 +43,7 @@ class Watch:
 
 
 def test_memory_of_large_images(bundle, test_images, tmp_path):
-    """20 bytes a pixel of an image in work, beside 400 MiB, whatever the file; and they are given back."""
+    """20 bytes a pixel of an image in work, beside 450 MiB, whatever the file; and they are given back."""
     picture = Image.new("RGB", (WIDTH, HEIGHT))
     contents = {
         "PNG": black_png(WIDTH, HEIGHT, color=2),
@@ -62,5 +62,5 @@ def test_memory_of_large_images(bundle, test_images, tmp_path):
                 predict(server.client, test_images[0])  # OpenVINO keeps the last image until the next one
                 after = watch.now()
             print(name, [number // MIB for number in (before, watch.peak, after)])
-            assert watch.peak < 400 * MIB + files + 20 * WIDTH * HEIGHT, name
+            assert watch.peak < 450 * MIB + files + 20 * WIDTH * HEIGHT, name
             assert after - before < 50 * MIB, name
