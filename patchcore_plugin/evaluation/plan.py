@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from patchcore_plugin import __version__
 from patchcore_plugin.errors import PatchcoreError
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 # Part of every job's key: a result that another version computed, or whose files mean something else, is not reused.
 _KEY_VERSIONS = {"format": 1, "patchcore-plugin": __version__, **{name: version(name) for name in ("anomalib", "torch")}}
+
+MEAN = "mean of all"
+"""Name that stands for the data set in rows that average all data sets."""
+
+_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)")
 
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\n]*$")]
 
@@ -52,6 +57,8 @@ class DataSet(_Section):
         optional: Whether to skip this data set, and report that, if its folder is missing.
     """
 
+    _variables: list[str] = PrivateAttr([])  # environment variables that the file takes the values from
+
     class_path: str | None = None
     init_args: dict[str, Any] = {}
     folder: Path | None = None
@@ -75,7 +82,35 @@ class DataSet(_Section):
         root = self.folder if self.folder is not None else self.init_args.get("root")
         if root is None or Path(root).is_dir():
             return None
-        return f"there is no folder {root}"
+        said = f" (the file takes its path from the variable {' and '.join(self._variables)})" if self._variables else ""
+        return f"there is no folder {root}{said}"
+
+
+class Published(_Section):
+    """Figures that somebody published of a model. The report shows them beside the measured ones; no job depends on them.
+
+    Attributes:
+        source: Where the figures are from, as the report says it.
+        figures: Shares from 0 to 1, by the name of the data set (or :data:`MEAN`) and the name of the metric.
+    """
+
+    source: Annotated[str, Field(min_length=1)]
+    figures: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("figures")
+    @classmethod
+    def _shares(cls, figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+        from patchcore_plugin.evaluation.metrics import METRICS  # here, because it imports anomalib, which takes seconds
+
+        shares = [name for name, metric in METRICS.items() if not metric.is_cost]
+        for dataset, metric, value in ((dataset, *item) for dataset, own in figures.items() for item in own.items()):
+            if metric not in shares:
+                msg = f"{dataset}: {metric!r} is none of the metrics {', '.join(shares)}"
+                raise ValueError(msg)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                msg = f"{dataset}: {metric} is a share from 0 to 1 (0.991 for 99.1 %), got {value!r}"
+                raise ValueError(msg)
+        return figures
 
 
 class Model(_Section):
@@ -87,12 +122,14 @@ class Model(_Section):
             loads the packaged weights into every model that has a timm feature extractor.
         config: anomalib config with a model section; the path is relative to the evaluation's file.
         trainer: Arguments of the trainer (``max_epochs``), for models trained by gradient descent.
+        published: Published figures, to compare the measured ones with.
     """
 
     class_path: str | None = None
     init_args: dict[str, Any] = {}
     config: Path | None = None
     trainer: dict[str, Any] = {}
+    published: Published | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -129,6 +166,11 @@ class Evaluation(_Section):
         if self.baseline is not None and self.baseline not in self.models:
             msg = f"baseline {self.baseline!r} is not one of the models: {', '.join(self.models)}"
             raise ValueError(msg)
+        for name, model in self.models.items():
+            unknown = {} if model.published is None else set(model.published.figures) - {*self.datasets, MEAN}
+            if unknown:
+                msg = f"models.{name}.published: {sorted(unknown)[0]!r} is none of the data sets, nor {MEAN!r}"
+                raise ValueError(msg)
         if len(set(self.seeds)) != len(self.seeds):
             msg = f"a seed is listed twice: {self.seeds}"
             raise ValueError(msg)
@@ -148,6 +190,7 @@ class Job(_Section):
         planted: Share of the training images that are defective.
         network: ``class_path`` and ``init_args`` of the model.
         trainer: Arguments of the trainer.
+        published: Published figures of the model.
     """
 
     dataset: str
@@ -159,6 +202,7 @@ class Job(_Section):
     planted: float = 0
     network: dict[str, Any]
     trainer: dict[str, Any]
+    published: Published | None = None
 
     @property
     def label(self) -> str:
@@ -169,7 +213,7 @@ class Job(_Section):
     def key(self) -> str:
         """Name of the result's folder; it changes with everything that the result depends on, except the images' content."""
         # results of before are those of data sets without planted images
-        unused = {"dataset", "model", "baseline", *([] if self.planted else ["planted"])}
+        unused = {"dataset", "model", "baseline", "published", *([] if self.planted else ["planted"])}
         content = {**self.model_dump(exclude=unused), **_KEY_VERSIONS}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         readable = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:60]
@@ -184,7 +228,7 @@ def read_plan(file: Path) -> Evaluation:
     """
     content = _read_yaml(file)
     try:
-        return Evaluation.model_validate(content)
+        plan = Evaluation.model_validate(content)
     except ValidationError as error:
         problems = [
             f"  {'.'.join(str(part) for part in problem['loc']) or 'file'}: {problem['msg'].removeprefix('Value error, ')}"
@@ -192,6 +236,10 @@ def read_plan(file: Path) -> Evaluation:
             for problem in error.errors()
         ]
         raise PlanError("\n".join([f"{file} is not a valid evaluation:", *problems])) from error
+    written = OmegaConf.to_container(OmegaConf.load(file), resolve=False)["datasets"]
+    for name, dataset in plan.datasets.items():
+        dataset._variables = sorted(set(_VARIABLE.findall(json.dumps(written[name]))))
+    return plan
 
 
 def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]]:
@@ -220,12 +268,19 @@ def list_jobs(plan: Evaluation, folder: Path) -> tuple[list[Job], dict[str, str]
             planted=plan.datasets[name].planted,
             network=_with_default(variant.network, "random_state", seed),
             trainer=variant.trainer,
+            published=_published(plan.models[variant.model].published, whole=not skipped),
         )
         for name, data in datasets.items()
         for seed in plan.seeds
         for variant in variants
     ]
     return jobs, skipped
+
+
+def _published(published: Published | None, *, whole: bool) -> Published | None:
+    """Published figures; without those of the mean if a data set is missing."""
+    figures = {} if published is None else {name: own for name, own in published.figures.items() if whole or name != MEAN}
+    return published.model_copy(update={"figures": figures}) if figures else None
 
 
 def _available(plan: Evaluation) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

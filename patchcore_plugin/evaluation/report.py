@@ -50,6 +50,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], skipped: dict[s
         sections=[_section(name, done) for name in dict.fromkeys(result.job.dataset for result in done)],
         galleries=_GALLERIES,
         baselines=baselines,
+        published=_published(rows),
         machines=machines,
         version=__version__,
     )
@@ -88,6 +89,22 @@ def _cells(row: Row, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any
     difference = "" if row.difference is None else f"{row.difference:+.4f}"
     interval = "" if row.interval is None else "{:+.4f} to {:+.4f}".format(*row.interval)
     return {"row": row, "cells": cells, "difference": difference, "interval": interval, "mean": row.dataset == MEAN}
+
+
+def _published(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table of measured and published figures: its metrics, its lines, and the sources; no line if none is published."""
+    known = [row for row in rows if row.published.keys() & row.means.keys()]
+    names = [name for name in METRICS if any(name in row.published.keys() & row.means.keys() for row in known)]
+    lines = []
+    for row in known:
+        cells = [("", "", "")] * len(names)
+        for place, name in enumerate(names):
+            if name in row.published and name in row.means:
+                pair = row.means[name], row.published[name]
+                cells[place] = (*(format(value, METRICS[name].format) for value in pair), f"{pair[0] - pair[1]:+.4f}")
+        lines.append({"row": row, "cells": cells})
+    sources = {row.model: row.source for row in known}
+    return {"metrics": [METRICS[name].title for name in names], "lines": lines, "sources": sources}
 
 
 def _section(dataset: str, done: Sequence[Result]) -> dict[str, Any]:

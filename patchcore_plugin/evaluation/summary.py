@@ -16,6 +16,7 @@ from sklearn.metrics import auc, roc_curve
 
 from patchcore_plugin.errors import writing
 from patchcore_plugin.evaluation.metrics import METRICS
+from patchcore_plugin.evaluation.plan import MEAN
 from patchcore_plugin.names import to_cell
 
 if TYPE_CHECKING:
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.evaluation.plan import Job
     from patchcore_plugin.evaluation.runner import Result
-
-MEAN = "mean of all"
-"""Name that stands for the data set in rows that average all data sets."""
 
 COMPARED = "image_auroc"
 """Metric that is compared with the baseline's."""
@@ -46,6 +45,8 @@ class Row:
         spreads: Standard deviation over the seeds, by the name of the metric; absent for a single seed.
         difference: Mean over the seeds of the model's :data:`COMPARED` minus the baseline's with the same seed.
         draws: The same difference in each draw of the bootstrap, ``(1000,)``; None if a class has fewer than two images.
+        published: Published figures, by the name of the metric; those of the mean only if all data sets have results.
+        source: Where the published figures are from.
     """
 
     dataset: str
@@ -55,6 +56,8 @@ class Row:
     spreads: dict[str, float]
     difference: float | None = None
     draws: NDArray[np.float64] | None = field(default=None, repr=False)
+    published: dict[str, float] = field(default_factory=dict)
+    source: str | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -81,8 +84,17 @@ def summarize(results: Sequence[Result]) -> list[Row]:
         own = _by_seed(done, dataset, model)
         pairs = _pairs(own, done)
         means, spreads = _means_and_spreads([result.metrics for result in own.values()])
-        rows.append(Row(dataset, model, len(own), means, spreads, _difference(pairs), _draws(pairs)))
-    return rows + _over_datasets(rows)
+        published = _published(next(iter(own.values())).job, dataset)
+        rows.append(Row(dataset, model, len(own), means, spreads, _difference(pairs), _draws(pairs), **published))
+    whole = len({row.dataset for row in rows}) == len({result.job.dataset for result in results})
+    jobs = {result.job.model: result.job for result in done}
+    return rows + _over_datasets(rows, {model: _published(job, MEAN) for model, job in jobs.items()} if whole else {})
+
+
+def _published(job: Job, dataset: str) -> dict[str, Any]:
+    """Published figures of a model on a data set, and their source; empty if there are none."""
+    figures = {} if job.published is None else job.published.figures.get(dataset, {})
+    return {"published": figures, "source": job.published.source} if figures else {}
 
 
 def _by_seed(results: Sequence[Result], dataset: str, model: str | None) -> dict[int, Result]:
@@ -104,8 +116,13 @@ def _means_and_spreads(metrics: Sequence[dict[str, float]]) -> tuple[dict[str, f
     return means, {name: statistics.stdev(found) for name, found in values.items() if len(found) > 1}
 
 
-def _over_datasets(rows: Sequence[Row]) -> list[Row]:
-    """One row for each model that has been run on all data sets; none for a single data set."""
+def _over_datasets(rows: Sequence[Row], published: dict[str, dict[str, Any]]) -> list[Row]:
+    """One row for each model that has been run on all data sets; none for a single data set.
+
+    Args:
+        rows: Rows of the data sets.
+        published: Published figures of the mean and their source, by model.
+    """
     datasets = {row.dataset for row in rows}
     means = []
     for model in dict.fromkeys(row.model for row in rows):
@@ -117,7 +134,8 @@ def _over_datasets(rows: Sequence[Row]) -> list[Row]:
         differences, draws = [row.difference for row in own], [row.draws for row in own]
         difference = None if None in differences else statistics.fmean(differences)
         mean_draws = None if any(drawn is None for drawn in draws) else np.mean(draws, axis=0)
-        means.append(Row(MEAN, model, min(row.seeds for row in own), values, {}, difference, mean_draws))
+        seeds, known = min(row.seeds for row in own), published.get(model, {})
+        means.append(Row(MEAN, model, seeds, values, {}, difference, mean_draws, **known))
     return means
 
 
@@ -167,12 +185,15 @@ def write_csv(results: Sequence[Result], rows: Sequence[Row], output: Path) -> N
         threshold = (result.content or {}).get("threshold")
         named = to_cell(job.dataset), to_cell(job.model), job.seed, result.status, to_cell(result.error or "")
         jobs.append([*named, *values, threshold])
-    summary = [["dataset", "model", "seeds", "metric", "mean", "deviation", "difference", "low", "high"]]
+    titles = ["dataset", "model", "seeds", "metric", "mean", "deviation", "difference", "low", "high"]
+    summary = [[*titles, "published", "minus_published"]]
     for row in rows:
         for name, mean in row.means.items():
             compared = [row.difference, *(row.interval or (None, None))] if name == COMPARED else [None] * 3
             named = to_cell(row.dataset), to_cell(row.model), row.seeds
-            summary.append([*named, name, mean, row.spreads.get(name), *compared])
+            published = row.published.get(name)
+            beside = [published, None if published is None else mean - published]
+            summary.append([*named, name, mean, row.spreads.get(name), *compared, *beside])
     for name, lines in {"results.csv": jobs, "summary.csv": summary}.items():
         text = io.StringIO(newline="")
         csv.writer(text).writerows(lines)

@@ -19,11 +19,17 @@ from scipy.ndimage import label as regions_of
 from patchcore_plugin.bundle import lock_folder
 from patchcore_plugin.evaluation.job import JobError, plant
 from patchcore_plugin.evaluation.metrics import AUPRO_LIMIT, image_metrics, pixel_metrics
-from patchcore_plugin.evaluation.plan import Job, PlanError, list_jobs, read_plan
+from patchcore_plugin.evaluation.plan import MEAN, Job, PlanError, Published, list_jobs, read_plan
+from patchcore_plugin.evaluation.report import write_report
 from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE, Result, read_result, run_jobs, select
-from patchcore_plugin.evaluation.summary import MEAN, summarize, write_csv
+from patchcore_plugin.evaluation.summary import summarize, write_csv
 
 PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}}
+
+
+def published(dataset, **figures):
+    """A change of the plan: published figures of its model."""
+    return {"models": {"padim": {**PADIM, "published": {"source": "a paper", "figures": {dataset: figures}}}}}
 
 
 def pairs_auroc(labels, scores):
@@ -130,6 +136,17 @@ def make_plan(folder, **changes):
         ({"models": {"x": {**PADIM, "init_args": {"n_features": "many"}}}}, "(?s)models.x: .*n_features.*many"),
         ({"models": {"x": {"config": "evaluation.yaml"}}}, "models.x.config: .* has no model section"),
         ({"models": {"x": {"config": "other.yaml"}}}, "There is no file .*other.yaml"),
+        (
+            published(MEAN, auroc=0.9),
+            "models.padim.published.figures: mean of all: 'auroc' is none of the metrics image_auroc",
+        ),
+        (published(MEAN, fit_seconds=0.9), "'fit_seconds' is none of the metrics"),
+        (published(MEAN, aupro=93.4), r"aupro is a share from 0 to 1 \(0.991 for 99.1 %\), got 93.4"),
+        (published(MEAN, aupro=float("nan")), "aupro is a share from 0 to 1 .*, got nan"),
+        (published(MEAN, aupro="0.9"), "aupro is a share from 0 to 1 .*, got '0.9'"),
+        (published(MEAN, aupro=True), "aupro is a share from 0 to 1 .*, got True"),
+        (published("bottle", aupro=0.9), "models.padim.published: 'bottle' is none of the data sets, nor 'mean of all'"),
+        ({"models": {"x": {**PADIM, "published": {"figures": {MEAN: {}}}}}}, "models.x.published.source: Field required"),
     ],
 )
 def test_every_mistake_is_named(tmp_path, changes, said):
@@ -204,7 +221,7 @@ def test_backbones(tmp_path):
 def test_key_changes_with_the_definition(tmp_path):
     """What a result depends on changes its folder; what it does not, does not."""
     (job,), _ = make_plan(tmp_path)
-    (same,), _ = make_plan(tmp_path, output="elsewhere", baseline="padim")
+    (same,), _ = make_plan(tmp_path, output="elsewhere", baseline="padim", **published(MEAN, aupro=0.5))
     changed = {
         "models": {"padim": {**PADIM, "init_args": {**PADIM["init_args"], "n_features": 9}}},
         "datasets": {"cells": {"elpv": "mono", "init_args": {"train_batch_size": 2}}},
@@ -258,6 +275,48 @@ def test_differences(tmp_path):
     assert mean.interval[1] - mean.interval[0] < high - low
     write_csv(results, rows, tmp_path)
     assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + 6 * 5
+
+
+def test_published_figures(tmp_path):
+    """The difference is measured minus published; the mean's is shown only once all data sets of the plan have results."""
+    known = Published(source="a <paper>", figures={"one": {"image_auroc": 0.75, "aupro": 0.5}, MEAN: {"image_auroc": 0.5}})
+    labels = np.array([0, 0, 1, 1])
+    results = [result(dataset, "a", 0, labels, np.array([0, 2, 1, 3]), tmp_path) for dataset in ("one", "two")]
+    for one in results:
+        one.job.published = known
+        one.content |= {"pictures": {}, "machine": {"cores": 1, "threads": 1, "system": "here"}}
+    rows = summarize(results)
+    write_csv(results, rows, tmp_path)
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        found = {(row["dataset"], row["metric"]): row for row in csv.DictReader(file)}
+    beside = {key: (row["published"], row["minus_published"]) for key, row in found.items() if row["published"]}
+    assert beside == {("one", "image_auroc"): ("0.75", "0.0"), (MEAN, "image_auroc"): ("0.5", "0.25")}
+    write_report(results, rows, {}, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>0.7500</td><td>0.5000</td><td>+0.2500</td>" in page
+    assert "a: a &lt;paper&gt;" in page
+
+    third = replace(results[1], job=results[1].job.model_copy(update={"dataset": "three"}), content=None)
+    for unfinished in (third, replace(third, error="no")):
+        rows = summarize([*results, unfinished])
+        assert {row.dataset: row.published for row in rows} == {"one": known.figures["one"], "two": {}, MEAN: {}}
+
+
+def test_published_mean_of_a_part(tmp_path):
+    """Without an optional data set, the mean is one over other data sets than the published one."""
+    gone = {"gone": {"folder": str(tmp_path / "gone"), "optional": True}, "cells": {"elpv": "mono"}}
+    (job,), _ = make_plan(tmp_path, datasets=gone, **published(MEAN, aupro=0.5))
+    assert job.published is None
+    (job,), _ = make_plan(tmp_path, **published(MEAN, aupro=0.5))
+    assert job.published.figures == {MEAN: {"aupro": 0.5}}
+    assert Job.model_validate(json.loads(job.model_dump_json())) == job
+
+
+def test_a_missing_folder_names_its_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("MVTEC_AD", str(tmp_path / "nowhere"))
+    plan = read_plan(ROOT / "configs" / "reproduce_mvtec_ad.yaml")
+    with pytest.raises(PlanError, match=r"datasets.bottle: there is no folder .*bottle \(.* from the variable MVTEC_AD\)"):
+        list_jobs(plan, ROOT / "configs")
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 1], [0, 1]])
