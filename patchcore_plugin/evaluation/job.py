@@ -32,7 +32,7 @@ from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.evaluation.metrics import image_metrics, pixel_metrics
 from patchcore_plugin.evaluation.pictures import draw_pictures
-from patchcore_plugin.evaluation.plan import Job, component_class, component_parser
+from patchcore_plugin.evaluation.plan import Job, component_class, component_parser, parse_component
 from patchcore_plugin.evaluation.runner import METRICS_FILE, PREDICTIONS_FILE
 from patchcore_plugin.model.backbone import Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
@@ -189,8 +189,7 @@ def _model(job: Job) -> AnomalibModule:
 
 
 def _build(kind: str, component: dict[str, Any]) -> Any:
-    parser = component_parser(kind)
-    return parser.instantiate_classes(parser.parse_object({kind: component}))[kind]
+    return component_parser(kind).instantiate_classes(parse_component(kind, component))[kind]
 
 
 def _threshold(model: AnomalibModule) -> float | None:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -21,7 +22,7 @@ from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.registry import register
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 # Part of every job's key: a result that another version computed, or whose files mean something else, is not reused.
 _KEY_VERSIONS = {"format": 1, "patchcore-plugin": __version__, **{name: version(name) for name in ("anomalib", "torch")}}
@@ -435,10 +436,15 @@ def _checked(kind: Literal["data", "model"], component: dict[str, Any], where: s
         PlanError: If the class does not exist, or does not accept an argument or value.
     """
     try:
-        parsed = component_parser(kind).parse_object({kind: component})
+        parsed = parse_component(kind, component)
     except Exception as error:  # importing a user's class may raise anything
         raise PlanError(f"{where}: {error}") from error
     return {**component, "class_path": parsed[kind].class_path}
+
+
+def parse_component(kind: Literal["data", "model"], component: dict[str, Any]) -> Namespace:
+    """Parse a component as anomalib's command line would."""
+    return component_parser(kind).parse_object({kind: deepcopy(component)})  # it would change classes among the arguments
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

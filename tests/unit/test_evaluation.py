@@ -319,6 +319,15 @@ def test_a_missing_folder_names_its_variable(tmp_path, monkeypatch):
         list_jobs(plan, ROOT / "configs")
 
 
+def test_a_class_among_the_arguments(tmp_path):
+    """As a pre-processor of the user's: the job's definition keeps it as the file has it, and can be written."""
+    transform = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [64, 64]}}
+    own = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": transform}}
+    (job,), _ = make_plan(tmp_path, models={"x": {**PADIM, "init_args": {**PADIM["init_args"], "pre_processor": own}}})
+    assert job.network["init_args"]["pre_processor"] == own
+    assert Job.model_validate(json.loads(json.dumps(job.model_dump()))).key == job.key
+
+
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 1], [0, 1]])
 def test_differences_of_few_images(labels):
     """No interval, and no crash, where a class has one image or none."""
