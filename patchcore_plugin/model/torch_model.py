@@ -168,25 +168,14 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings (B, h, w, D) of normalized images (B, 3, H, W), in the memory bank's type.
 
-        D counts the values of all members.
-
-        Raises:
-            UsageError: If the members have different patch grids.
+        D counts the values of all members, on the patch grid of the first.
         """
         if not self.further:
             return self._embed(images, self.tiler)
         parts = [member._embed(images, self.tiler) for member in self.members]
-        grids = {part.shape[1:3] for part in parts}
-        if len(grids) > 1 and not _is_traced():
-            found = ", ".join(
-                f"{part.shape[1]} x {part.shape[2]} (layers {list(member.layers)})"
-                for part, member in zip(parts, self.members, strict=True)
-            )
-            msg = (
-                f"The members of the ensemble have different patch grids: {found}. A patch's distances are averaged: choose "
-                "first layers of one resolution, such as blocks.2 of EfficientNets, or layer2 of ResNets."
-            )
-            raise UsageError(msg)
+        # As section 3.1 brings a backbone's layers to one grid.
+        grid = parts[0].shape[1:3]
+        parts = [parts[0], *(_resized(part, grid) for part in parts[1:])]
         return torch.cat(parts, dim=-1)
 
     def _embed(self, images: torch.Tensor, tiler: Tiler | None) -> torch.Tensor:
@@ -347,6 +336,14 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 def spread(vectors: torch.Tensor) -> float:
     """Root mean square distance of vectors (M, D) from their mean, in feature units: how large a member's distances are."""
     return float(vectors.double().var(0, correction=0).sum().sqrt())
+
+
+def _resized(embedding: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Embeddings (B, h, w, D) on another grid, in their own type."""
+    if not _is_traced() and embedding.shape[1:3] == grid:
+        return embedding
+    resized = F.interpolate(embedding.permute(0, 3, 1, 2).float(), size=grid, mode="bilinear")
+    return resized.permute(0, 2, 3, 1).to(embedding.dtype)
 
 
 def _is_traced() -> bool:

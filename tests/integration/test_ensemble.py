@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.data.utils import read_image
@@ -314,10 +315,34 @@ def test_no_radius_for_an_ensemble():
         make_model(ensemble=[SECOND], coreset_radius=20)
 
 
-def test_grids_of_different_sizes(cells, tmp_path):
-    model = make_model(ensemble=[{**SECOND, "layers": ["blocks.4"]}])
-    with pytest.raises(UsageError, match=r"different patch grids: 32 x 32 .* 16 x 16"):
-        make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
+def test_a_bank_for_each_layer(cells, test_images, tmp_path):
+    """A deeper layer's patches are brought to the grid of the first member, as section 3.1 does within a backbone."""
+    model = make_model(layers=["blocks.2"], ensemble=[{"backbone": "efficientnet_lite0", "layers": ["blocks.4"]}])
+    make_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=folder_datamodule(cells))
+    model.eval()
+    together = make_model().eval()
+    runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
+    for path in test_images[::13]:
+        images = model.pre_processor.transform(read_image(path, as_tensor=True)[None])
+        with torch.no_grad():
+            torch.testing.assert_close(model.model.embed(images), together.model.embed(images))
+            expected = model.model(images)
+        (found,) = runtime.predict([path])
+        assert found.score == pytest.approx(float(expected.pred_score), rel=1e-3)
+
+
+@pytest.mark.slow  # test_training.py's twin exports a single model
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_self_contained_export(fitted, test_images, tmp_path, kind):
+    """anomalib's own export, with the banks of all members inside."""
+    path = make_engine(tmp_path).export(fitted[0], kind, export_root=tmp_path, input_size=(300, 300))
+    images = torch.stack([read_image(image, as_tensor=True) for image in test_images[::25]])
+    with torch.no_grad():
+        expected = fitted[0](images)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = {output.any_name: value for output, value in compiled(images.numpy()).items()}
+    np.testing.assert_allclose(found["pred_score"], expected.pred_score, rtol=1e-3)
+    np.testing.assert_allclose(found["anomaly_map"], expected.anomaly_map, rtol=1e-3, atol=1e-3)
 
 
 def test_member_without_a_bank(fitted):

@@ -267,6 +267,8 @@ if __name__ == "__main__":
     engine.fit(model, datamodule=data)
     metrics = engine.test(model, datamodule=data)[0]
     found = {"bank": model.model.memory_bank, "radius": float(model.model.covering_radius), "metrics": metrics}
+    found["banks"] = [member.memory_bank for member in model.model.members]
+    found["weights"] = list(map(float, model.model.weights))
     found["calibration"] = model.post_processor.calibration
     found["origins"] = torch.from_numpy(model.origins.patches), model.origins.images
     found["trainable"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -389,6 +391,20 @@ def test_a_process_without_images_ends_with_the_same_bank(odd_cells, tmp_path):
     first, second = train_by(2, tmp_path / "cells", tmp_path / "two")
     assert torch.equal(first["bank"], second["bank"])
     assert len(first["bank"]) == 1024 * 2 // 100
+
+
+@pytest.mark.slow
+def test_ensemble_by_two_processes(odd_cells, tmp_path):
+    """Its small twin is test_two_processes_end_with_the_bank_of_one: each member's coreset is picked as a single model's."""
+    arguments = {"ensemble": [{"backbone": "efficientnet_lite1"}]}
+    (one,) = train_by(1, odd_cells, tmp_path / "one", arguments)
+    first, second = train_by(2, odd_cells, tmp_path / "two", arguments)
+    for found in (first, second):
+        for bank, expected in zip(found["banks"], one["banks"], strict=True):
+            np.testing.assert_allclose(bank, expected, atol=1e-3)
+        assert found["weights"] == pytest.approx(one["weights"], rel=1e-4)
+        np.testing.assert_allclose(found["calibration"], one["calibration"], rtol=1e-3)
+        assert [len(patches) for patches in (found["origins"][0], one["origins"][0])] == [sum(map(len, one["banks"]))] * 2
 
 
 @pytest.mark.slow
