@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from patchcore_plugin.cleaning.evidence import Evidence, find_evidence, suspicious_above
+from patchcore_plugin.cleaning.embedding import Embedder, Held, Network
+from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE, Evidence, find_evidence, largest_mean, robust_scale
 from patchcore_plugin.cleaning.files import ImageFacts, find_copies, find_odd, read_all_facts
 from patchcore_plugin.depth import IntensityRange
-from patchcore_plugin.images import ImageError, read_image
-from patchcore_plugin.model.pre_processing import build_pre_processor
-from patchcore_plugin.model.torch_model import FaissPatchcoreModel
+from patchcore_plugin.images import ImageError
 from patchcore_plugin.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -28,20 +26,6 @@ WORST_IMAGES = 20
 
 LEFT_OUT = "unreadable", "suspicious", "copy", "in the test folder"
 """Findings whose images the list names; of copies the first image stays."""
-
-
-class Network(NamedTuple):
-    """The backbone that compares images.
-
-    Attributes:
-        backbone: Its name, as FaissPatchcore takes it.
-        layers: Its feature layers.
-        image_size: Height and width of its input, in pixels.
-    """
-
-    backbone: str = "efficientnet_lite0"
-    layers: tuple[str, ...] = ("blocks.2", "blocks.4")
-    image_size: tuple[int, int] = (256, 256)
 
 
 @dataclass(frozen=True)
@@ -69,9 +53,9 @@ class CheckReport:
         images: All images, sorted.
         findings: What speaks against them.
         ranked: The images that were compared, most suspicious first.
-        scores: Their scores.
-        limit: Score above which an image is suspicious; None if too few images could be compared.
+        scores: Their scores: robust standard deviations above the median.
         suspects: The worst of them, for pictures.
+        map_limit: Deviation that the worst patches of most images stay below.
         intensity_range: Values of deep images that become 0 and 255; None for images of 8 bits.
     """
 
@@ -79,8 +63,8 @@ class CheckReport:
     findings: list[Finding]
     ranked: list[Path]
     scores: list[float]
-    limit: float | None
     suspects: list[Suspect]
+    map_limit: float
     intensity_range: IntensityRange | None
 
     @property
@@ -145,43 +129,27 @@ def check_images(
     deep = 2 * sum(image.values is not None for image in originals) > len(originals)
     compared = [image for image in originals if (image.values is not None) == deep]
     if len(compared) < MIN_IMAGES:
-        return CheckReport(list(images), findings, [], [], None, [], None)
+        return CheckReport(list(images), findings, [], [], [], 0, None)
     span = _range(compared) if deep else None
     paths = [image.path for image in compared]
-    evidence = find_evidence(lambda: embedder.stream(paths, span), len(paths), seed, progress)
-    limit = suspicious_above(evidence.scores)
+    embed = Held(lambda start: embedder.stream(paths[start:], span))
+    evidence = find_evidence(embed, len(paths), seed, progress)
+    middle, deviation = robust_scale(largest_mean(evidence.maps.reshape(len(paths), -1)))
     order = np.argsort(-evidence.scores, kind="stable")
     findings += [
-        Finding(paths[number], "suspicious", f"score {evidence.scores[number]:.1f}, above {limit:.1f}")
+        Finding(paths[number], "suspicious", f"score {evidence.scores[number]:.1f}, above {SUSPICIOUS_SCORE}")
         for number in order
-        if evidence.scores[number] > limit
+        if evidence.scores[number] > SUSPICIOUS_SCORE
     ]
     return CheckReport(
         images=list(images),
         findings=findings,
         ranked=[paths[number] for number in order],
         scores=[float(evidence.scores[number]) for number in order],
-        limit=limit,
         suspects=[_suspect(number, paths, evidence) for number in order[:WORST_IMAGES]],
+        map_limit=middle + SUSPICIOUS_SCORE * deviation,
         intensity_range=span,
     )
-
-
-class Embedder:
-    """Embeds images by a backbone, normalized as its weights were trained."""
-
-    def __init__(self, network: Network) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = FaissPatchcoreModel(network.layers, network.backbone).eval().to(self._device)
-        pre_processor = build_pre_processor(network.image_size, normalization="backbone", backbone=network.backbone)
-        self._transform = pre_processor.transform
-
-    @torch.inference_mode()
-    def stream(self, paths: Sequence[Path], span: IntensityRange | None) -> Iterator[torch.Tensor]:
-        """Patch embeddings (h, w, D) of each image."""
-        for path in paths:
-            pixels = torch.tensor(read_image(path, intensity_range=span)).permute(2, 0, 1)[None]
-            yield self._model.embed(self._transform(pixels.to(self._device).float() / 255))[0]
 
 
 def _odd(images: Sequence[ImageFacts]) -> Iterator[Finding]:
@@ -205,14 +173,12 @@ def _range(images: Sequence[ImageFacts]) -> IntensityRange:
 
 
 def _suspect(number: int, paths: Sequence[Path], evidence: Evidence) -> Suspect:
-    image_map = evidence.maps[number]
-    place = np.unravel_index(image_map.argmax(), image_map.shape)
-    like_place = np.unravel_index(evidence.like_patch[number][place], image_map.shape)
+    width = evidence.maps.shape[2]
     return Suspect(
         image=paths[number],
         score=float(evidence.scores[number]),
-        map=image_map,
-        place=(int(place[0]), int(place[1])),
-        like=paths[evidence.like_image[number][place]],
-        like_place=(int(like_place[0]), int(like_place[1])),
+        map=evidence.maps[number],
+        place=divmod(int(evidence.patch[number]), width),
+        like=paths[evidence.like_image[number]],
+        like_place=divmod(int(evidence.like_patch[number]), width),
     )

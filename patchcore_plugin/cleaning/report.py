@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from patchcore_plugin import __version__
 from patchcore_plugin.bundle import Box, Preprocessing
+from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE
 from patchcore_plugin.errors import writing
 from patchcore_plugin.images import read_image
 from patchcore_plugin.names import as_line
@@ -69,7 +70,7 @@ def write_report(report: CheckReport, folder: Path, file: Path) -> None:
         folder=as_line(str(folder)),
         images=len(report.images),
         ranked=len(report.ranked),
-        limit=report.limit,
+        limit=SUSPICIOUS_SCORE,
         left_out=len(report.leave_out),
         sections=[(title, lines) for title, lines in sections if lines],
         cards=[_card(suspect, report, name(suspect.image), name(suspect.like)) for suspect in report.suspects],
@@ -82,14 +83,14 @@ def write_report(report: CheckReport, folder: Path, file: Path) -> None:
 def _card(suspect: Suspect, report: CheckReport, name: str, like: str) -> dict[str, object]:
     """Image, anomaly map and nearest likeness, each as a data URL, with their names."""
     image = read_image(suspect.image, intensity_range=report.intensity_range)
-    heat = overlay(image, suspect.map / max(2 * report.limit, 1e-6), _NO_CROP)
+    heat = overlay(image, suspect.map / max(2 * report.map_limit, 1e-6), _NO_CROP)
     other = read_image(suspect.like, intensity_range=report.intensity_range)
     grid = suspect.map.shape
     return {
         "name": name,
         "like": like,
         "score": f"{suspect.score:.1f}",
-        "suspicious": suspect.score > report.limit,
+        "suspicious": suspect.score > SUSPICIOUS_SCORE,
         "image": _url(Image.fromarray(image)),
         "map": _url(_marked(heat, suspect.place, grid)),
         "like_image": _url(_marked(Image.fromarray(other), suspect.like_place, grid)),

@@ -19,7 +19,7 @@ from common import heading
 from rich.progress import track
 
 from patchcore_plugin.cleaning import Embedder, Network
-from patchcore_plugin.cleaning.evidence import find_evidence, suspicious_above
+from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE, find_evidence
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.images import find_images
 
@@ -61,7 +61,7 @@ def main(data: Path | None, normal: tuple[int, ...], seeds: int) -> None:
             spent = time.perf_counter() - started
             order = np.argsort(-scores, kind="stable")
             found = [defective[order[: int(np.ceil(share * len(images)))]].sum() / defective.sum() for share in SHARES]
-            flagged = scores > suspicious_above(scores)
+            flagged = scores > SUSPICIOUS_SCORE
             cells = [*found, flagged[defective].mean(), flagged[~defective].mean()]
             shown = " | ".join(f"{cell:.1%}" for cell in cells)
             click.echo(f"{len(drawn)} + {len(planted)} | {seed} | {shown} | {spent:.0f}")

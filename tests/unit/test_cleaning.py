@@ -13,7 +13,8 @@ from helpers.training import ROOT
 from PIL import Image, ImageEnhance
 
 from patchcore_plugin.cleaning import CheckReport, Finding, write_list, write_report
-from patchcore_plugin.cleaning.evidence import deviations, find_evidence, suspicious_above
+from patchcore_plugin.cleaning.embedding import Held
+from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE, deviations, find_evidence
 from patchcore_plugin.cleaning.files import find_copies, find_odd, read_facts
 from patchcore_plugin.cli import main
 from patchcore_plugin.errors import UsageError
@@ -37,31 +38,71 @@ def embeddings():
 def test_defects_are_found_though_one_is_like_another(embeddings):
     """And though the border of every image is farther from the others than the defects are."""
     defect = 12 * torch.ones(16)
-    embeddings[3, 4, 5] += defect
+    embeddings[3, 4, 5:7] += defect
     embeddings[17, 2, 2] += defect
     embeddings[17, 2, 3] -= defect
     steps = []
     found = find_evidence(lambda: iter(embeddings), 30, progress=lambda *step: steps.append(step))
     assert set(np.argsort(-found.scores)[:2]) == {3, 17}
-    assert set(np.flatnonzero(found.scores > suspicious_above(found.scores))) >= {3, 17}
-    assert np.unravel_index(found.maps[3].argmax(), (8, 8)) == (4, 5)
-    assert not (found.like_image == np.arange(30)[:, None, None]).any()
+    assert set(np.flatnonzero(found.scores > SUSPICIOUS_SCORE)) >= {3, 17}
+    assert found.patch[3] == found.maps[3].argmax() == 4 * 8 + 5
     assert ("compare", 30, 30) in steps
 
 
-def test_likeness_is_the_nearest_patch_of_another_image(embeddings):
-    found = find_evidence(lambda: iter(embeddings), 30)  # 64 patches an image: all of them
-    rows = embeddings.reshape(30, 64, 16)
-    distances = torch.cdist(rows[5], rows.reshape(-1, 16))
-    distances[:, 5 * 64 : 6 * 64] = torch.inf
-    nearest = distances.argmin(1).numpy()
-    assert np.array_equal(found.like_image[5].ravel() * 64 + found.like_patch[5].ravel(), nearest)
+@pytest.mark.parametrize("compared", [1000, 7])
+def test_likeness_is_the_nearest_patch_of_another_image(embeddings, monkeypatch, compared):
+    """Though at first sight a patch is compared with few others."""
+    monkeypatch.setattr("patchcore_plugin.cleaning.evidence.REFERENCE_LIMIT", 90)
+    monkeypatch.setattr("patchcore_plugin.cleaning.evidence.COMPARED_IMAGES", compared)
+    monkeypatch.setattr("patchcore_plugin.cleaning.evidence._QUERY_ROWS", 100)
+    found = find_evidence(lambda: iter(embeddings), 30)
+    rows = embeddings.reshape(30, 64, 16).double().numpy()
+    among = set(found.like_image.tolist())
+    assert len(among) <= compared
+    for number, (patch, like_image, like_patch) in enumerate(
+        zip(found.patch, found.like_image, found.like_patch, strict=True)
+    ):
+        assert like_image != number
+        distances = np.linalg.norm(rows[list(among - {number})] - rows[number, patch], axis=2)
+        like = np.linalg.norm(rows[like_image, like_patch] - rows[number, patch])
+        assert np.isclose(like, distances.min())
+
+
+def test_scores_by_a_slow_reference(embeddings):
+    """All patches are screened, so that a score is what its definition says, in float64."""
+    few = embeddings[:9, :3, :3]
+    found = find_evidence(lambda: iter(few), 9)
+    rows = few.reshape(9, 9, 16).double().numpy()
+    second, rough = np.zeros((9, 9)), np.zeros((9, 9))
+    for number, patch in np.ndindex(9, 9):
+        nearest = np.linalg.norm(rows - rows[number, patch], axis=2).min(1)
+        nearest = np.sort(np.delete(nearest, number))
+        second[number, patch], rough[number, patch] = nearest[1], nearest[:2].mean()
+    usual = np.median(rough, axis=0)
+    usual = np.maximum(usual, 0.25 * np.median(usual))
+    scores = np.sort(second / np.sqrt(usual), axis=1)[:, -3:].mean(1)
+    above = scores - np.median(scores)
+    assert np.allclose(found.scores, above * 0.6745 / np.median(np.abs(above)), atol=1e-3)
 
 
 def test_large_sets_are_compared_with_few_patches(embeddings, monkeypatch):
     monkeypatch.setattr("patchcore_plugin.cleaning.evidence.REFERENCE_LIMIT", 90)
     embeddings[3, 4, 5] += 50
     assert find_evidence(lambda: iter(embeddings), 30).scores.argmax() == 3
+
+
+@pytest.mark.parametrize(("budget", "computed"), [(None, [0]), (2 * 8 * 8 * 16 * 4, [0, 2, 2, 2]), (0, [0, 0, 0, 0])])
+def test_embeddings_are_held_as_memory_allows(embeddings, budget, computed):
+    starts = []
+
+    def stream(start):
+        starts.append(start)
+        yield from embeddings[start:]
+
+    held = Held(stream, budget)
+    for _ in range(4):
+        assert torch.equal(torch.stack(list(held())), embeddings)
+    assert [start for start in starts if start < 30] == computed
 
 
 def test_images_without_a_difference():
@@ -148,7 +189,7 @@ def test_list_that_is_none(tmp_path):
 
 def test_page_escapes_names_and_needs_no_other_file(tmp_path):
     image = tmp_path / "<script>alert(1)</script>\x1b.png"
-    report = CheckReport([image], [Finding(image, "unreadable", "<b>no</b>")], [], [], None, [], None)
+    report = CheckReport([image], [Finding(image, "unreadable", "<b>no</b>")], [], [], [], 0, None)
     write_report(report, tmp_path, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
