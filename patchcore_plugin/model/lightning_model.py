@@ -120,8 +120,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         ensemble: Further members of an ensemble, each a dictionary with a ``backbone``, and with ``layers`` and
             ``backbone_weights`` where they are not the model's. Each member has a coreset and a memory bank of its own, and
             the members' patch distances are averaged, in units of the spread of their banks. Time, memory and size of a
-            bundle are the sum of the members'. Their patches are brought to the grid of the model's own. ``None`` is a single
-            model.
+            bundle are the sum of the members'. Their patches are brought to the grid of the model's own. ``None`` is a
+            single model.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
