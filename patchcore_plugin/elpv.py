@@ -35,27 +35,36 @@ def lay_out(root: Path, kind: Literal["mono", "poly"] = "mono", seed: int = SEED
     Raises:
         MissingPackageError: If the package elpv-dataset is not installed.
     """
+    folders = split(kind, seed)
+    for folder, paths in folders.items():
+        target = root / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            file, content = target / path.name, path.read_bytes()
+            if not file.exists() or file.stat().st_size != len(content):
+                with writing(file):
+                    file.write_bytes(content)
+    return {folder: len(paths) for folder, paths in folders.items()}
+
+
+def split(kind: Literal["mono", "poly"] = "mono", seed: int = SEED) -> dict[str, list[Path]]:
+    """Files of the cells for each folder of :func:`lay_out`, where the package elpv-dataset has them.
+
+    Raises:
+        MissingPackageError: If the package elpv-dataset is not installed.
+    """
     try:
         data = files("elpv_dataset") / "data"
     except ModuleNotFoundError as error:
         msg = "The demo's images come with the package elpv-dataset, which is not installed: pip install elpv-dataset"
         raise MissingPackageError(msg) from error
     rows = list(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True))
-    cells = [(path, float(probability)) for path, probability, crystal, *_ in rows if crystal == kind]
+    cells = [(Path(str(data / path)), float(probability)) for path, probability, crystal, *_ in rows if crystal == kind]
     sound = sorted(path for path, probability in cells if probability == 0)
     random.Random(seed).shuffle(sound)  # noqa: S311
-    split = int(len(sound) * TRAIN_SHARE)
-    folders = {
-        "train/good": sound[:split],
-        "test/good": sound[split:],
+    count = int(len(sound) * TRAIN_SHARE)
+    return {
+        "train/good": sound[:count],
+        "test/good": sound[count:],
         "test/defective": [path for path, probability in cells if probability == 1],
     }
-    for folder, paths in folders.items():
-        target = root / folder
-        target.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            file, content = target / Path(path).name, (data / path).read_bytes()
-            if not file.exists() or file.stat().st_size != len(content):
-                with writing(file):
-                    file.write_bytes(content)
-    return {folder: len(paths) for folder, paths in folders.items()}

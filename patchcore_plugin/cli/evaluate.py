@@ -46,7 +46,10 @@ _PRINTED = (
     metavar="PATTERN",
     help="Run only the jobs DATA SET/MODEL/SEED that match, as in 'ELPV*/*/0'. May be given several times.",
 )
-def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
+@click.option(
+    "--estimate", "estimate_only", is_flag=True, help="Only estimate how long the jobs will take, and how much memory."
+)
+def evaluate(config: Path, output: Path | None, only: tuple[str, ...], estimate_only: bool) -> None:
     """Compare models on data sets, over several seeds.
 
     CONFIG is a YAML file that names data sets, models and seeds; configs/evaluate.yaml is one to start from. Each
@@ -56,6 +59,9 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     Run it again after an interruption, however hard, or with other jobs in --only: finished ones are not repeated, unless
     their part of CONFIG has changed. A job that fails has its reason in the table, the others go on, and the command ends
     with exit code 1.
+
+    First, the time and memory of the jobs that are left are estimated, for this machine and for a GPU. That takes seconds,
+    and downloads nothing: backbones have random weights in it. Times may be wrong by a factor of two.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # the training stack's remarks about itself
     from patchcore_plugin.evaluation.plan import list_jobs, read_plan
@@ -70,6 +76,12 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
         click.echo(f"Data set {name} is skipped: {reason}.")
     output = output or plan.output
     selected = select(jobs, only)
+    left = [job for job in selected if not read_result(job, output).content]
+    if left:
+        _print_estimate(left)
+    if estimate_only:
+        click.echo(f"{len(selected) - len(left)} of {len(selected)} jobs are finished.")
+        return
     _run(selected, output)
     results = [read_result(job, output) for job in jobs]
     with Console(stderr=True).status("Comparing, and writing the report"):
@@ -86,6 +98,39 @@ def evaluate(config: Path, output: Path | None, only: tuple[str, ...]) -> None:
     click.echo(f"Tables: {output / 'results.csv'}, {output / 'summary.csv'}\nReport: {output / 'report.html'}")
     if any(result.job in selected for result in failed):
         sys.exit(1)
+
+
+def _print_estimate(jobs: Sequence[Job]) -> None:
+    """Print how long the jobs will take, and how much memory."""
+    import psutil
+    import torch
+
+    from patchcore_plugin.evaluation.estimate import estimate
+
+    with Console(stderr=True).status("Estimating time and memory"):
+        found = estimate(jobs)
+    if found.lines:
+        table = Table("model", "jobs", "here", "GPU", "memory", box=box.MARKDOWN)
+        for line in found.lines:
+            times = _duration(line.seconds), _duration(line.gpu_seconds)
+            table.add_row(as_cell(line.model), str(line.jobs), *times, f"{line.memory / 2**30:.1f} GiB")
+        times = (_duration(sum(getattr(line, name) for line in found.lines)) for name in ("seconds", "gpu_seconds"))
+        table.add_row("all", str(sum(line.jobs for line in found.lines)), *times, "")
+        Console(width=max(160, Console().width)).print(table)
+        cores, memory = torch.get_num_threads(), f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+        click.echo(
+            f"An estimate, by measurements of a few seconds. Here: {cores} cores of this processor, and {memory} of memory. "
+            "GPU: a rough guess, for one of 10^13 operations a second that passes over 300 GB. Memory: of the largest job."
+        )
+    for reason in dict.fromkeys(found.unknown.values()):
+        labels = [label for label, own in found.unknown.items() if own == reason]
+        click.echo(f"Not in the estimate: {len(labels)} jobs, the first of them {labels[0]}: {reason}.")
+
+
+def _duration(seconds: float) -> str:
+    """A time in hours and minutes, or in minutes where it is short."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _run(jobs: Sequence[Job], output: Path) -> None:

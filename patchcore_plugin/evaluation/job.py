@@ -43,7 +43,10 @@ from patchcore_plugin.names import as_text, to_cell
 if TYPE_CHECKING:
     from types import TracebackType
 
-_WARM_UP_IMAGES, _TIMED_IMAGES = 5, 30
+_WARM_UP_IMAGES = 5
+
+TIMED_IMAGES = 30
+"""Test images that a job scores once more, one by one, for the latency."""
 
 
 class JobError(PatchcoreError):
@@ -62,7 +65,7 @@ def run(job: Job, data: Path, folder: Path) -> None:
         JobError: If there is no test image, a score is NaN or infinite, or the model cannot take the backbone's weights.
     """
     seed_everything(job.seed, workers=True, verbose=False)
-    datamodule, model = _datamodule(job, data), _model(job)
+    datamodule, model = _datamodule(job, data), build_model(job.network)
     collected, costs = _fit_and_score(job, model, datamodule, folder / "engine")
     qualities = image_metrics(collected.labels, collected.scores)
     if collected.masks:
@@ -165,16 +168,19 @@ def plant(arguments: dict[str, Any], share: float, seed: int, target: Path) -> P
     return target
 
 
-def _model(job: Job) -> AnomalibModule:
-    """Build the model of a job; another package's model gets our packaged weights if it names a packaged backbone.
+def build_model(network: dict[str, Any]) -> AnomalibModule:
+    """Build a model; another package's model gets our packaged weights if it names a packaged backbone.
+
+    Args:
+        network: ``class_path`` and ``init_args`` of the model.
 
     Raises:
         JobError: If the model has no timm feature extractor for the weights.
     """
-    path, arguments = job.network["class_path"], job.network["init_args"]
+    path, arguments = network["class_path"], network["init_args"]
     name = arguments.get("backbone")
-    if name not in PACKAGED or issubclass(component_class(job.network), (FaissPatchcore, Spade)):
-        return _build("model", job.network)
+    if name not in PACKAGED or issubclass(component_class(network), (FaissPatchcore, Spade)):
+        return _build("model", network)
     net = Backbone(name, arguments.get("layers", ())).net
     # anomalib would download weights from a model hub. It builds timm's architecture instead, and our weights are copied.
     filled = {**arguments, "backbone": net.pretrained_cfg["architecture"], "pre_trained": False}
@@ -201,8 +207,8 @@ def _threshold(model: AnomalibModule) -> float | None:
 def _latency(model: AnomalibModule, dataset: Any) -> float:
     """Median milliseconds of one image through the torch model, on the model's device."""
     times = []
-    for turn in range(_WARM_UP_IMAGES + _TIMED_IMAGES):
-        image = dataset[turn * len(dataset) // (_WARM_UP_IMAGES + _TIMED_IMAGES)].image[None].to(model.device)
+    for turn in range(_WARM_UP_IMAGES + TIMED_IMAGES):
+        image = dataset[turn * len(dataset) // (_WARM_UP_IMAGES + TIMED_IMAGES)].image[None].to(model.device)
         started = time.perf_counter()
         with torch.inference_mode():
             float(model(image).pred_score)  # float() waits until an accelerator has finished

@@ -44,6 +44,7 @@ def test_interrupted_and_resumed(tmp_path, models):
 
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.index("GPU: a rough guess") < result.stdout.index("cable/"), "the estimate comes first"
     assert first.stat().st_mtime_ns == written
     assert {path.suffix for path in jobs.iterdir()} == {""}, "nothing is left of what was interrupted"
     with (tmp_path / "out/results.csv").open(newline="") as file:
