@@ -71,6 +71,23 @@ class Backbone(nn.Module):
         """Values of all layers together."""
         return sum(self.net.feature_info.channels())
 
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether all parameters belong to convolutions and batch normalizations, as those of a ResNet."""
+        kinds = (nn.Conv2d, nn.BatchNorm2d)
+        return all(
+            isinstance(part, kinds) for part in self.net.modules() if any(True for _ in part.parameters(recurse=False))
+        )
+
+    def fix_image_size(self, height: int, width: int) -> None:
+        """Resample position embeddings once, in place, for images of this size alone.
+
+        OpenVINO interpolates them otherwise than torch: at 448 x 448 pixels, features of DINOv2 differ by 0.6 %.
+        """
+        net = getattr(self.net, "model", None)  # the transformer, where timm wraps one
+        if getattr(net, "pos_embed", None) is not None and getattr(net, "dynamic_img_size", False):
+            net.set_input_size(img_size=(height, width))
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen, its batch statistics too."""
         del mode
@@ -84,9 +101,8 @@ class Backbone(nn.Module):
         """
         try:
             features = self.net(images)
-        except AssertionError as error:  # timm's transformers of a fixed image size
-            msg = f"{error} Give a size that fits: image_size: [height, width]."
-            raise UsageError(msg) from error
+        except AssertionError as error:  # timm's transformers
+            raise UsageError(_unfit(self.net, *images.shape[-2:], error)) from error
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return [features[position] for position in self._order]
@@ -137,7 +153,12 @@ def _layer_indices(name: str, layers: Sequence[str]) -> list[int]:
     available = _feature_layers(name)
     missing = [layer for layer in layers if layer not in available]
     if missing:
-        msg = f"Backbone {name!r} has no layer {', '.join(map(repr, missing))}. Its feature layers: {', '.join(available)}."
+        deepest = len(available) - 1
+        middle = dict.fromkeys(available[place] for place in (deepest // 2, (3 * deepest + 2) // 4))
+        msg = (
+            f"Backbone {name!r} has no layer {', '.join(map(repr, missing))}. Its feature layers: {', '.join(available)}. "
+            f"Begin with layers from the middle: layers: [{', '.join(middle)}]."
+        )
         raise UsageError(msg)
     if len(set(layers)) != len(layers):
         msg = f"layers names a layer twice: {list(layers)}."
@@ -148,6 +169,27 @@ def _layer_indices(name: str, layers: Sequence[str]) -> list[int]:
 def _feature_layers(name: str) -> list[str]:
     """Names of all feature layers of a backbone, shallow to deep."""
     return [info["module"] for info in _create(timm_name(name), None, pretrained=False).feature_info.info]
+
+
+def _unfit(net: nn.Module, height: int, width: int, error: AssertionError) -> str:
+    """What to say where a transformer refuses images of a height and width."""
+    patches = next((part for part in net.modules() if hasattr(part, "strict_img_size")), None)  # timm's PatchEmbed
+    if patches is None:
+        return f"{error} Give a size that fits: image_size: [height, width]."
+    if patches.strict_img_size:
+        sizes = [list(patches.img_size)]
+        takes = f"images of {sizes[0][0]} x {sizes[0][1]} pixels alone"
+    else:
+        sides = list(zip((height, width), patches.patch_size, strict=True))
+        sizes = [
+            [max(side // patch, 1) * patch for side, patch in sides],
+            [-(-side // patch) * patch for side, patch in sides],
+        ]
+        takes = f"images of whole patches of {patches.patch_size[0]} x {patches.patch_size[1]} pixels"
+    return (
+        f"The backbone takes {takes}, and got {height} x {width}: give image_size: {' or '.join(map(str, sizes))}. With a "
+        "center crop, its size counts instead; with tiles, that of a tile."
+    )
 
 
 def _create(architecture: str, indices: list[int] | None, *, pretrained: bool) -> nn.Module:

@@ -38,6 +38,7 @@ from patchcore_plugin.model.arguments import (
 from patchcore_plugin.model.augmentation import PixelScale, changes_of, check_augmentations
 from patchcore_plugin.model.checkpoints import CheckedIO, CheckpointTeller, check_checkpoint
 from patchcore_plugin.model.collector import PatchCollector
+from patchcore_plugin.model.conversion import check_conversion
 from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.exclusion import leave_out
@@ -373,7 +374,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
 
         Raises:
             MemoryBankError: If the training is resumed in the middle of its epoch.
-            UsageError: If the backbone gives NaN or infinite features, or the memory budget is far too small.
+            UsageError: If the backbone cannot take images of this size, cannot be exported, or gives NaN or infinite
+                features; or if the memory budget is far too small.
         """
         del args, kwargs
         if self._patches is None:
@@ -381,7 +383,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             raise MemoryBankError(msg)
         images, paths = self._patches.select(batch, self.trainer.train_dataloader)
         if len(images):
-            self._patches.add(self.model.embed(images), paths)
+            embeddings, first = self.model.embed(images), not self._patches.patches
+            self._patches.add(embeddings, paths)
+            if first:
+                check_conversion(self.model, images)
             scale = PixelScale.of(getattr(self.pre_processor, "transform", None))
             for change in changes_of(self.augmentations):
                 self._patches.add_copies(self.model.embed(change.apply(images, scale)), paths, change)

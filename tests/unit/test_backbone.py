@@ -175,12 +175,6 @@ def test_transformers_follow_the_image_size(name):
     assert features.shape[3] > features.shape[2]
 
 
-def test_image_size_that_a_transformer_cannot_take():
-    backbone = Backbone("vit_tiny_patch16_224", ["blocks.5"], pre_trained=False)
-    with pytest.raises(ValueError, match=r"image_size: \[height, width\]"):
-        backbone(torch.zeros(1, 3, 250, 250))
-
-
 def test_hub_name_offline_names_the_three_ways_out():
     with pytest.raises(BackboneWeightsError, match="Three ways out"):
         Backbone("hf_hub:timm/resnet18.a1_in1k", ["layer2"])
