@@ -236,6 +236,7 @@ class ModelSummary(BaseModel):
             "backbone": "efficientnet_lite0",
             "input_size": {"width": 256, "height": 256},
             "intensity_range": None,
+            "inspected_share": 1.0,
             "threshold": 30.2,
             "bank_size": 4208,
             "index": "hnsw",
@@ -258,6 +259,7 @@ class ModelSummary(BaseModel):
     intensity_range: tuple[float, float] | None = Field(
         None, description="Values of the images that become 0 and 255; null for a model of 8-bit images."
     )
+    inspected_share: float | None = Field(None, description="Share of the input that the model looks at, in (0, 1].")
     threshold: float | None = Field(
         None, description="Raw score above which an image is anomalous, sensitivity included, in feature units."
     )
@@ -288,6 +290,7 @@ class ModelSummary(BaseModel):
             backbone=manifest.backbones,
             input_size=manifest.preprocessing.size,
             intensity_range=manifest.preprocessing.intensity_range,
+            inspected_share=1.0 if manifest.preprocessing.region is None else manifest.preprocessing.region.share,
             threshold=raw_threshold(manifest.image),
             bank_size=manifest.vectors,
             index=manifest.index.kind,

@@ -52,6 +52,7 @@ from patchcore_plugin.bundle.manifest import (
     Storage,
     Update,
 )
+from patchcore_plugin.bundle.region import RegionOfInterest
 
 __all__ = [
     "BANK",
@@ -87,6 +88,7 @@ __all__ = [
     "Precision",
     "PrecisionTrial",
     "Preprocessing",
+    "RegionOfInterest",
     "Scale",
     "SelfTest",
     "Sessions",

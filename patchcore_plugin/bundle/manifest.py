@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from patchcore_plugin.bundle.region import RegionOfInterest
 from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import PatchcoreError
 
@@ -82,6 +83,9 @@ Precision = Literal["f32", "bf16", "int8"]
 
 ENSEMBLE_FORMAT = 6
 """Lowest version of the bundle format that has ensembles."""
+
+REGION_FORMAT = 7
+"""Lowest version of the bundle format that has a region of interest."""
 
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
@@ -206,15 +210,24 @@ class Preprocessing(_Record):
         crop: Height and width of the center crop, in pixels; None without a crop.
         mean: Mean of each channel (RGB), in [0, 1], which is subtracted.
         std: Standard deviation of each channel (RGB), in [0, 1], which is divided by.
+        region: Pixels that are inspected; the others become the mean color. None inspects all.
     """
 
-    later_fields = ("intensity_range",)
+    later_fields = ("intensity_range", "region")
 
     intensity_range: Annotated[IntensityRange, AfterValidator(check_intensity_range)] | None = None
     resize: Size
     crop: Size | None = None
     mean: Triple
     std: Triple
+    region: RegionOfInterest | None = None
+
+    @model_validator(mode="after")
+    def _check_region(self) -> Self:
+        if self.region is not None and self.region.size != self.size:
+            msg = f"region has size {self.region.size}, the network's input {self.size}"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
@@ -226,6 +239,8 @@ class Preprocessing(_Record):
     @property
     def format_version(self) -> int:
         """Lowest version of the bundle format that has these steps."""
+        if self.region is not None:
+            return REGION_FORMAT
         return 3 if self.intensity_range is None else 4
 
     @property
@@ -502,9 +517,9 @@ class Manifest(_Record):
     The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
 
     Attributes:
-        format_version: Version of the bundle format. Version 6 added further members, version 5 the calibration's sessions,
-            version 4 the intensity range, and only bundles that have them are of these versions; what version 3 added has a
-            default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 7 added the region of interest, version 6 further members,
+            version 5 the calibration's sessions, version 4 the intensity range, and only bundles that have them are of these
+            versions; what version 3 added has a default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -533,7 +548,7 @@ class Manifest(_Record):
 
     later_fields = ("members",)
 
-    format_version: Literal[2, 3, 4, 5, 6]
+    format_version: Literal[2, 3, 4, 5, 6, 7]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -560,7 +575,14 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _check_format(self) -> Self:
-        if self.preprocessing.intensity_range is not None and self.format_version < self.preprocessing.format_version:
+        if self.preprocessing.region is not None:
+            if self.format_version < REGION_FORMAT:
+                msg = f"format_version {self.format_version} has no region"
+                raise ValueError(msg)
+            if not len(self.preprocessing.region.patches(self.grid)):
+                msg = "region has the center of no patch"
+                raise ValueError(msg)
+        if self.preprocessing.intensity_range is not None and self.format_version < 4:
             msg = f"format_version {self.format_version} has no intensity_range"
             raise ValueError(msg)
         if self.calibration is not None and self.calibration.sessions is not None and self.format_version < 5:

@@ -64,6 +64,9 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     else:
         yield "images", f"deeper than 8 bits: values {recipe.intensity_range} become 0 to 255"
     yield "input", f"resized to {_width_by_height(recipe.resize)} pixels{crop}; {patches}"
+    if recipe.region is not None:
+        inspected = len(recipe.region.patches(manifest.grid)) / (manifest.grid[0] * manifest.grid[1])
+        yield "region of interest", f"{recipe.region.share:.0%} of the input, {inspected:.0%} of the patches"
     for member in manifest.all_members:
         radius = "unknown" if member.covering_radius is None else f"{member.covering_radius:.4g}"
         weight = f", distances x {member.weight:.3g}" if manifest.members else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -140,7 +139,8 @@ def export_bundle(
             preprocessing=recipe,
             grid=tuple(grid),
             coreset_sampling_ratio=model.coreset_sampling_ratio,
-            **asdict(torch_model.rule),
+            num_neighbors=torch_model.rule.num_neighbors,
+            score_smoothing=torch_model.rule.score_smoothing,
             precision=precision,
             precision_trials=precision_trials,
             image=image,

@@ -57,6 +57,7 @@ def read_preprocessing(model: FaissPatchcore) -> Preprocessing:
         crop=tuple(crop[0].size) if crop else None,
         mean=tuple(normalization.mean),
         std=tuple(normalization.std),
+        region=model.model.rule.region,
     )
 
 

@@ -41,7 +41,10 @@ def with_preprocessing(network: ov.Model, recipe: Preprocessing) -> ov.Model:
     resized = ops.transpose(ops.reshape(across, np.int64([0, 0, 3, -1]), True), np.int64([0, 2, 3, 1]))
     mean = np.float32(recipe.mean).reshape(1, 3, 1, 1)
     std = np.float32(recipe.std).reshape(1, 3, 1, 1)
-    normalized = ops.multiply(ops.subtract(resized, 255 * mean), 1 / (255 * std), name=NORMALIZED)
+    factor = 1 / (255 * std)
+    if recipe.region is not None:
+        factor = factor * recipe.region.pixels[None, None]
+    normalized = ops.multiply(ops.subtract(resized, 255 * mean), factor.astype(np.float32), name=NORMALIZED)
     network.inputs[0].replace(normalized.output(0))
     return ov.Model(network.outputs, [images], "features")
 

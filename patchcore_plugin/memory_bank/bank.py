@@ -206,10 +206,12 @@ class MemoryBank:
         Raises:
             UsageError: If the embedding does not fit the bank, or holds NaN or infinity.
         """
-        patch, indices = self.find(embedding)
-        rows = farthest_patches(patch)
-        queries = embedding.reshape(-1, self.dimension)[rows]
+        inspected = rule.inspected(embedding)
+        distances, indices = self.find(inspected)
+        rows = farthest_patches(distances)
+        queries = inspected.reshape(-1, self.dimension)[rows]
         support = self.support(queries, indices.reshape(-1)[rows], rule.num_neighbors)
+        patch = rule.on_grid(distances, embedding.shape[1:3])
         return Scores(reweight(image_score(patch, rule), support), patch)
 
     def find(self, embedding: NDArray[np.float32]) -> Found:

@@ -107,8 +107,8 @@ class _Reference:
     Attributes:
         embeddings: Patch embeddings (B, h, w, D).
         rule: How patch distances become an image score.
-        stored: Distance of each patch to the nearest vector as it is stored (B * h * w,).
-        exact: Distance of each patch to the nearest float32 vector (B * h * w,).
+        stored: Distance of each inspected patch to the nearest vector as it is stored (B * P,).
+        exact: Distance of each inspected patch to the nearest float32 vector (B * P,).
     """
 
     embeddings: NDArray[np.float32]
@@ -124,11 +124,12 @@ class _Reference:
         if flat.storage != "float32":
             exact = MemoryBank(vectors)
             exact.threads = flat.threads
-        return cls(embeddings, rule, flat.nearest(embeddings)[0], exact.nearest(embeddings)[0])
+        inspected = rule.inspected(embeddings)
+        return cls(embeddings, rule, flat.nearest(inspected)[0], exact.nearest(inspected)[0])
 
     def measure(self, bank: MemoryBank) -> IndexTrial:
         """Measure a bank's recall and distance error on all images, and its time for one image."""
-        distances = bank.nearest(self.embeddings)[0]
+        distances = bank.nearest(self.rule.inspected(self.embeddings))[0]
         smallest = 1e-6 * max(float(self.exact.max()), 1e-30)  # rounding may move a distance away from 0 by this much
         recall = float(np.mean(distances <= self.stored * (1 + _NEAREST_TOLERANCE) + smallest))
         error, storage_error = (

@@ -76,15 +76,16 @@ class EnsembleBank:
         Equation 7 takes the members' mean distances too: that of a patch to its nearest vectors, and those to their
         neighbors.
         """
-        parts = self.split(embedding)
+        parts = self.split(rule.inspected(embedding))
         found = [bank.find(part) for bank, part in zip(self.members, parts, strict=True)]
-        patch = weighted_mean([distances for distances, _ in found], self.weights)
-        rows = farthest_patches(patch)
+        inspected = weighted_mean([distances for distances, _ in found], self.weights)
+        rows = farthest_patches(inspected)
         count = min(rule.num_neighbors, *map(len, self.members))
         support = [
             bank.support(part.reshape(-1, bank.dimension)[rows], indices.reshape(-1)[rows], count)
             for bank, part, (_, indices) in zip(self.members, parts, found, strict=True)
         ]
+        patch = rule.on_grid(inspected, embedding.shape[1:3])
         return Scores(reweight(image_score(patch, rule), weighted_mean(support, self.weights)), patch)
 
     def search_again(self, queries: NDArray[np.float32], factor: int) -> Found:

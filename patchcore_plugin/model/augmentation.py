@@ -63,6 +63,11 @@ class Change:
             images = (((images * std + mean) * self.brightness).clamp(0, 1) - mean) / std
         return images
 
+    @property
+    def moves(self) -> bool:
+        """Whether pixels of a copy lie elsewhere than in its image."""
+        return bool(self.flipped or self.quarters or self.degrees)
+
     def origins(self, rows: int, columns: int) -> torch.Tensor:
         """Which patches of the original the patches of its copy are, row by row.
 

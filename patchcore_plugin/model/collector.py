@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from anomalib.data import Batch
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle import RegionOfInterest
     from patchcore_plugin.coreset.sampler import GreedyCoreset
 
 
@@ -69,6 +70,7 @@ class PatchCollector:
         processes: Processes that share this machine's memory.
         outlier_rejection: Deviations beyond which a vector of the coreset is left out, as in
             :func:`patchcore_plugin.coreset.outliers.find_outliers`; ``None`` keeps them all.
+        region: Pixels of the network's input whose patches are learned; None learns all.
         widths: Values of an embedding that belong to each member of an ensemble; ``None`` without one. Each member gets a
             coreset of its own.
 
@@ -85,6 +87,7 @@ class PatchCollector:
         processes: int = 1,
         outlier_rejection: float | None = None,
         widths: Sequence[int] | None = None,
+        region: RegionOfInterest | None = None,
     ) -> None:
         self.sampler = sampler
         self.dtype = dtype
@@ -93,6 +96,7 @@ class PatchCollector:
         self.processes = processes
         self.outlier_rejection = outlier_rejection
         self.widths = widths
+        self.region = region
         self.anomalous = 0
         self._seen = 0
         self._stores: list[EmbeddingStore] = []
@@ -158,9 +162,16 @@ class PatchCollector:
         if not held.to(embedding.dtype).isfinite().all():
             msg = "The backbone's features are too large for float16: use 'bfloat16' or 'float32' for embedding_dtype."
             raise UsageError(msg)
-        _, rows, columns, dimension = embedding.shape
+        images, rows, columns, dimension = embedding.shape
+        held = held.reshape(images, rows * columns, dimension)
+        if self.region is not None:
+            inspected = self.region.patches((rows, columns))
+            if not len(inspected):
+                msg = "region_of_interest has the center of no patch: make it larger, or the image_size."
+                raise UsageError(msg)
+            held = held[:, torch.from_numpy(inspected).to(held.device)]
         if not self._stores:
-            self._stores = self._new_stores(self.expected_images and self.expected_images * rows * columns)
+            self._stores = self._new_stores(self.expected_images and self.expected_images * held.shape[1])
         parts = held.reshape(-1, dimension).split(self.widths or dimension, dim=1)
         for store, part in zip(self._stores, parts, strict=True):
             store.append(part)
@@ -185,6 +196,7 @@ class PatchCollector:
 
         def find(bank: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor, row_numbers: torch.Tensor) -> torch.Tensor:
             image_of = _image_numbers(grids, rows.device)
+            numbers, row_numbers = (self._in_grids(torch.as_tensor(part), grids) for part in (numbers, row_numbers))
             return find_outliers(bank, image_of(numbers), rows, image_of(row_numbers), self.outlier_rejection, group)
 
         images = [(grid.path, grid.rows, grid.columns) for grid in grids] if all(grid.path for grid in grids) else None
@@ -193,9 +205,18 @@ class PatchCollector:
             vectors = store.reduce_to_bank(group, find if self.outlier_rejection is not None else None)
             origins = None
             if images is not None:
-                origins = locate_patches(_in_originals(store.numbers_.numpy(), grids), images)
+                numbers = self._in_grids(store.numbers_, grids).numpy()
+                origins = locate_patches(_in_originals(numbers, grids), images)
             banks.append(FittedBank(vectors, store.radius_, origins, store.outliers_))
         return banks
+
+    def _in_grids(self, numbers: torch.Tensor, grids: Sequence[_Grid]) -> torch.Tensor:
+        """Numbers of patches among those of whole grids, from those among the inspected patches; all grids are alike."""
+        if self.region is None or not grids:
+            return numbers
+        _, rows, columns, *_ = grids[0]
+        inspected = torch.from_numpy(self.region.patches((rows, columns))).to(numbers.device)
+        return numbers // len(inspected) * (rows * columns) + inspected[numbers % len(inspected)]
 
     def _new_stores(self, expected_rows: int | None) -> list[EmbeddingStore]:
         """A store for each member, each with a share of the memory by its number of values."""

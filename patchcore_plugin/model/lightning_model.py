@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
+from patchcore_plugin.bundle import RegionOfInterest
 from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.coreset.memory import GIB
 from patchcore_plugin.coreset.sampler import GreedyCoreset
@@ -49,10 +51,11 @@ from patchcore_plugin.model.pre_processing import (
     normalization_of,
     renormalization,
 )
+from patchcore_plugin.model.region import build_region, check_region, mask_size
 from patchcore_plugin.model.spade import refuse_spade
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
 from patchcore_plugin.model.training_images import expected_images, hold_out, no_normal_image
-from patchcore_plugin.model.weights import weights_from_checkpoint
+from patchcore_plugin.model.weights import weights_follow, weights_from_checkpoint
 from patchcore_plugin.scoring import ScoreRule
 
 logger = logging.getLogger(__name__)
@@ -123,6 +126,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             the members' patch distances are averaged, in units of the spread of their banks. Time, memory and size of a
             bundle are the sum of the members'. Their patches are brought to the grid of the model's own. ``None`` is a
             single model.
+        region_of_interest: Where to look: the path of a mask image (white is inspected), or a list of shapes in shares of
+            the image's width and height, each ``{"rectangle": [left, top, right, bottom]}`` or ``{"polygon": [[x, y],
+            ...]}``, with ``"ignore": True`` where not to look; later shapes lie over earlier ones. What lies outside is
+            hidden from the network, neither learned nor scored, and 0 in the map. A bundle keeps the region. ``None``
+            looks everywhere.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -174,6 +182,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         exclude: str | Path | None = None,
         augmentations: Sequence[str] | None = None,
         ensemble: Sequence[dict[str, Any]] | None = None,
+        region_of_interest: str | Path | Sequence[dict[str, Any]] | None = None,
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -206,6 +215,13 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         precision = str(dtype).removeprefix("torch.")
         self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
         augmentations = check_augmentations(augmentations)
+        region_of_interest = check_region(region_of_interest)
+        if region_of_interest is not None and any(change.moves for change in changes_of(augmentations)):
+            msg = (
+                "Augmentations that move pixels would bring what lies outside the region_of_interest into it: of "
+                f"{augmentations}, only brightness goes with it."
+            )
+            raise UsageError(msg)
         if not isinstance(layers, str):
             layers = list(layers)  # plain: a checkpoint with the list type of get_model's omegaconf could not be loaded
         super().__init__(
@@ -221,6 +237,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.random_state = random_state
         self.outlier_rejection = outlier_rejection
         self.ensemble = ensemble
+        self.region_of_interest = region_of_interest
+        if region_of_interest is not None and not weights_follow():  # else it comes from the checkpoint, as they do
+            region = build_region(region_of_interest, getattr(self.pre_processor, "transform", None))
+            rule = replace(rule, region=region)
         self.model = FaissPatchcoreModel(
             layers=layers,
             backbone=backbone,
@@ -315,7 +335,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         if stage == "fit":
             if self.exclude is not None:
                 leave_out(self.trainer, Path(self.exclude))
-            check_data(self.trainer)
+            check_data(self.trainer, mask_size(self.region_of_interest))
         if self.intensity_range is not None or self._finds_range:  # long before the first batch
             datamodule = getattr(self.trainer, "datamodule", None)
             subsets = (getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test"))
@@ -367,6 +387,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             processes=self.trainer.num_devices,
             outlier_rejection=self.outlier_rejection,
             widths=self.model.widths if self.ensemble else None,
+            region=self.model.rule.region,
         )
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -499,16 +520,18 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the intensity range, the held-out images and the bank's origins too."""
+        """Write the intensity range, the region of interest, the held-out images and the bank's origins too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["intensity_range"] = self.intensity_range and list(self.intensity_range)
+        region = self.model.rule.region
+        checkpoint["region"] = region and region.model_dump()
         checkpoint["held_out"] = self.held_out
         if self.origins is not None:
             patches = torch.from_numpy(self.origins.patches)
             checkpoint["origins"] = {"patches": patches, "images": self.origins.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read what older checkpoints lack: intensity range, held-out images, the bank's origins, kind of post-processor.
+        """Read what older checkpoints lack: intensity range, region, held-out images, origins, kind of post-processor.
 
         Hyper parameters of version 0.1 may have a ``position_weight``, which is no argument any more. Among the hyper
         parameters it also travels to the checkpoints of this model.
@@ -526,6 +549,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             self.post_processor.setup(self.trainer, self, self.trainer.state.fn)  # its groups may come from the checkpoint
         values = checkpoint.get("intensity_range")
         self.intensity_range = values and check_intensity_range(values)
+        region = checkpoint.get("region")
+        self.model.rule = replace(self.model.rule, region=region and RegionOfInterest.model_validate(region))
         self.held_out = checkpoint.get("held_out")
         origins = checkpoint.get("origins")
         self.origins = origins and Origins(origins["patches"].numpy(), origins["images"])

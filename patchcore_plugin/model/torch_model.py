@@ -170,6 +170,8 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
 
         D counts the values of all members, on the patch grid of the first.
         """
+        if self.rule.region is not None:  # patches inside would see what lies outside
+            images = images * images.new_tensor(self.rule.region.pixels)
         if not self.further:
             return self._embed(images, self.tiler)
         parts = [member._embed(images, self.tiler) for member in self.members]
@@ -250,17 +252,20 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         # Distances are float32 whatever the trainer's precision: bf16 has three digits.
         with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
             embedding = embedding.float()
-            queries = self.split(embedding.reshape(-1, embedding.shape[-1]))
+            inspected = self.rule.inspected(embedding)
+            queries = self.split(inspected.reshape(-1, embedding.shape[-1]))
             found = [member._search(own, 1) for member, own in zip(self.members, queries, strict=True)]
-            patch = weighted_mean([distances[:, 0] for distances, _ in found], self.weights).reshape(embedding.shape[:-1])
-            rows = farthest_patches(patch)
+            distances = weighted_mean([distances[:, 0] for distances, _ in found], self.weights)
+            distances = distances.reshape(inspected.shape[:-1])
+            rows = farthest_patches(distances)
+            patch = self.rule.on_grid(distances, embedding.shape[1:3])
             neighbors = min(self.rule.num_neighbors, *(len(member.memory_bank) for member in self.members))
             support = [
                 member._support(own[rows], indices[rows, 0], neighbors)
                 for member, own, (_, indices) in zip(self.members, queries, found, strict=True)
             ]
             scores = reweight(image_score(patch, self.rule), weighted_mean(support, self.weights))
-            maps = anomaly_map(patch, (size[0], size[1]), upsampling)
+            maps = anomaly_map(patch, (size[0], size[1]), upsampling, region=self.rule.region)
         return InferenceBatch(pred_score=scores, anomaly_map=maps[:, None])
 
     def _check_bank(self, embedding: torch.Tensor) -> None:

@@ -165,9 +165,9 @@ def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Cal
     """
     if manifest.calibration is None:
         return manifest.image, manifest.pixel, None
-    maxima, means = [], []
+    maxima, means, recipe = [], [], manifest.preprocessing
     for patch in held_out.patch:
-        shown = anomaly_map(patch[None], manifest.preprocessing.size)
+        shown = anomaly_map(patch[None], recipe.size, region=recipe.region)
         maxima.append(float(shown.max()))
         means.append(float(shown.mean()))
     calibration = extend_calibration(manifest.calibration, held_out.image.tolist(), maxima, means)
@@ -237,16 +237,18 @@ def _find_uncovered(
     for bank in exact:
         bank.threads = runtime.threads
     small = runtime.origins is not None and runtime.origins.thumbnails is not None
+    grid, region = runtime.manifest.grid, runtime.manifest.preprocessing.region
+    inspected = np.arange(grid[0] * grid[1]) if region is None else region.patches(grid)
     found, thumbnails = [[] for _ in exact], {}
     for place, image in enumerate(images):
         progress("embed new images", place, len(images))
         pixels = read_image(image, intensity_range=runtime.intensity_range)
         covered = True
         for bank, radius, part, own in zip(exact, radii, found, runtime.bank.split(runtime.embed([pixels])[0]), strict=True):
-            patches = own.reshape(-1, bank.dimension)
+            patches = own.reshape(-1, bank.dimension)[inspected]
             distance = bank.search(patches)[0][:, 0]
             far = np.flatnonzero(distance > radius)
-            part.append(_MemberPatches(patches[far], distance[far], far + place * len(patches)))
+            part.append(_MemberPatches(patches[far], distance[far], inspected[far] + place * grid[0] * grid[1]))
             covered = covered and not len(far)
         if small and not covered:
             thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)

@@ -174,8 +174,10 @@ def _computes(steps: ov.CompiledModel, recipe: Preprocessing) -> bool:
     row = rng.integers(0, 256, (1, 1, recipe.resize[1], 3), np.uint8)
     (top, left), (height, width) = recipe.offset, recipe.size
     for image, seen in ((column, column[:, top : top + height]), (row, row[:, :, left : left + width])):
-        expected = (seen / 255 - recipe.mean) / recipe.std
-        if not np.allclose(steps([image])[0], expected.transpose(0, 3, 1, 2), atol=1e-3):
+        expected = ((seen / 255 - recipe.mean) / recipe.std).transpose(0, 3, 1, 2)
+        if recipe.region is not None:
+            expected = expected * recipe.region.pixels
+        if not np.allclose(steps([image])[0], expected, atol=1e-3):
             return False
     return True
 

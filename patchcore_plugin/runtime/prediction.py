@@ -26,7 +26,8 @@ class Prediction:
 
     Attributes:
         score: Raw image score: a distance in feature units, larger is more anomalous.
-        patch_distances: Distance (h, w) of each patch to its nearest bank vector, float32, in feature units.
+        patch_distances: Distance (h, w) of each patch to its nearest bank vector, float32, in feature units; 0 outside the
+            region of interest.
         size: Height and width of the image, in pixels.
         manifest: Manifest of the bundle that answered.
         milliseconds: Time of the stages ``"network"``, pre-processing included, and ``"search"``; empty if not measured.
@@ -83,15 +84,17 @@ class Prediction:
     @cached_property
     def mean_distance(self) -> float:
         """Mean of the anomaly map, in feature units: how far from the bank the image lies as a whole."""
-        return float(scores.map_mean(self.patch_distances[None], self.manifest.preprocessing.size)[0])
+        recipe = self.manifest.preprocessing
+        return float(scores.map_mean(self.patch_distances[None], recipe.size, recipe.region)[0])
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32]:
         """Raw map (H, W), float32, over the part of the image that the network saw, in feature units.
 
-        Made from the patch distances at first use.
+        Made from the patch distances at first use; 0 outside the region of interest.
         """
-        return scores.anomaly_map(self.patch_distances[None], self.manifest.preprocessing.size)[0]
+        recipe = self.manifest.preprocessing
+        return scores.anomaly_map(self.patch_distances[None], recipe.size, region=recipe.region)[0]
 
     @cached_property
     def normalized_map(self) -> NDArray[np.float32] | None:

@@ -6,7 +6,7 @@ them without torch, and the training model can be traced through them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from patchcore_plugin.bundle import Manifest
+    from patchcore_plugin.bundle import Manifest, RegionOfInterest
 
 SIGMA = 4.0
 """Standard deviation, in pixels, of the Gaussian that smooths the anomaly map (section 3.3 of the paper)."""
 
+_LEAST_PRESENCE = 1e-3  # share of a pixel's value that comes from inspected patches
 _SINGLE_THREAD_MULTIPLICATIONS = 2**17  # of one matrix product; OpenBLAS uses several threads from 2**18 on
 
 
@@ -34,14 +35,14 @@ _SINGLE_THREAD_MULTIPLICATIONS = 2**17  # of one matrix product; OpenBLAS uses s
 class ScoreRule:
     """How patch distances become an image score.
 
-    Each field has the same name in the bundle's manifest.
-
     Attributes:
         num_neighbors: Number of neighbors of the nearest bank vector that re-weight the image score (equation 7); 1 turns
             the weight off.
         score_smoothing: Standard deviation, in patches, of a Gaussian that smooths the distances before their largest
             becomes the image score: a defect covers several patches, and a single patch that stands out is often chance. 0
             turns smoothing off, as in the paper.
+        region: Pixels of the network's input that are inspected; patches outside have no distance, and count as 0. None
+            inspects all.
 
     Raises:
         UsageError: If a value is out of range.
@@ -49,6 +50,7 @@ class ScoreRule:
 
     num_neighbors: int = 9
     score_smoothing: float = 0
+    region: RegionOfInterest | None = None
 
     def __post_init__(self) -> None:
         check_number("num_neighbors", self.num_neighbors, 1, MAX_NEIGHBORS, whole=True)
@@ -63,13 +65,37 @@ class ScoreRule:
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         """Read the rule from the manifest of a bundle."""
-        return cls(**{field.name: getattr(manifest, field.name) for field in fields(cls)})
+        return cls(manifest.num_neighbors, manifest.score_smoothing, manifest.preprocessing.region)
 
     def __str__(self) -> str:
         """The rule in words."""
         smoothed = f", smoothed by {self.score_smoothing:g} patches" if self.score_smoothing else ""
         weighted = f", re-weighted by {self.num_neighbors} neighbors" if self.num_neighbors > 1 else ""
-        return f"largest patch distance{smoothed}{weighted}"
+        where = "" if self.region is None else " in the region of interest"
+        return f"largest patch distance{where}{smoothed}{weighted}"
+
+    def inspected(self, embedding: Any) -> Any:
+        """Embeddings (B, 1, P, D) of the inspected patches, row by row, among those of all (B, h, w, D)."""
+        if self.region is None:
+            return embedding
+        images, height, width, values = embedding.shape
+        numbers = self.region.patches((int(height), int(width)))
+        if not isinstance(embedding, np.ndarray):
+            numbers = embedding.new_tensor(numbers, dtype=array_namespace(embedding).int64)
+        return embedding.reshape(images, height * width, values)[:, None, numbers]
+
+    def on_grid(self, distances: Any, grid: tuple[int, int]) -> Any:
+        """Distances (B, h, w) of all patches, from those (B, 1, P) of the inspected ones; outside they are 0."""
+        if self.region is None:
+            return distances
+        # place of each patch among the inspected ones; those outside take any, and are multiplied by 0
+        inside = self.region.at(grid)
+        places = np.where(inside, np.cumsum(inside).reshape(grid) - 1, 0).ravel()
+        factor = inside.astype(np.float32)
+        if not isinstance(distances, np.ndarray):
+            places = distances.new_tensor(places, dtype=array_namespace(distances).int64)
+            factor = distances.new_tensor(factor)
+        return distances[:, 0, places].reshape(-1, *grid) * factor
 
 
 class Scores(NamedTuple):
@@ -97,7 +123,7 @@ def image_score(patch: Any, rule: ScoreRule) -> Any:
     xp = array_namespace(patch)
     _, height, width = patch.shape
     if rule.score_smoothing:
-        patch = anomaly_map(patch, (height, width), sigma=rule.score_smoothing)
+        patch = anomaly_map(patch, (height, width), sigma=rule.score_smoothing, region=rule.region)
     return xp.max(xp.reshape(patch, (-1, height * width)), axis=1)
 
 
@@ -153,16 +179,24 @@ def weighted_mean(distances: Sequence[Any], weights: Sequence[Any]) -> Any:
     return total / len(distances)
 
 
-def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear", sigma: float = SIGMA) -> Any:
+def anomaly_map(
+    patch: Any,
+    size: tuple[int, int],
+    upsampling: str = "bilinear",
+    sigma: float = SIGMA,
+    region: RegionOfInterest | None = None,
+) -> Any:
     """Upsample and smooth patch distances to an anomaly map.
 
-    Both steps are linear and separable, so each axis is one matrix, and the map takes two small matrix products.
+    Both steps are linear and separable, so each axis is one matrix, and the map takes two small matrix products. With a
+    region of interest, the map is a mean over the inspected patches alone, and 0 outside.
 
     Args:
         patch: Patch distances (B, h, w), float32.
         size: Height and width of the map, in pixels.
         upsampling: ``"bilinear"`` as in the paper, or ``"nearest"`` as in anomalib's ``Patchcore``.
         sigma: Standard deviation of the Gaussian, in pixels of the map.
+        region: Pixels that are inspected; None inspects all.
 
     Returns:
         Anomaly map (B, H, W), float32, in feature units.
@@ -173,25 +207,51 @@ def anomaly_map(patch: Any, size: tuple[int, int], upsampling: str = "bilinear",
         # in products so small that BLAS uses one thread: more would wait actively afterwards, and slow what runs next
         step = max(1, _SINGLE_THREAD_MULTIPLICATIONS // (patch.shape[2] * max(patch.shape[1], size[1])))
         parts = [rows[first : first + step] @ patch @ columns for first in range(0, size[0], step)]
-        return np.concatenate(parts, axis=1)
-    return patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
+        smoothed = np.concatenate(parts, axis=1)
+    else:
+        smoothed = patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
+    if region is None:
+        return smoothed
+    factor = _region_factor(region, tuple(patch.shape[1:]), size, upsampling, sigma)
+    return smoothed * (factor if isinstance(patch, np.ndarray) else patch.new_tensor(factor))
 
 
-def map_mean(patch: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+def map_mean(
+    patch: NDArray[np.float32], size: tuple[int, int], region: RegionOfInterest | None = None
+) -> NDArray[np.float32]:
     """Mean of each :func:`anomaly_map`, computed without the map, which is linear in the patches.
 
     Args:
         patch: Patch distances (B, h, w), float32.
         size: Height and width of the map, in pixels.
+        region: Pixels that are inspected; None inspects all.
 
     Returns:
         Means (B,), float32.
     """
+    if region is not None:
+        rows, columns = (_axis_matrix(*lengths, "bilinear", SIGMA) for lengths in zip(patch.shape[1:], size, strict=True))
+        weights = rows.T @ _region_factor(region, patch.shape[1:], size, "bilinear", SIGMA) @ columns
+        return (patch * (weights / (size[0] * size[1]))).sum((1, 2))
     rows, columns = (
         _axis_matrix(patches, pixels, "bilinear", SIGMA).mean(0)
         for patches, pixels in zip(patch.shape[1:], size, strict=True)
     )
     return (patch @ columns) @ rows
+
+
+@lru_cache(maxsize=32)
+def _region_factor(
+    region: RegionOfInterest, grid: tuple[int, int], size: tuple[int, int], upsampling: str, sigma: float
+) -> NDArray[np.float32]:
+    """What smoothed values (H, W), to which patches outside gave 0, are multiplied by: 0 outside.
+
+    A pixel's value becomes the mean of the inspected patches that it depends on. Where there is hardly one, it is 0.
+    """
+    present = anomaly_map(region.at(grid).astype(np.float32)[None], size, upsampling, sigma)[0]
+    return np.where(region.at(size) & (present > _LEAST_PRESENCE), 1 / np.maximum(present, _LEAST_PRESENCE), 0).astype(
+        np.float32
+    )
 
 
 @lru_cache(maxsize=32)
