@@ -8,6 +8,7 @@ so nothing is downloaded.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import time
 from contextlib import suppress
@@ -77,12 +78,14 @@ class Work:
     Attributes:
         products: Multiplications and additions in products of matrices.
         passes: Bytes of vectors that are passed over.
-        memory: Highest memory of the data, in bytes.
+        memory: Highest memory of what is learned, in bytes.
+        image: Memory of each image in a batch, in bytes: features, and their copies.
     """
 
     products: float
     passes: float
     memory: float
+    image: float
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,23 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Images:
-    """Images of a data set: their numbers, whether they have masks, one of them, and the seconds to read it."""
+    """Images of a data set.
+
+    Attributes:
+        train: Number of training images.
+        test: Number of test images.
+        masked: Whether they have masks.
+        sample: File of one of them.
+        read: Seconds to read it.
+        size: Bytes of its pixels, as floats.
+    """
 
     train: int
     test: int
     masked: bool
     sample: Path
     read: float
+    size: int
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,7 @@ def _estimate(jobs: Sequence[Job]) -> Estimate:
 
 def _give_memory_back() -> None:
     """Return freed memory to the system: with GNU's C library, gigabytes of networks would stay beside the jobs."""
+    gc.collect()  # models hold each other in circles
     with suppress(OSError, AttributeError, TypeError):  # another C library, or system
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -206,7 +220,8 @@ def _costs(job: Job, images: _Images, network: _Network, speeds: Speeds, pixel_s
     gpu = fixed + (embedded * network.operations + work.products) / GPU.products + work.passes / GPU.passes
     parameters = sum(value.nbytes for value in module.state_dict().values() if isinstance(value, torch.Tensor))
     maps = 20 * compared  # bytes: masks, maps, and what the metrics sort
-    return here, gpu, max(work.memory, maps) + parameters
+    batch = _BATCH * (images.size + work.image)
+    return here, gpu, max(work.memory, maps) + batch + parameters
 
 
 def _read_images(job: Job) -> _Images:
@@ -229,8 +244,9 @@ def _read_images(job: Job) -> _Images:
     else:
         msg = f"only {job.data['class_path']} knows the images of data set {job.dataset}"
         raise EstimateError(msg)
-    times = [_timed(lambda: read_image(train[0], as_tensor=True)) for _ in range(2)]
-    return _Images(len(train), len(test), masked, Path(train[0]), min(times))
+    size = read_image(train[0], as_tensor=True).nbytes
+    read = _timed(lambda: read_image(train[0], as_tensor=True))
+    return _Images(len(train), len(test), masked, Path(train[0]), read, size)
 
 
 def _join(job: Job, folder: str) -> Path:
@@ -294,7 +310,7 @@ def _of_ours(module: FaissPatchcore, features: list[torch.Tensor], train: int, s
     products = 2 * values * bank * (_CORESET_SHARE * patches + rows * scored)
     value_bytes = torch.empty(0, dtype=module.embedding_dtype).element_size()
     memory = patches * (values * value_bytes + 48) + 2 * 4 * bank * values
-    return Work(products, 0, memory)
+    return Work(products, 0, memory, 3 * 4 * rows * values)
 
 
 def _of_patchcore(module: Patchcore, features: list[torch.Tensor], train: int, scored: int) -> Work:
@@ -305,17 +321,18 @@ def _of_patchcore(module: Patchcore, features: list[torch.Tensor], train: int, s
     projected = min(values, ceil(4 * log(max(2, patches)) / (0.9**2 / 2 - 0.9**3 / 3)))
     products = 2 * values * (bank * rows * scored + patches * projected)
     passes = 4 * patches * projected * bank + 4 * 5 * rows * bank * scored
-    return Work(products, passes, 4 * patches * (2 * values + 2 * projected) + 4 * bank * values)
+    memory = 4 * patches * (2 * values + 2 * projected) + 4 * bank * values
+    return Work(products, passes, memory, 3 * 4 * rows * values)
 
 
 def _of_padim(module: Padim, features: list[torch.Tensor], train: int, scored: int) -> Work:
     """PaDiM: a covariance matrix for each patch of the grid, written value by value, and its inverse."""
-    del module
     _, values, height, width = features[0].shape
     patches, matrices = height * width, 4 * height * width * values**2
+    channels = sum(module.model.feature_extractor.out_dims)
     products = patches * (2 * values**2 * (train + scored) + 2 * values**3)
     passes = 2 * _CACHE_LINE * matrices + matrices * scored / _BATCH
-    return Work(products, passes, 3 * matrices + 4 * patches * values * train)
+    return Work(products, passes, 3 * matrices + 4 * patches * values * train, 2 * 4 * patches * channels)
 
 
 def _of_mh_patchcore(module: MHPatchcore, features: list[torch.Tensor], train: int, scored: int) -> Work:
@@ -325,8 +342,9 @@ def _of_mh_patchcore(module: MHPatchcore, features: list[torch.Tensor], train: i
     merged = module.model.memory_bank.local_coreset_size
     decomposed = 8 * values**2 * (patches + ceil(patches / max(values, rows * _BATCH)) * values)
     products = decomposed + 4 * values**2 * (patches + rows * scored) + 2 * values * bank * rows * scored
-    passes = 8 * values * merged * patches
-    return Work(products, passes, 6 * 8 * values * (rows * _BATCH + values))
+    passes = 8 * values / 2 * merged * patches  # the analysis keeps a part of the values: half of them, perhaps
+    windows = 9 * rows * sum(module.model.feature_extractor.out_dims)  # values of all neighborhoods of 3 x 3
+    return Work(products, passes, 6 * 8 * values * (rows * _BATCH + values), 1.5 * 4 * windows)
 
 
 def _of_spade(module: Spade, features: list[torch.Tensor], train: int, scored: int) -> Work:
@@ -335,7 +353,8 @@ def _of_spade(module: Spade, features: list[torch.Tensor], train: int, scored: i
     compared = min(module.model.num_neighbors, train)
     products = 2 * values * compared * rows**2 * scored
     passes = 4 * 2 * rows**2 * compared * scored
-    return Work(products, passes, 1.5 * 4 * sum(feature.numel() for feature in features) * train)
+    kept = 4 * sum(feature.numel() for feature in features)
+    return Work(products, passes, 1.5 * kept * train, 2 * kept)
 
 
 _WORKS: dict[type, Callable[[Any, list[torch.Tensor], int, int], Work]] = {
