@@ -279,7 +279,7 @@ def _read_network(job: Job, images: _Images) -> _Network:
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             features = _embed(module, transform(image))
-        seconds = _timed(lambda: _embed(module, transform(image)))
+        seconds = min(_timed(lambda: _embed(module, transform(image))) for _ in range(2))
         height, width = transform(image).shape[-2:]
     return _Network(module, seconds, counter.get_total_flops(), height * width, features)
 
