@@ -74,9 +74,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     the memory budget.
 
     Args:
-        backbone: Any timm model that supports ``features_only``, or ``"efficientnet_lite0"`` (or 1, 2), whose ImageNet
-            weights come from an installed package, with no model hub.
-        layers: Feature layers by timm's module names, shallow to deep (``"layer2"``, ``"blocks.2"``).
+        backbone: Any timm model that supports ``features_only`` and that OpenVINO can compute, or ``"efficientnet_lite0"``
+            (or 1, 2), whose ImageNet weights come from an installed package, with no model hub.
+        layers: Feature layers by timm's module names, shallow to deep (``"layer2"``, ``"blocks.2"``). A transformer has
+            none of the default's.
         pre_trained: Whether to load the backbone's ImageNet weights.
         coreset_sampling_ratio: Share of the training patches that the memory bank keeps, in (0, 1].
         num_neighbors: Neighbors that re-weight the image score (equation 7); 1 turns that off.
