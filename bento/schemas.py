@@ -27,6 +27,7 @@ _ANSWER = {
     "p_value": 0.008,
     "verdict": "anomalous",
     "threshold": 30.2,
+    "ratio": 1.46,
     "pixel_threshold": 28.9,
     "regions": [_REGION],
     "size": {"width": 300, "height": 300},
@@ -117,6 +118,9 @@ class ImageScore(BaseModel):
     verdict: Literal["normal", "anomalous"] | None = Field(description="Verdict; null if the model has no threshold.")
     threshold: float | None = Field(
         description="Raw score above which an image is anomalous, sensitivity included, in feature units."
+    )
+    ratio: float | None = Field(
+        description="Score as a share of the threshold: 0.61 is 61 % of the limit; null without a threshold above 0."
     )
     pixel_threshold: float | None = Field(
         description="Value of the anomaly map above which a pixel is anomalous, sensitivity included, in feature units."

@@ -313,9 +313,11 @@ function show(entry) {
   showDetails(answer);
 }
 
-function showScore({ score, threshold, normalized_score: normalized, p_value: p }) {
+function showScore({ score, threshold, ratio, normalized_score: normalized, p_value: p }) {
   $("score").textContent = digits.format(score);
   $("threshold").textContent = threshold === null ? "no threshold" : digits.format(threshold);
+  $("ratio").textContent = ratio === null ? "" : `${Math.round(100 * ratio)} %`;
+  $("ratio-item").hidden = ratio === null;
   $("normalized").textContent = normalized === null ? "" : normalized.toFixed(3);
   $("normalized-item").hidden = normalized === null;
   $("p-value").textContent = p === null ? "" : p.toFixed(3);

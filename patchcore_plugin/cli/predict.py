@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.runtime import PatchcoreRuntime
     from patchcore_plugin.runtime.prediction import Outcome
 
-_PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold"
+_PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold", "ratio"
 _COLUMNS = "image", *_PREDICTION_COLUMNS, "error"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 

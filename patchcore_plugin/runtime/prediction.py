@@ -64,6 +64,11 @@ class Prediction:
         return thresholds.raw_threshold(self.manifest.image)
 
     @cached_property
+    def ratio(self) -> float | None:
+        """Score as a share of the threshold: 0.61 is 61 % of the limit. None without a threshold above 0."""
+        return self.score / self.threshold if self.threshold is not None and self.threshold > 0 else None
+
+    @cached_property
     def verdict(self) -> Literal["normal", "anomalous"] | None:
         """Whether the score is above the threshold; None without a threshold."""
         return thresholds.verdict(self.score, self.manifest.image)

@@ -288,6 +288,7 @@ def test_predict(bundle, runtime, line, tmp_path):
         assert float(row["score"]) == pytest.approx(answer.score, rel=1e-6)
         assert float(row["normalized_score"]) == pytest.approx(answer.normalized_score, rel=1e-5)
         assert (float(row["threshold"]), row["verdict"]) == (answer.threshold, answer.verdict)
+        assert float(row["ratio"]) == pytest.approx(answer.score / answer.threshold, rel=1e-6)
         assert (row["p_value"], row["error"]) == ("", "")
     for name, size in {"a.png.png": (300, 300), "sub/b.jpg.png": (400, 200)}.items():
         assert Image.open(tmp_path / "answers" / "heatmaps" / name).size == size

@@ -318,6 +318,7 @@ def test_model_without_thresholds(trained, tmp_path, test_images, caplog):
     answer = runtime.predict(test_images[:1])[0]
     assert answer.score > 0
     assert (answer.verdict, answer.threshold, answer.normalized_score, answer.normalized_map) == (None, None, None, None)
+    assert answer.ratio is None
     assert runtime.heatmap(test_images[0], answer).size == (300, 300)
 
 

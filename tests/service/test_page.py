@@ -105,6 +105,7 @@ def test_answer_of_a_defective_cell(page, defect, keep):
     expect(page.locator("#said")).to_have_text(re.compile(f"^Anomalous, score .*, {re.escape(path.name)}$"))
     assert float(page.locator("#score").text_content()) == pytest.approx(expected.score, rel=1e-3)
     assert float(page.locator("#threshold").text_content()) == pytest.approx(expected.threshold, rel=1e-3)
+    assert page.locator("#ratio").text_content() == f"{expected.score / expected.threshold:.0%}".replace("%", " %")
     meter = page.locator("#meter")
     assert float(meter.get_attribute("aria-valuenow")) == pytest.approx(expected.score, rel=1e-6)
     width, bar, mark = (page.locator(part).bounding_box() for part in ("#meter", "#bar", "#mark"))
@@ -340,7 +341,7 @@ def test_service_is_gone(page, defect):
 
 
 def test_model_without_threshold(page, defect, keep):
-    unknown = dict.fromkeys(["normalized_score", "verdict", "threshold", "pixel_threshold", "regions"])
+    unknown = dict.fromkeys(["normalized_score", "verdict", "threshold", "ratio", "pixel_threshold", "regions"])
 
     def forget(route):
         response = route.fetch()
@@ -351,6 +352,7 @@ def test_model_without_threshold(page, defect, keep):
     verdict_is(page, "No verdict", defect[0].name)
     assert float(page.locator("#score").text_content()) == pytest.approx(defect[1].score, rel=1e-3)
     expect(page.locator("#threshold")).to_have_text("no threshold")
+    expect(page.locator("#ratio-item")).to_be_hidden()
     expect(page.locator("#regions-note")).to_contain_text("no threshold")
     expect(page.locator("#meter")).to_be_hidden()
     expect(page.locator("#regions tr")).to_have_count(0)

@@ -51,6 +51,7 @@ def test_answers_as_the_runtime(client, runtime, test_images):
                 "p_value": None,  # anomalib's own post-processor calibrates none
                 "verdict": expected.verdict,
                 "threshold": pytest.approx(expected.threshold, rel=1e-6),
+                "ratio": pytest.approx(expected.score / expected.threshold, rel=1e-6),
                 "pixel_threshold": pytest.approx(expected.pixel_threshold, rel=1e-6),
                 "regions": [pytest.approx(vars(region), rel=1e-6) for region in expected.regions],
                 "size": {"width": 300, "height": 300},
