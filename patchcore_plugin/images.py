@@ -278,7 +278,7 @@ def find_images(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        msg = f"There is no folder {folder}."
+        msg = f"{folder} is a file: give the folder that it is in." if folder.is_file() else f"There is no folder {folder}."
         raise FileNotFoundError(msg)
     files = list_files(folder, SUFFIXES)
     # a drawing is named as the image that it shows, with its own ending added: few other files are opened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -83,7 +84,8 @@ def run_anomalib(arguments: list[str]) -> Any:
                     raise refusals[0] from None
                 raise
 
-    configure_logger()
+    if not logging.getLogger().handlers:  # another handler would write every line twice
+        configure_logger()
     return RegisteredCLI(arguments)
 
 

@@ -119,8 +119,8 @@ def _print_estimate(jobs: Sequence[Job]) -> None:
         Console(width=max(160, Console().width)).print(table)
         cores, memory = torch.get_num_threads(), f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
         click.echo(
-            f"An estimate, by measurements of a few seconds. Here: {cores} cores of this processor, and {memory} of memory. "
-            "GPU: a rough guess, for one of 10^13 operations a second that passes over 300 GB. Memory: of the largest job."
+            f"An estimate, by measurements of a few seconds. Here: with {cores} threads on this processor, and {memory} of "
+            "memory. GPU: a rough guess, for one of 10^13 operations and 300 GB a second. Memory: of the largest job."
         )
     for reason in dict.fromkeys(found.unknown.values()):
         labels = [label for label, own in found.unknown.items() if own == reason]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def _anomalib_command(name: str, summary: str) -> click.Command:
 
         from patchcore_plugin.registry import run_anomalib
 
+        logging.getLogger("patchcore_plugin").setLevel(logging.INFO)  # radius of the bank, images left out, checkpoint
         try:
             run_anomalib([name, *arguments])
         except (ValueError, RuntimeError, MisconfigurationException) as error:

@@ -131,6 +131,8 @@ def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     """
     known = known_statistics(name)
     if known is None:
+        if ":" not in name and not timm.is_model(timm_name(name)):
+            raise UsageError(_unknown(name))
         msg = (
             f"timm does not know how images for the backbone {name!r} are to be normalized: give a pre_processor whose "
             "Normalize has the right mean and std."
@@ -192,6 +194,13 @@ def _unfit(net: nn.Module, height: int, width: int, error: AssertionError) -> st
     )
 
 
+def _unknown(name: str) -> str:
+    """What to say of a name that timm does not have."""
+    similar = timm.list_models(f"*{re.split('[._]', name)[0]}*")[:8]
+    hint = f" Similar names: {', '.join(similar)}." if similar else ""
+    return f"timm has no model {name!r}.{hint}"
+
+
 def _create(architecture: str, indices: list[int] | None, *, pretrained: bool) -> nn.Module:
     """Create timm's feature extractor with some of its layers, or with all."""
     arguments: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "exportable": True}
@@ -207,9 +216,6 @@ def _create(architecture: str, indices: list[int] | None, *, pretrained: bool) -
         if pretrained or ":" in architecture:  # hf_hub:... asks the hub even for the architecture
             raise unreachable(architecture, error) from error
         if not timm.is_model(architecture):
-            similar = timm.list_models(f"*{re.split('[._]', architecture)[0]}*")[:8]
-            hint = f" Similar names: {', '.join(similar)}." if similar else ""
-            msg = f"timm has no model {architecture!r}.{hint}"
-            raise UsageError(msg) from error
+            raise UsageError(_unknown(architecture)) from error
         msg = f"timm cannot build {architecture!r} as a feature extractor (features_only): {error}"
         raise UsageError(msg) from error

@@ -69,7 +69,11 @@ class ScoreRule:
 
     def __str__(self) -> str:
         """The rule in words."""
-        smoothed = f", smoothed by {self.score_smoothing:g} patches" if self.score_smoothing else ""
+        smoothed = (
+            f", smoothed by {self.score_smoothing:g} patch{'es' * (self.score_smoothing != 1)}"
+            if self.score_smoothing
+            else ""
+        )
         weighted = f", re-weighted by {self.num_neighbors} neighbors" if self.num_neighbors > 1 else ""
         where = "" if self.region is None else " in the region of interest"
         return f"largest patch distance{where}{smoothed}{weighted}"

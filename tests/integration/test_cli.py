@@ -91,6 +91,8 @@ def test_train_by_short_name_and_export(few_cells, tmp_path):
         cwd=tmp_path,
     )  # fmt: skip
     assert auroc(result.stdout) > 0.9
+    log = words(result.stdout + result.stderr)
+    assert log.count("Memory bank: 491 of 24576 patch embeddings") == log.count("The memory bank is kept in") == 1
     (checkpoint,) = tmp_path.glob("results/FaissPatchcore/cells/v0/weights/lightning/model.ckpt")
     result = run("patchcore", "export", checkpoint, "out/bundle", cwd=tmp_path)
     assert "Bundle: out/bundle" in result.stdout

@@ -47,6 +47,7 @@ from patchcore_plugin import FaissPatchcore
         ({"image_size": [16_384, 16_384]}, "up to 90,000,000 pixels in all"),
         ({"image_size": (256, 256), "pre_processor": False}, "leave them out, or pre_processor"),
         ({"normalization": "own"}, "normalization must be None or one of 'imagenet', 'backbone', got 'own'"),
+        ({"normalization": "backbone", "backbone": "dinov2"}, r"timm has no model 'dinov2'\. Similar names: .*dinov2"),
         ({"normalization": "backbone", "backbone": "hf_hub:some/model"}, "does not know how images for .* are to be normal"),
     ],
 )
