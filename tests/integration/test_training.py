@@ -72,6 +72,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "exclude",
         "augmentations",
         "ensemble",
+        "region_of_interest",
     }
 
 
