@@ -56,6 +56,17 @@ def cells(elpv, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(cells, tmp_path_factory) -> Path:
+    """Eight cells to train, and eight normal and eight defective ones to test."""
+    root = tmp_path_factory.mktemp("few")
+    for folder in ("train/good", "test/good", "test/defective"):
+        (root / folder).mkdir(parents=True)
+        for image in sorted((cells / folder).iterdir())[:8]:
+            shutil.copy(image, root / folder)
+    return root
+
+
+@pytest.fixture(scope="session")
 def trained(cells, tmp_path_factory) -> Trained:
     """A model that anomalib's Engine trained on ``cells``."""
     root = tmp_path_factory.mktemp("results")

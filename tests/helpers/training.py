@@ -40,6 +40,20 @@ def make_engine(root: Path, **arguments):
     return Engine(default_root_dir=root, accelerator="cpu", logger=False, enable_progress_bar=False, **arguments)
 
 
+def assert_scores_alike(graph, model, images) -> None:
+    """A graph that anomalib exported (ONNX or OpenVINO) gives the scores and maps of its model, for images (B, 3, H, W)."""
+    import numpy as np
+    import openvino
+    import torch
+
+    with torch.no_grad():
+        expected = model(images)
+    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = {output.any_name: value for output, value in compiled(images.numpy()).items()}
+    np.testing.assert_allclose(found["pred_score"], expected.pred_score, rtol=1e-3)
+    np.testing.assert_allclose(found["anomaly_map"], expected.anomaly_map, rtol=1e-3, atol=1e-3)
+
+
 @dataclass
 class Trained:
     """A model trained on ``cells`` through anomalib's Engine."""

@@ -1,6 +1,5 @@
 """Spade through anomalib's Engine on real cells, and every way to export it, which is refused."""
 
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,17 +17,6 @@ from patchcore_plugin.export import export_bundle
 from patchcore_plugin.model.torch_model import MemoryBankError
 
 BACKBONE = {"backbone": "efficientnet_lite0", "layers": LAYERS}
-
-
-@pytest.fixture(scope="module")
-def few(cells, tmp_path_factory):
-    """Eight cells to train, and eight normal and eight defective ones to test."""
-    root = tmp_path_factory.mktemp("few")
-    for folder in ("train/good", "test/good", "test/defective"):
-        (root / folder).mkdir(parents=True)
-        for image in sorted((cells / folder).iterdir())[:8]:
-            shutil.copy(image, root / folder)
-    return root
 
 
 @pytest.fixture(scope="module")

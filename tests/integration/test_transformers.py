@@ -1,7 +1,5 @@
 """Vision transformers with random weights: from training to scores in the runtime, and what is refused before it."""
 
-import shutil
-
 import numpy as np
 import pytest
 import timm
@@ -25,17 +23,6 @@ REAL = {
     "vit_small_patch16_dinov3.lvd1689m": (["blocks.5", "blocks.8"], (224, 256), (14, 16, 768)),
     "swin_tiny_patch4_window7_224.ms_in1k": (["layers.1", "layers.2"], (224, 256), (28, 32, 576)),
 }
-
-
-@pytest.fixture(scope="module")
-def few(cells, tmp_path_factory):
-    """Eight cells to train, and eight normal and eight defective ones to test."""
-    root = tmp_path_factory.mktemp("few")
-    for folder in ("train/good", "test/good", "test/defective"):
-        (root / folder).mkdir(parents=True)
-        for image in sorted((cells / folder).iterdir())[:8]:
-            shutil.copy(image, root / folder)
-    return root
 
 
 def fit(few, folder, callbacks=(), **arguments):
