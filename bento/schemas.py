@@ -6,13 +6,14 @@ A field that has the name of an attribute of the runtime's record is filled from
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from patchcore_plugin.scoring.thresholds import raw_threshold
+from patchcore_plugin.scoring.conformal import describe_promise
+from patchcore_plugin.scoring.thresholds import Verdict, raw_threshold
 
 from .encoding import to_base64_png
 
@@ -27,6 +28,7 @@ _ANSWER = {
     "p_value": 0.008,
     "verdict": "anomalous",
     "threshold": 30.2,
+    "review_threshold": None,
     "ratio": 1.46,
     "pixel_threshold": 28.9,
     "regions": [_REGION],
@@ -115,9 +117,14 @@ class ImageScore(BaseModel):
         description="Share of normal images that score as high or higher, in (0, 1], by the model's calibration; null "
         "without a calibration. With recording sessions, the largest such share that a session gives."
     )
-    verdict: Literal["normal", "anomalous"] | None = Field(description="Verdict; null if the model has no threshold.")
+    verdict: Verdict | None = Field(
+        description="Verdict; null if the model has no threshold. Only a model with a review band answers review."
+    )
     threshold: float | None = Field(
         description="Raw score above which an image is anomalous, sensitivity included, in feature units."
+    )
+    review_threshold: float | None = Field(
+        description="Raw score above which an image is to review at least, sensitivity included; null without a review band."
     )
     ratio: float | None = Field(
         description="Score as a share of the threshold: 0.61 is 61 % of the limit; null without a threshold above 0."
@@ -242,6 +249,7 @@ class ModelSummary(BaseModel):
             "intensity_range": None,
             "inspected_share": 1.0,
             "threshold": 30.2,
+            "promise": "Of 100 good parts, 1 would be stopped, and 4 looked at, on average.",
             "bank_size": 4208,
             "index": "hnsw",
             "storage": "float32",
@@ -266,6 +274,9 @@ class ModelSummary(BaseModel):
     inspected_share: float | None = Field(None, description="Share of the input that the model looks at, in (0, 1].")
     threshold: float | None = Field(
         None, description="Raw score above which an image is anomalous, sensitivity included, in feature units."
+    )
+    promise: str | None = Field(
+        None, description="What the thresholds promise for normal parts, in a sentence; null without a calibration."
     )
     bank_size: int | None = Field(None, description="Vectors in the memory bank; of an ensemble, in all of its banks.")
     index: str | None = Field(None, description="Kind of the (first) memory bank's index, such as flat or hnsw.")
@@ -296,6 +307,7 @@ class ModelSummary(BaseModel):
             intensity_range=manifest.preprocessing.intensity_range,
             inspected_share=1.0 if manifest.preprocessing.region is None else manifest.preprocessing.region.share,
             threshold=raw_threshold(manifest.image),
+            promise=manifest.calibration and describe_promise(manifest.calibration),
             bank_size=manifest.vectors,
             index=manifest.index.kind,
             storage=manifest.index.storage,

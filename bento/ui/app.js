@@ -7,6 +7,7 @@ const TILE = 112; // pixels of a thumbnail's side, twice what the style sheet sh
 
 const WORDS = {
   normal: "Normal",
+  review: "Review",
   anomalous: "Anomalous",
   none: "No verdict",
   failed: "Not checked",
@@ -14,6 +15,7 @@ const WORDS = {
 };
 const SIGNS = {
   normal: "M4 12.5 9.5 18 20 6.5",
+  review: "M2 12s3.7-6.5 10-6.5S22 12 22 12s-3.7 6.5-10 6.5S2 12 2 12ZM9 12a3 3 0 1 0 6 0 3 3 0 1 0-6 0",
   anomalous: "M12 3 22.4 21H1.6ZM12 9.5v5M12 17.4v.6",
   none: "M5 12h14",
   failed: "M8 9a4 4 0 1 1 5.5 3.7c-1 .5-1.5 1.2-1.5 2.3M12 18.4v.6",
@@ -115,11 +117,15 @@ function askForKey() {
 }
 
 const deep = new Set(); // names of the models whose images a browser would show too dark, or clipped
+const promises = new Map(); // what the thresholds of a model promise, by its name
 
 async function loadModels() {
   const { models, default: first } = await read(await ask("../models"));
   deep.clear();
-  for (const { name, intensity_range: range } of models) if (range) deep.add(name);
+  for (const { name, intensity_range: range, promise } of models) {
+    if (range) deep.add(name);
+    promises.set(name, promise ?? "");
+  }
   const before = $("model").value;
   const options = models.map(({ name, problem }) => {
     const option = make("option", problem ? `${name} (cannot be served)` : name);
@@ -313,9 +319,11 @@ function show(entry) {
   showDetails(answer);
 }
 
-function showScore({ score, threshold, ratio, normalized_score: normalized, p_value: p }) {
+function showScore({ score, threshold, review_threshold: review, ratio, normalized_score: normalized, p_value: p }) {
   $("score").textContent = digits.format(score);
   $("threshold").textContent = threshold === null ? "no threshold" : digits.format(threshold);
+  $("review-threshold").textContent = review === null ? "" : digits.format(review);
+  $("review-item").hidden = review === null;
   $("ratio").textContent = ratio === null ? "" : `${Math.round(100 * ratio)} %`;
   $("ratio-item").hidden = ratio === null;
   $("normalized").textContent = normalized === null ? "" : normalized.toFixed(3);
@@ -327,6 +335,8 @@ function showScore({ score, threshold, ratio, normalized_score: normalized, p_va
   const end = Math.max(2 * threshold, 1.1 * score) || 1; // the mark stays in the middle as long as there is room
   $("bar").style.width = `${(100 * score) / end}%`;
   $("mark").style.left = `${(100 * threshold) / end}%`;
+  $("review-mark").hidden = review === null;
+  if (review !== null) $("review-mark").style.left = `${(100 * review) / end}%`;
   $("meter").setAttribute("aria-valuenow", score);
   $("meter").setAttribute("aria-valuemax", end);
   $("meter").setAttribute("aria-valuetext", `${digits.format(score)}, threshold ${digits.format(threshold)}`);
@@ -384,6 +394,7 @@ function showDetails({ regions, pixel_threshold: limit, milliseconds, model, ver
   $("times").replaceChildren(...times);
   $("model-name").textContent = model;
   $("model-version").textContent = version;
+  $("promise").textContent = promises.get(model) ?? "";
   $("image-size").textContent = `${size.width} × ${size.height}`;
 }
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import ValidationError
 
@@ -27,7 +27,7 @@ from patchcore_plugin.names import as_line
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_READABLE_FORMATS = (2, 3, 4, 5, 6, 7)
+_READABLE_FORMATS = get_args(Manifest.model_fields["format_version"].annotation)
 _MANIFEST_BYTES_LIMIT = 1 << 20  # a manifest has about 2,000 bytes, and with the largest calibration 800,000
 
 

@@ -87,6 +87,9 @@ ENSEMBLE_FORMAT = 6
 REGION_FORMAT = 7
 """Lowest version of the bundle format that has a region of interest."""
 
+REVIEW_FORMAT = 8
+"""Lowest version of the bundle format that has a review band."""
+
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
 
@@ -157,7 +160,7 @@ class _Record(BaseModel):
     def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = serialize(self)
         for name in self.later_fields:
-            if not getattr(self, name):
+            if getattr(self, name) in (None, []):
                 del content[name]
         return content
 
@@ -304,18 +307,30 @@ class Scale(_Record):
         minimum: Lower end of the range of raw scores that normalization scales to a length of 1, with the threshold at 0.5;
             anomalib's post-processor takes the smallest score of validation. None without normalization.
         maximum: Upper end of the range; anomalib's takes the largest score of validation. None without normalization.
-        sensitivity: Shift of the threshold, in [0, 1]: 0.5 leaves it, more makes it lower.
+        sensitivity: Shift of the thresholds, in [0, 1]: 0.5 leaves them, more makes them lower.
+        review: Raw score above which an image that is not anomalous is one to review, at a sensitivity of 0.5; at most the
+            threshold. None without a review band.
     """
+
+    later_fields = ("review",)
 
     threshold: Number | None = None
     minimum: Number | None = None
     maximum: Number | None = None
     sensitivity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    review: Number | None = None
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             msg = f"minimum {self.minimum:g} is above maximum {self.maximum:g}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _check_review(self) -> Self:
+        if self.review is not None and (self.threshold is None or self.review > self.threshold):
+            msg = f"review {self.review:g} is above threshold {self.threshold}"
             raise ValueError(msg)
         return self
 
@@ -343,20 +358,31 @@ class Calibration(_Record):
         peaks: Largest value of each image's anomaly map.
         means: Mean of each image's anomaly map.
         sessions: Recording sessions of scores and peaks; None where the images count as one session.
+        review_rate: Share of normal images that may be called anomalous or be to review; None without a review band.
     """
 
-    later_fields = ("sessions",)
+    later_fields = ("sessions", "review_rate")
 
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)]
     scores: Ascending
     peaks: Ascending
     means: Ascending
     sessions: Sessions | None = None
+    review_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @property
     def format_version(self) -> int:
         """Lowest version of the bundle format that has these fields."""
+        if self.review_rate is not None:
+            return REVIEW_FORMAT
         return 3 if self.sessions is None else 5
+
+    @model_validator(mode="after")
+    def _check_review_rate(self) -> Self:
+        if self.review_rate is not None and self.review_rate <= self.false_positive_rate:
+            msg = f"review_rate {self.review_rate:g} is not above false_positive_rate {self.false_positive_rate:g}"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -517,9 +543,9 @@ class Manifest(_Record):
     The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
 
     Attributes:
-        format_version: Version of the bundle format. Version 7 added the region of interest, version 6 further members,
-            version 5 the calibration's sessions, version 4 the intensity range, and only bundles that have them are of these
-            versions; what version 3 added has a default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 8 added the review band, version 7 the region of interest,
+            version 6 further members, version 5 the calibration's sessions, version 4 the intensity range, and only bundles
+            that have them are of these versions; what version 3 added has a default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -548,7 +574,7 @@ class Manifest(_Record):
 
     later_fields = ("members",)
 
-    format_version: Literal[2, 3, 4, 5, 6, 7]
+    format_version: Literal[2, 3, 4, 5, 6, 7, 8]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -575,21 +601,25 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _check_format(self) -> Self:
-        if self.preprocessing.region is not None:
-            if self.format_version < REGION_FORMAT:
-                msg = f"format_version {self.format_version} has no region"
+        later = {
+            "intensity_range": (self.preprocessing.intensity_range, 4),
+            "sessions": (self.calibration and self.calibration.sessions, 5),
+            "members": (self.members, ENSEMBLE_FORMAT),
+            "region": (self.preprocessing.region, REGION_FORMAT),
+            "review": (self.image.review, REVIEW_FORMAT),
+            "review_rate": (self.calibration and self.calibration.review_rate, REVIEW_FORMAT),
+        }
+        for name, (value, version) in later.items():
+            if value not in (None, []) and self.format_version < version:
+                msg = f"format_version {self.format_version} has no {name}"
                 raise ValueError(msg)
-            if not len(self.preprocessing.region.patches(self.grid)):
-                msg = "region has the center of no patch"
-                raise ValueError(msg)
-        if self.preprocessing.intensity_range is not None and self.format_version < 4:
-            msg = f"format_version {self.format_version} has no intensity_range"
-            raise ValueError(msg)
-        if self.calibration is not None and self.calibration.sessions is not None and self.format_version < 5:
-            msg = f"format_version {self.format_version} has no sessions"
-            raise ValueError(msg)
-        if self.members and self.format_version < ENSEMBLE_FORMAT:
-            msg = f"format_version {self.format_version} has no members"
+        return self
+
+    @model_validator(mode="after")
+    def _check_region(self) -> Self:
+        region = self.preprocessing.region
+        if region is not None and not len(region.patches(self.grid)):
+            msg = "region has the center of no patch"
             raise ValueError(msg)
         return self
 

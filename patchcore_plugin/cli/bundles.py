@@ -50,6 +50,8 @@ def info(bundle: Path) -> None:
 def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     from patchcore_plugin.bundle import FILES, ORIGINS, THUMBNAILS
     from patchcore_plugin.scoring import ScoreRule
+    from patchcore_plugin.scoring.conformal import describe_promise
+    from patchcore_plugin.scoring.thresholds import raw_review_threshold
 
     recipe = manifest.preprocessing
     yield "name", manifest.name
@@ -75,14 +77,17 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
         yield "index", f"{index.kind} in {index.storage}" + (f", width {index.width}" if index.width else "")
     yield "image score", str(ScoreRule.of(manifest))
     yield "image threshold", _threshold(manifest.image)
+    review = raw_review_threshold(manifest.image)
+    if review is not None:
+        yield "review threshold", f"{review:.4g}; images between the two are to review"
     yield "pixel threshold", _threshold(manifest.pixel)
     if manifest.calibration is None:
         yield "calibration", "none: no p-values, no drift"
     else:
-        count, rate = len(manifest.calibration.scores), manifest.calibration.false_positive_rate
         sessions = manifest.calibration.sessions
-        of, each = ("", "") if sessions is None else (f" of {len(set(sessions.scores))} recording sessions", " in each")
-        yield "calibration", f"{count} normal images{of}, for {rate:.2%} of false alarms at most{each}"
+        of = "" if sessions is None else f" of {len(set(sessions.scores))} recording sessions"
+        yield "calibration", f"{len(manifest.calibration.scores)} normal images{of}"
+        yield "promise", describe_promise(manifest.calibration)
     known = "image, row and column of each bank vector" if ORIGINS in manifest.files else "unknown"
     yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
     yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"

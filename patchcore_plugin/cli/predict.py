@@ -6,6 +6,7 @@ import csv
 import errno
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,8 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     images = find_images(folder)
     inputs = {os.path.realpath(path) for path in images}
     output.mkdir(parents=True, exist_ok=True)
-    anomalous = unreadable = undrawn = 0
+    verdicts: Counter[str | None] = Counter()
+    unreadable = undrawn = 0
     with _open_results(output / "results.csv") as table, progress_bar() as bar:
         outcomes = bar.track(runtime.stream_outcomes(images), total=len(images), description="Predict")
         for path, outcome in zip(images, outcomes, strict=True):
@@ -72,12 +74,14 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
                 values = {column: getattr(prediction, column) for column in _PREDICTION_COLUMNS}
                 target = output / "heatmaps" / name.with_name(f"{name.name}.png")
                 error = _write_heatmap(runtime, outcome, target, inputs) if heatmaps else ""
-                anomalous += prediction.verdict == "anomalous"
+                verdicts[prediction.verdict] += 1
                 undrawn += bool(error)
             table.writerow({"image": to_cell(as_text(name.as_posix())), **values, "error": to_cell(as_text(error))})
     left = f", {undrawn} without a heatmap" if undrawn else ""
+    review = "" if runtime.manifest.image.review is None else f", {verdicts['review']} to review"
     click.echo(
-        f"{len(images)} images: {anomalous} anomalous, {unreadable} unreadable{left}. Results: {output / 'results.csv'}"
+        f"{len(images)} images: {verdicts['anomalous']} anomalous{review}, {unreadable} unreadable{left}. "
+        f"Results: {output / 'results.csv'}"
     )
     if unreadable or undrawn:
         sys.exit(1)

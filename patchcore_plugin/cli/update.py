@@ -79,8 +79,11 @@ def _print(report: UpdateReport) -> None:
     if len(order) > _TABLE_ROWS_LIMIT:
         table.add_row(f"and {len(order) - _TABLE_ROWS_LIMIT} more", "", "", "", "")
     Console().print(table)
-    before, after = report.false_alarms
+    before, after = report.count("anomalous")
     click.echo(f"False alarms among the {len(report.names)} held-out images: {before} before, {after} after.")
+    if report.before[0].review_threshold is not None:
+        before, after = report.count("review")
+        click.echo(f"To review among them: {before} before, {after} after.")
 
 
 def _labelled(folder: Path) -> tuple[list[Path], list[bool]]:

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Identity, Normalize, 
 from patchcore_plugin.bundle import BundleError, Preprocessing, Scale
 from patchcore_plugin.bundle.origins import make_thumbnails
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
+from patchcore_plugin.scoring.conformal import set_thresholds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,6 +68,9 @@ def read_scales(model: FaissPatchcore) -> tuple[Scale, Scale]:
     if post is not None and not isinstance(post, PostProcessor):
         logger.warning("A bundle cannot hold the post-processor %s: it will give raw scores only.", type(post).__name__)
     image, pixel = (_read_scale(post, level) if isinstance(post, PostProcessor) else Scale() for level in ("image", "pixel"))
+    calibration = read_calibration(model)
+    if calibration is not None and image.threshold is not None:
+        image = image.model_copy(update={"review": set_thresholds(calibration)[0].review})
     if image.threshold is None:
         logger.warning("The model has no threshold (it was never validated): the bundle will give scores but no verdict.")
     return image, pixel

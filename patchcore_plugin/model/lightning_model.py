@@ -544,7 +544,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         config = checkpoint.get("anomalib_post_processor_config", {})
         rate = config.get("false_positive_rate")
         if rate is not None and type(self.post_processor) is PostProcessor:
-            self._replace_post_processor(ConformalPostProcessor(rate, config.get("groups")))
+            self._replace_post_processor(ConformalPostProcessor(rate, config.get("groups"), config.get("review_rate")))
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and isinstance(self.post_processor, ConformalPostProcessor):
             self.post_processor.setup(self.trainer, self, self.trainer.state.fn)  # its groups may come from the checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,20 @@ from anomalib.post_processing import PostProcessor
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Sessions
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.sessions import check_groups, hold_back_sessions, session_of, warn_of_one_session
-from patchcore_plugin.scoring.conformal import check_sessions, images_needed, set_thresholds, thin_sessions
+from patchcore_plugin.scoring.conformal import (
+    check_review_rate,
+    check_sessions,
+    describe_promise,
+    images_needed,
+    set_thresholds,
+    thin_sessions,
+)
 
 if TYPE_CHECKING:
     from anomalib.data import Batch
     from lightning import LightningModule, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
@@ -28,6 +38,11 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
 
     * at most ``false_positive_rate`` of normal images score above the image threshold;
     * at most ``false_positive_rate`` of normal images have any pixel above the pixel threshold.
+
+    A ``review_rate`` makes a third answer, for a person to look at the part: at most this share of normal images is called
+    anomalous or is one to review. The bundle, its runtime and the service answer ``"review"`` then; anomalib's own
+    predictions, which are two-valued, do not. The pixel threshold is that of the ``review_rate``, so that regions say where
+    to look.
 
     The two rates hold separately: an image may be above one threshold and not above the other. Both hold for images of the
     recording sessions (days, batches, cameras) that are known. With ``groups``, whole sessions are held back, and the
@@ -47,6 +62,8 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         groups: What tells the recording session of an image: ``"folder"`` for its folder, or a regular expression that is
             searched in its path, written with ``/``, and whose first capture group is the session. ``None`` takes all
             images as one session.
+        review_rate: Share of normal images that may be called anomalous or be to review, above ``false_positive_rate`` and
+            below 1. ``None`` makes two answers, normal and anomalous.
 
     Attributes:
         calibration: Three numbers of each calibration image (n, 3), float32, in feature units: its score, and the largest
@@ -54,7 +71,7 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
             are kept, drawn at random, for which the rates hold too.
 
     Raises:
-        UsageError: If the rate is out of range, or ``groups`` is no such expression; before training or after validation, if
+        UsageError: If a rate is out of range, or ``groups`` is no such expression; before training or after validation, if
             there are too few normal images for the rate (0.01 needs 99, with ``groups`` of each session held back), or if
             sessions cannot be held back.
 
@@ -65,24 +82,28 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
 
     calibration: torch.Tensor
 
-    def __init__(self, false_positive_rate: float = 0.01, groups: str | None = None) -> None:
+    def __init__(
+        self, false_positive_rate: float = 0.01, groups: str | None = None, review_rate: float | None = None
+    ) -> None:
         if images_needed(false_positive_rate) > MAX_CALIBRATION:
             msg = (
                 f"false_positive_rate must be at least {1 / (MAX_CALIBRATION + 1):.2g}, got {false_positive_rate!r}: a "
                 f"calibration keeps {MAX_CALIBRATION:,} images at most."
             )
             raise UsageError(msg)
+        check_review_rate(review_rate, false_positive_rate)
         if groups is not None:
             check_groups(groups)
         super().__init__()
         self.false_positive_rate = false_positive_rate
+        self.review_rate = review_rate
         self.groups = groups
         self.register_buffer("calibration", torch.empty(0, 3))
         self._rows: dict[Any, torch.Tensor | None] = {}  # by image; None for an anomalous image
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_positive_rate", "groups")
+        return (*super()._checkpoint_config_keys, "false_positive_rate", "groups", "review_rate")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold whole sessions back, or say that the images seem to be of one session.
@@ -149,7 +170,10 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
         elif len(rows) > MAX_CALIBRATION:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_CALIBRATION]]
         self.calibration = rows.to(self.calibration)
-        image, pixel = set_thresholds(self.record())
+        record = self.record()
+        if trainer.global_rank == 0:
+            logger.info("%s", describe_promise(record))
+        image, pixel = set_thresholds(record)
         buffers = (
             (self._image_threshold, self.image_min, self.image_max),
             (self._pixel_threshold, self.pixel_min, self.pixel_max),
@@ -170,7 +194,12 @@ class ConformalPostProcessor(DynamicBufferMixin, PostProcessor):
             by_score, by_peak = (number[self.calibration[:, column].argsort(stable=True)].tolist() for column in (0, 1))
             sessions = Sessions(scores=by_score, peaks=by_peak)
         return Calibration(
-            false_positive_rate=self.false_positive_rate, scores=scores, peaks=peaks, means=means, sessions=sessions
+            false_positive_rate=self.false_positive_rate,
+            scores=scores,
+            peaks=peaks,
+            means=means,
+            sessions=sessions,
+            review_rate=self.review_rate,
         )
 
     def _with_sessions(self, rows: torch.Tensor, names: list[Any]) -> torch.Tensor:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patchcore_plugin.progress import Progress
+    from patchcore_plugin.scoring.thresholds import Verdict
 
 _MEASURED_IMAGES_LIMIT = 64
 
@@ -67,10 +68,9 @@ class UpdateReport:
     before: list[Prediction]
     after: list[Prediction]
 
-    @property
-    def false_alarms(self) -> tuple[int, int]:
-        """Number of held-out images that were called anomalous, before and after."""
-        before, after = (sum(answer.verdict == "anomalous" for answer in each) for each in (self.before, self.after))
+    def count(self, verdict: Verdict) -> tuple[int, int]:
+        """Number of held-out images that got a verdict, before and after."""
+        before, after = (sum(answer.verdict == verdict for answer in each) for each in (self.before, self.after))
         return before, after
 
 

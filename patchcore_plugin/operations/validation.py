@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -171,8 +172,9 @@ def _check_images(runtime: PatchcoreRuntime, images: Sequence[str | Path]) -> _F
     outcomes = zip(images, runtime.stream_outcomes(images), strict=True)
     rows = [{"image": str(image), **_row(outcome)} for image, outcome in outcomes]
     unreadable = sum("error" in row for row in rows)
-    anomalous = sum(row.get("verdict") == "anomalous" for row in rows)
-    detail = f"{len(rows)} images: {anomalous} anomalous, {unreadable} unreadable"
+    verdicts = Counter(row.get("verdict") for row in rows)
+    review = "" if runtime.manifest.image.review is None else f", {verdicts['review']} to review"
+    detail = f"{len(rows)} images: {verdicts['anomalous']} anomalous{review}, {unreadable} unreadable"
     return _Finding(detail, rows, "failed" if unreadable else "ok")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.bundle import Manifest
     from patchcore_plugin.images import ImageError
     from patchcore_plugin.scoring import Scores
+    from patchcore_plugin.scoring.thresholds import Verdict
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,18 @@ class Prediction:
         return thresholds.raw_threshold(self.manifest.image)
 
     @cached_property
+    def review_threshold(self) -> float | None:
+        """Raw score above which an image is to review at least, sensitivity included; None without a review band."""
+        return thresholds.raw_review_threshold(self.manifest.image)
+
+    @cached_property
     def ratio(self) -> float | None:
         """Score as a share of the threshold: 0.61 is 61 % of the limit. None without a threshold above 0."""
         return self.score / self.threshold if self.threshold is not None and self.threshold > 0 else None
 
     @cached_property
-    def verdict(self) -> Literal["normal", "anomalous"] | None:
-        """Whether the score is above the threshold; None without a threshold."""
+    def verdict(self) -> Verdict | None:
+        """``"anomalous"`` above the threshold, ``"review"`` above that of a review band; None without a threshold."""
         return thresholds.verdict(self.score, self.manifest.image)
 
     @cached_property

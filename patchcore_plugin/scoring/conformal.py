@@ -26,6 +26,9 @@ the probability that an image is above its own session's threshold, set by other
 itself, as :func:`threshold` gives for images, would need ``1 / a - 1`` sessions (19 for 0.05), whatever the method: with
 fewer, a new session may be the worst of all too often. Few have so many sessions, so none of those methods is used here.
 
+**A review band.** A second, larger rate gives a second, lower threshold by the same rule, and each promise holds by itself:
+at most the first share of the normal images is called anomalous, and at most the second is called anomalous or is to review.
+
 Source: Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World" (2005); Angelopoulos and Bates, "A Gentle
 Introduction to Conformal Prediction", arXiv 2107.07511, section 1 (the quantile) and 4.4 (outlier detection). For sessions:
 Dunn, Wasserman, Ramdas, "Distribution-Free Prediction Sets for Two-Layer Hierarchical Models", arXiv 1809.07441; Lee,
@@ -119,7 +122,8 @@ def set_thresholds(calibration: Calibration) -> tuple[Scale, Scale]:
     score, 0.5 at the threshold, and 1 as far above the threshold as 0 lies below it. Normalized maps are 0 at the smallest
     mean of a calibration image's map, and otherwise alike.
 
-    With sessions, each threshold is the largest of those that each session gives.
+    With sessions, each threshold is the largest of those that each session gives. With a review band, the pixel threshold is
+    made for its rate, so that regions say where to look in an image to review too.
 
     Returns:
         The scale of image scores, and the scale of pixels.
@@ -127,14 +131,61 @@ def set_thresholds(calibration: Calibration) -> tuple[Scale, Scale]:
     Raises:
         UsageError: If there are too few images, in all or in a session, for the calibration's rate.
     """
-    rate, sessions = calibration.false_positive_rate, calibration.sessions
-    image = max(threshold(scores, rate) for scores in _by_session(calibration.scores, sessions and sessions.scores))
-    pixel = max(threshold(peaks, rate) for peaks in _by_session(calibration.peaks, sessions and sessions.peaks))
+    rate, review_rate, sessions = calibration.false_positive_rate, calibration.review_rate, calibration.sessions
+
+    def largest(values: Sequence[float], session: Sequence[int] | None, rate: float) -> float:
+        return max(threshold(part, rate) for part in _by_session(values, session))
+
+    scores = calibration.scores, sessions and sessions.scores
+    image = largest(*scores, rate)
+    pixel = largest(calibration.peaks, sessions and sessions.peaks, review_rate or rate)
     lowest_score, lowest_mean = calibration.scores[0], calibration.means[0]
     return (
-        Scale(threshold=image, minimum=lowest_score, maximum=2 * image - lowest_score),
+        Scale(
+            threshold=image,
+            minimum=lowest_score,
+            maximum=2 * image - lowest_score,
+            review=review_rate and largest(*scores, review_rate),
+        ),
         Scale(threshold=pixel, minimum=lowest_mean, maximum=2 * pixel - lowest_mean),
     )
+
+
+def check_review_rate(review_rate: float | None, rate: float) -> None:
+    """Refuse a review rate that is not above the false-alarm rate.
+
+    Raises:
+        UsageError: If it is not, or is no number in (0, 1).
+    """
+    if review_rate is None:
+        return
+    check_number("review_rate", review_rate, 0, 1, closed="neither")
+    if review_rate <= rate:
+        msg = (
+            f"review_rate must be above false_positive_rate, {rate:g}, got {review_rate:g}: it is the share of normal "
+            "images that may be stopped or looked at, both together. Leave it out for two answers, normal and anomalous."
+        )
+        raise UsageError(msg)
+
+
+def describe_promise(calibration: Calibration) -> str:
+    """What the thresholds of a calibration promise for 100 normal parts, as a sentence for the operator.
+
+    Without sessions, the mean number of parts above a threshold follows from its rank: a new normal score is equally likely
+    to fall between any two of the calibration's. (Ties make it smaller.)
+    """
+    rates = [rate for rate in (calibration.false_positive_rate, calibration.review_rate) if rate is not None]
+    if calibration.sessions is not None:
+        count = len(set(calibration.sessions.scores))
+        both = "" if len(rates) == 1 else f", and at most {100 * rates[1]:.3g} be stopped or looked at"
+        return (
+            f"In at least {count} of {count + 1} new sessions, of 100 good parts at most {100 * rates[0]:.3g} would be "
+            f"stopped{both}."
+        )
+    places = len(calibration.scores) + 1
+    stopped, *either = (100 * floor(places * _exact(rate)) / places for rate in rates)
+    looked_at = f", and {either[0] - stopped:.3g} looked at" if either else ""
+    return f"Of 100 good parts, {stopped:.3g} would be stopped{looked_at}, on average."
 
 
 def extend_calibration(
@@ -173,9 +224,8 @@ def extend_calibration(
             kept = kept[np.argsort(values[kept], kind="stable")]
             numbers[name], count = session[kept].tolist(), len(kept)
         joined[name] = np.sort(values[kept[:count]]).tolist()  # means, which have no sessions, come last
-    return Calibration(
-        false_positive_rate=calibration.false_positive_rate, **joined, sessions=Sessions(**numbers) if numbers else None
-    )
+    sessions = Sessions(**numbers) if numbers else None
+    return Calibration(**dict(calibration) | joined | {"sessions": sessions})
 
 
 def check_new_session(calibration: Calibration, count: int) -> None:

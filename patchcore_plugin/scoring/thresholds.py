@@ -25,11 +25,18 @@ within this difference of the threshold is not above it. A score within this dif
 """
 
 
+Verdict = Literal["normal", "review", "anomalous"]
+"""What a score means; "review" in the band between two thresholds, which a model has if its calibration asked for one."""
+
+
 def raw_threshold(scale: Scale) -> float | None:
     """Raw score above which something is anomalous, sensitivity included; None without a threshold."""
-    if scale.threshold is None or scale.minimum is None or scale.maximum is None:
-        return scale.threshold
-    return scale.threshold + (0.5 - scale.sensitivity) * (scale.maximum - scale.minimum)
+    return _moved(scale.threshold, scale)
+
+
+def raw_review_threshold(scale: Scale) -> float | None:
+    """Raw score above which an image is to review at least, sensitivity included; None without a review band."""
+    return _moved(scale.review, scale)
 
 
 def verdict_limit(scale: Scale) -> float | None:
@@ -37,20 +44,31 @@ def verdict_limit(scale: Scale) -> float | None:
 
     Infinite at a sensitivity of 0, which calls nothing anomalous: anomalib's normalized scores are never above 1.
     """
-    threshold = raw_threshold(scale)
+    return _limit(raw_threshold(scale), scale)
+
+
+def verdict(score: float, scale: Scale) -> Verdict | None:
+    """Verdict on a raw score; None without a threshold."""
+    limit, review = verdict_limit(scale), _limit(raw_review_threshold(scale), scale)
+    if limit is None:
+        return None
+    if score > limit:
+        return "anomalous"
+    return "normal" if review is None or score <= review else "review"
+
+
+def _moved(threshold: float | None, scale: Scale) -> float | None:
+    if threshold is None or scale.minimum is None or scale.maximum is None:
+        return threshold
+    return threshold + (0.5 - scale.sensitivity) * (scale.maximum - scale.minimum)
+
+
+def _limit(threshold: float | None, scale: Scale) -> float | None:
     if threshold is None:
         return None
     if scale.sensitivity == 0 and scale.minimum is not None and scale.maximum is not None:
         return math.inf
     return threshold + ROUNDING * abs(threshold)
-
-
-def verdict(score: float, scale: Scale) -> Literal["normal", "anomalous"] | None:
-    """Verdict on a raw score; None without a threshold."""
-    limit = verdict_limit(scale)
-    if limit is None:
-        return None
-    return "anomalous" if score > limit else "normal"
 
 
 def without_rounding(score: float) -> float:

@@ -195,7 +195,10 @@ def _is_same(data: dict[str, Any], folder: Path) -> bool:
 
 
 def _lower_demands(model: dict[str, Any], data: dict[str, Any], count: int) -> None:
-    """Raise a false-alarm rate that needs more images than are held back to the lowest rate that they allow."""
+    """Raise a false-alarm rate that needs more images than are held back to the lowest rate that they allow.
+
+    A review rate that is not above it is raised to five times that rate.
+    """
     post_processor = model.get("post_processor")
     arguments = post_processor.get("init_args") if isinstance(post_processor, dict) else None
     if not isinstance(arguments, dict) or arguments.get("groups"):
@@ -206,7 +209,11 @@ def _lower_demands(model: dict[str, Any], data: dict[str, Any], count: int) -> N
     held_back = int(count * ratio)
     lowest = math.ceil(1000 / (held_back + 1)) / 1000
     if rate < lowest < 1:
-        model["post_processor"] = {**post_processor, "init_args": {**arguments, "false_positive_rate": lowest}}
+        raised = {**arguments, "false_positive_rate": lowest}
+        review_rate = arguments.get("review_rate")
+        if isinstance(review_rate, float) and review_rate <= lowest:
+            raised["review_rate"] = min(5 * lowest, (1 + lowest) / 2)
+        model["post_processor"] = {**post_processor, "init_args": raised}
 
 
 def false_alarm_rate(content: Mapping[str, Any]) -> Any:

@@ -96,6 +96,7 @@ def main(retrain: bool) -> None:
             report = update_bundle(bundle, given, folder / f"updated{number}")
             spent = time.perf_counter() - started
             updated = PatchcoreRuntime.load(folder / f"updated{number}")
+            alarms = report.count("anomalous")
             counts = [
                 [sum(answer.verdict == "anomalous" for answer in runtime.stream(images)) for runtime in (old, updated)]
                 for images in (given, unseen)
@@ -103,7 +104,7 @@ def main(retrain: bool) -> None:
             after = dict(zip(before, updated.predict(before), strict=True))
             areas = [(auroc(before, normal), auroc(after, normal)) for normal in (good, rest)]
             table.add_row(
-                shift, _change(counts[0]), _change(report.false_alarms), _change(counts[1]), f"+{report.update.vectors:,}",
+                shift, _change(counts[0]), _change(alarms), _change(counts[1]), f"+{report.update.vectors:,}",
                 *(f"{one:.4f} {other - one:+.4f}" for one, other in areas), f"{spent:.1f}",
             )  # fmt: skip
         Console(width=125).print(table)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data.utils import read_image
+from click.testing import CliRunner
 from helpers.training import folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import ConformalPostProcessor, FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import MAX_CALIBRATION, read_manifest
+from patchcore_plugin.cli import main
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.scoring.conformal import p_value, threshold
 from patchcore_plugin.scoring.drift import DriftMonitor
@@ -119,6 +121,33 @@ def test_checkpoint_under_another_post_processor(normal_only, trained, cells, tm
     post = model.post_processor
     assert len(post.calibration) == 52, "the normal ones of 104"
     assert float(post.image_threshold) == threshold(post.calibration[:, 0].sort().values.tolist(), 0.05)
+
+
+def test_review_band(trained, cells, test_images, tmp_path):
+    """Three answers, from a validation to the bundle; p-values agree with them, and the checkpoint keeps the rate."""
+    model = make_model(post_processor=ConformalPostProcessor(0.05, review_rate=0.3))
+    engine = make_engine(tmp_path)
+    engine.validate(model, datamodule=folder_datamodule(cells), ckpt_path=str(trained.checkpoint))
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = FaissPatchcore.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu").eval()
+    bundle = export_bundle(loaded, tmp_path / "bundle", index="flat")
+    manifest = read_manifest(bundle)
+    scores = model.post_processor.calibration[:, 0].sort().values.tolist()
+    assert (manifest.format_version, manifest.calibration.review_rate) == (8, 0.3)
+    assert (manifest.image.threshold, manifest.image.review) == (threshold(scores, 0.05), threshold(scores, 0.3))
+    answers = PatchcoreRuntime.load(bundle).predict(test_images)
+    for answer in answers:
+        assert (answer.verdict == "anomalous") == (answer.p_value <= 0.05)
+        assert (answer.verdict == "normal") == (answer.p_value > 0.3)
+        assert answer.review_threshold == manifest.image.review
+    assert {answer.verdict for answer in answers} == {"normal", "review", "anomalous"}
+    for command, expected in {
+        ("info", bundle): "Of 100 good parts, 3.77 would be stopped, and 24.5 looked at",
+        ("validate", bundle, "--images", cells / "test"): f"{len(list((cells / 'test').rglob('*.png')))} images:",
+    }.items():
+        result = CliRunner().invoke(main, [*map(str, command)], catch_exceptions=False, env={"COLUMNS": "200"})
+        assert expected in result.output
+    assert " to review, 0 unreadable" in result.output
 
 
 def test_recording_sessions(cells, test_images, tmp_path):

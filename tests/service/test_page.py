@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 import time
@@ -14,6 +15,7 @@ from helpers.server import app_server
 from PIL import Image, ImageChops, ImageStat
 
 from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.runtime import PatchcoreRuntime
 
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 expect = api.expect
@@ -388,6 +390,28 @@ def test_p_value(page, defect):
     choose(page, defect[0])
     expect(page.locator("#p-value")).to_have_text("0.048")
     expect(page.locator("#p-value-item")).to_be_visible()
+
+
+def test_part_to_review(visit, calibrated, defect, keep, tmp_path):
+    """Between the two thresholds; the page says what they promise."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(calibrated, bundle)
+    manifest = read_manifest(bundle)
+    score = PatchcoreRuntime.load(bundle).predict([defect[0]])[0].score
+    image = {**manifest.image.model_dump(), "threshold": score + 1, "maximum": score + 20, "review": score - 1}
+    calibration = {**json.loads(manifest.calibration.model_dump_json()), "review_rate": 0.2}
+    change_manifest(bundle, format_version=8, image=image, calibration=calibration)
+    with app_server(bundle=bundle) as server:
+        page = visit(server)
+        choose(page, defect[0])
+        verdict_is(page, "Review", defect[0].name)
+        assert float(page.locator("#review-threshold").text_content()) == pytest.approx(score - 1, rel=1e-3)
+        bar, *marks = (page.locator(part).bounding_box() for part in ("#bar", "#review-mark", "#mark"))
+        assert marks[0]["x"] < bar["x"] + bar["width"] < marks[1]["x"] + marks[1]["width"]
+        promise = "Of 100 good parts, 4.76 would be stopped, and 14.3 looked at, on average."
+        expect(page.locator("#promise")).to_have_text(promise)
+        expect(page.locator("#history .review")).to_have_count(1)
+        keep(page, "review")
 
 
 def test_deep_image(visit, bundle_copy, defect):

@@ -189,10 +189,10 @@ def test_pre_processing_that_the_network_does_not_have(bundle_copy, change, reas
         PatchcoreRuntime.load(bundle_copy)
 
 
-@pytest.mark.parametrize("version", [0, 1, 8, "2.0", None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 9, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5, 6, 7"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5, 6, 7, 8"):
         PatchcoreRuntime.load(bundle_copy)
 
 
@@ -426,6 +426,27 @@ def test_calibration_that_cannot_be(bundle_copy, change, reason):
     assert read_manifest(bundle_copy).calibration.means == values
     change_manifest(bundle_copy, calibration={**sound, **change})
     with pytest.raises(BundleError, match=reason):
+        read_manifest(bundle_copy)
+
+
+def test_review_band(bundle_copy):
+    """Bundles with a review band are of format 8; a band that cannot be is refused."""
+    values = [1.0, 2.0, 3.0]
+    calibration = {"false_positive_rate": 0.25, "scores": values, "peaks": values, "means": values, "review_rate": 0.5}
+    image = {"threshold": 3.0, "minimum": 1.0, "maximum": 5.0, "sensitivity": 0.5, "review": 0.0}
+    change_manifest(bundle_copy, image=image)
+    with pytest.raises(BundleError, match="format_version 3 has no review"):
+        read_manifest(bundle_copy)
+    change_manifest(bundle_copy, format_version=8, calibration=calibration)
+    manifest = read_manifest(bundle_copy)
+    assert json.loads(manifest.model_dump_json())["image"] == image
+    assert manifest.calibration.format_version == 8
+    for wrong, reason in {3.5: "review 3.5 is above threshold 3", float("inf"): "finite", "x": "valid number"}.items():
+        change_manifest(bundle_copy, image={**image, "review": wrong})
+        with pytest.raises(BundleError, match=reason):
+            read_manifest(bundle_copy)
+    change_manifest(bundle_copy, image=image, calibration={**calibration, "review_rate": 0.25})
+    with pytest.raises(BundleError, match=r"review_rate 0\.25 is not above false_positive_rate 0\.25"):
         read_manifest(bundle_copy)
 
 

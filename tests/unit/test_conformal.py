@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from patchcore_plugin.bundle import MAX_CALIBRATION, Calibration, Sessions
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.scoring.conformal import (
+    check_review_rate,
+    describe_promise,
     extend_calibration,
     image_p_value,
     images_needed,
@@ -18,7 +20,7 @@ from patchcore_plugin.scoring.conformal import (
     set_thresholds,
     threshold,
 )
-from patchcore_plugin.scoring.thresholds import normalize
+from patchcore_plugin.scoring.thresholds import normalize, verdict
 
 # few different values, so that ties are common
 scores = st.lists(st.integers(0, 12).map(float), min_size=1, max_size=40)
@@ -70,6 +72,71 @@ def test_promise(count, rate):
     error = np.std(rates) / math.sqrt(draws)
     assert expected <= rate
     assert np.mean(rates) == pytest.approx(expected, abs=4 * error)
+
+
+@given(
+    values=scores.filter(lambda values: len(values) >= 9),
+    score=st.integers(-1, 13).map(float),
+    pair=st.sampled_from([(0.1, 0.2), (0.1, 0.3), (0.2, 0.5), (0.3, 0.9)]),
+)
+def test_review_band(values, score, pair):
+    """Each promise by itself: p-values up to the first rate are anomalous, and up to the second not normal."""
+    rate, review_rate = pair
+    ordered = sorted(values)
+    calibration = Calibration(
+        false_positive_rate=rate, review_rate=review_rate, scores=ordered, peaks=ordered, means=ordered
+    )
+    image, pixel = set_thresholds(calibration)
+    p = Fraction(sum(other >= score for other in [*values, score]), len(values) + 1)
+    found = verdict(score, image)
+    assert (found == "anomalous") == (p <= Fraction(str(rate)))
+    assert (found != "normal") == (p <= Fraction(str(review_rate)))
+    assert pixel.threshold == image.review == threshold(ordered, review_rate)
+    assert pixel.review is None
+    grown = extend_calibration(calibration, [score], [score], [score])
+    assert (grown.false_positive_rate, grown.review_rate) == pair
+
+
+def test_review_band_of_sessions():
+    """Both thresholds are the largest that a session gives."""
+    values = [float(value) for value in range(20)]
+    sessions = Sessions(scores=[0, 1] * 10, peaks=[0, 1] * 10)
+    calibration = Calibration(
+        false_positive_rate=0.1, review_rate=0.3, scores=values, peaks=values, means=values, sessions=sessions
+    )
+    image, pixel = set_thresholds(calibration)
+    assert (image.threshold, image.review, pixel.threshold) == (19, 15, 15)
+
+
+@pytest.mark.parametrize(
+    ("count", "rates", "sessions", "expected"),
+    [
+        (99, (0.01, 0.05), 0, "Of 100 good parts, 1 would be stopped, and 4 looked at, on average."),
+        (149, (0.01, None), 0, "Of 100 good parts, 0.667 would be stopped, on average."),
+        (30, (0.1, 0.2), 3, "In at least 3 of 4 new sessions, of 100 good parts at most 10 would be stopped, and at most 20 "
+         "be stopped or looked at."),
+    ],
+)  # fmt: skip
+def test_promise_in_words(count, rates, sessions, expected):
+    values, numbers = [float(value) for value in range(count)], [number % max(sessions, 1) for number in range(count)]
+    calibration = Calibration(
+        false_positive_rate=rates[0], review_rate=rates[1], scores=values, peaks=values, means=values,
+        sessions=Sessions(scores=numbers, peaks=numbers) if sessions else None,
+    )  # fmt: skip
+    assert describe_promise(calibration) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(0.05, "review_rate must be above false_positive_rate, 0.05, got 0.05: it is"), (0.01, "above false_positive_rate"),
+     (1, r"review_rate must be a number in \(0, 1\), got 1"), ("0.1", "got '0.1'"),
+     (math.nan, "got nan"), (True, "got True")],
+)  # fmt: skip
+def test_review_rate_that_cannot_be(value, reason):
+    check_review_rate(None, 0.05)
+    check_review_rate(0.06, 0.05)
+    with pytest.raises(UsageError, match=reason):
+        check_review_rate(value, 0.05)
 
 
 @given(scores=st.lists(st.floats(1, 100), min_size=9, max_size=30), rate=st.sampled_from([0.1, 0.25, 0.5]))

@@ -15,6 +15,7 @@ from patchcore_plugin.scoring.thresholds import (
     ROUNDING,
     display_values,
     normalize,
+    raw_review_threshold,
     raw_threshold,
     verdict,
     verdict_limit,
@@ -101,6 +102,18 @@ def test_sensitivity_of_0_calls_nothing_anomalous():
     assert raw_threshold(scale) == 55
     assert verdict(1e9, scale) == "normal"
     assert post_process(np.float32([1e9]), scale).pred_label.tolist() == [False]
+
+
+@given(score=numbers, scale=scales(), below=st.floats(0, 100))
+def test_review_band(score, scale, below):
+    """A plain reference: above the threshold is anomalous, else above the review threshold is review, both moved alike."""
+    banded = scale.model_copy(update={"review": scale.threshold - below})
+    plain, review = verdict(score, scale), scale.model_copy(update={"threshold": scale.threshold - below})
+    expected = "anomalous" if plain == "anomalous" else "review" if verdict(score, review) == "anomalous" else "normal"
+    assert verdict(score, banded) == expected
+    apart = raw_threshold(banded) - raw_review_threshold(banded)
+    assert apart == pytest.approx(below, abs=1e-6 * (1 + abs(scale.threshold)))
+    assert verdict_limit(banded) == verdict_limit(scale)
 
 
 def test_without_range():
