@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 
 from patchcore_plugin.cpu import cores
+from patchcore_plugin.webhook import Receiver, Webhook
 
 from . import page, routes
 from .middleware import (
@@ -91,4 +92,17 @@ def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | N
         # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
         parallel = (settings.threads or cores()) if settings.mode == "throughput" else 2
     limits = {"max_pixels": settings.max_pixels, "max_batch_pixels": settings.max_batch_pixels}
-    return Pipeline(repository, scorer, metrics, **limits, parallel=parallel)
+    return Pipeline(repository, scorer, metrics, **limits, parallel=parallel, webhook=make_webhook(settings, metrics))
+
+
+def make_webhook(settings: Settings, metrics: Metrics) -> Webhook | None:
+    """The webhook of a process, as the settings describe it; None if they describe none."""
+    if settings.webhook is None:
+        return None
+    secret = settings.webhook_secret and settings.webhook_secret.get_secret_value()
+    return Webhook(
+        Receiver(settings.webhook.get_secret_value(), secret),
+        settings.webhook_queue,
+        count=lambda result, number: metrics.events.labels(result=result).inc(number),
+        waiting=metrics.events_waiting.set,
+    )

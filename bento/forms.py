@@ -36,7 +36,7 @@ async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
         content = await request.body()
         if not content:
             raise ProblemError("image_missing", "The body is empty; it should be an image file's bytes.")
-        return ImageFile("the body", content), {}
+        return ImageFile("the body", content, request.state.request_id), {}
     advice = f"send an image (image/png, ...), or a form ({FORM}) with the file 'image'"
     form = await _read_form(request, 1, advice)
     file = form.get("image")
@@ -45,7 +45,7 @@ async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
         detail = f"The form's field 'image' {reason}; send a file (curl: --form image=@cell.png)."
         raise ProblemError("image_missing", detail)
     fields = {name: text for name in _TEXT_FIELDS if (text := _text_of(form, name)) is not None}
-    return await _image_file(file), fields
+    return await _image_file(request, file), fields
 
 
 async def read_image_files(request: Request, max_files: int) -> tuple[list[ImageFile], str | None]:
@@ -56,7 +56,7 @@ async def read_image_files(request: Request, max_files: int) -> tuple[list[Image
     """
     advice = f"send a form ({FORM}) with the files 'images'; /predict takes an image alone"
     form = await _read_form(request, max_files, advice)
-    files = [await _image_file(value) for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    files = [await _image_file(request, value) for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if not files:
         raise ProblemError("image_missing", "The form has no file 'images' (curl: --form images=@cell.png).")
     return files, _text_of(form, "model")
@@ -73,8 +73,8 @@ def read_flag(text: str) -> bool:
     return _FLAGS[text.lower()]
 
 
-async def _image_file(file: UploadFile) -> ImageFile:
-    return ImageFile(file.filename or "image", await file.read())
+async def _image_file(request: Request, file: UploadFile) -> ImageFile:
+    return ImageFile(file.filename or "image", await file.read(), request.state.request_id)
 
 
 def _content_type(request: Request) -> str:

@@ -18,8 +18,9 @@ def start_logging(form: str) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(form))
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    for each in (logger, logging.getLogger("patchcore.webhook")):
+        each.handlers, each.propagate = [handler], False
+        each.setLevel(logging.INFO)
 
 
 class LogFormatter(logging.Formatter):

@@ -60,6 +60,11 @@ class Metrics:
             **add,
         )
 
+        self.events = Counter("patchcore_webhook_events", "Events of the webhook, by what happened", ["result"], **add)
+        self.events_waiting = Gauge(  # the process that delivers knows it
+            "patchcore_webhook_waiting", "Events in the webhook's queue", multiprocess_mode="livemax", **add
+        )
+
     def count_request(self, route: str, status: int | None, seconds: float) -> None:
         """Count a request.
 

@@ -15,6 +15,7 @@ from patchcore_plugin.bundle import BundleError, read_manifest_and_version
 from patchcore_plugin.image_checks import count_pixels
 from patchcore_plugin.images import ImageError, ImageTooLargeError, decode_image
 from patchcore_plugin.runtime import PatchcoreRuntime
+from patchcore_plugin.webhook import is_told, make_event
 
 from .drift import DriftMonitors
 from .encoding import to_base64_png, to_gray16, to_png
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from patchcore_plugin.webhook import Webhook
 
     from .metrics import Metrics
     from .repository import ModelRepository
@@ -45,10 +48,12 @@ class ImageFile:
     Attributes:
         name: Name of the file, for messages.
         content: Its bytes.
+        request_id: Id of the request that sent it.
     """
 
     name: str
     content: bytes
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Pipeline:
         max_batch_pixels: Most pixels of all images of a request.
         parallel: Most images that are worked on at once, of up to :data:`SMALL_IMAGE_PIXELS` pixels and of up to
             :data:`LARGE_IMAGE_PIXELS` each; beside them one larger one.
+        webhook: Webhook that is told of images of production.
     """
 
     def __init__(
@@ -92,11 +98,12 @@ class Pipeline:
         max_pixels: int,
         max_batch_pixels: int,
         parallel: int,
+        webhook: Webhook | None = None,
     ) -> None:
         self.metrics = metrics
         self.parallel = parallel
         self._max_batch_pixels = max_batch_pixels
-        self.drift = DriftMonitors(metrics)
+        self.drift, self._webhook = DriftMonitors(metrics), webhook
         self._repository, self._scorer, self._max_pixels = repository, scorer, max_pixels
         self._places = {SMALL_IMAGE_PIXELS: Places(parallel), LARGE_IMAGE_PIXELS: Places(parallel), math.inf: Places(1)}
         self._ready = False
@@ -173,7 +180,7 @@ class Pipeline:
         scored = _accepted(image, self._scorer.score(model, [image.pixels]))
         answer = describe(image, scored, heatmap=heatmap)
         self._observe_times(answer)
-        self._count(scored, answer)
+        self._count(file, scored, answer)
         return answer
 
     def _draw(self, file: ImageFile, model: str, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
@@ -181,7 +188,7 @@ class Pipeline:
         scored = _accepted(image, self._scorer.score(model, [image.pixels]))
         answer = describe(image, scored)
         self._observe_times(answer)
-        self._count(scored, answer)
+        self._count(file, scored, answer)
         if kind == "map":
             return to_png(to_gray16(scored.prediction.shown_map)), answer
         return to_png(PatchcoreRuntime.heatmap(image.pixels, scored.prediction)), answer
@@ -204,12 +211,15 @@ class Pipeline:
                 {"patchcore.model": answer.model, "patchcore.version": answer.version, "patchcore.score": answer.score}
             )
 
-    def _count(self, scored: Scored, answer: ImageAnswer) -> None:
-        """Count an image of production."""
+    def _count(self, file: ImageFile, scored: Scored, answer: ImageAnswer) -> None:
+        """Count an image of production, and tell the webhook of it."""
         if answer.normalized_score is not None:
             self.metrics.scores.labels(model=answer.model).observe(answer.normalized_score)
         self.metrics.verdicts.labels(model=answer.model, verdict=answer.verdict or "none").inc()
         self.drift.update(scored)
+        if self._webhook is not None and is_told(answer.verdict):
+            source = {"request_id": file.request_id, "file": file.name[:255]}
+            self._webhook.tell(make_event(answer.model_dump(), source))
 
 
 def _stated_pixels(file: ImageFile) -> int:

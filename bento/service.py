@@ -15,6 +15,7 @@ import bentoml
 from bentoml.exceptions import BentoMLConfigException
 
 from patchcore_plugin.bundle import BundleError, read_manifest, verify
+from patchcore_plugin.webhook import EventQueue, QueueError
 
 from .app import make_app, make_pipeline
 from .logs import start_logging
@@ -71,15 +72,17 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
 
 
 def check(settings: Settings) -> None:
-    """Print the settings, and check the bundles.
+    """Print the settings, and check the bundles and the webhook's queue.
 
     A single damaged bundle is an error; of several, damaged ones are named, and the others are served.
 
     Raises:
-        BentoMLConfigException: If there is nothing to serve.
+        BentoMLConfigException: If there is nothing to serve, or the queue cannot be opened.
     """
     _print("\n".join(["PatchCore service", *(f"  {name}: {value}" for name, value in settings if value is not None)]))
     try:
+        if settings.webhook_queue is not None:
+            EventQueue(settings.webhook_queue).close()
         found = find_bundles(settings)
         for name, path in found.items():
             try:
@@ -88,7 +91,7 @@ def check(settings: Settings) -> None:
                 if len(found) == 1:
                     raise
                 _print(f"{name} cannot be served: {error}")
-    except BundleError as error:
+    except (BundleError, QueueError) as error:
         raise BentoMLConfigException(str(error)) from error
     if settings.default_model is not None and settings.default_model not in found:
         names = ", ".join(found) or "none"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from bentoml.exceptions import BentoMLConfigException
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
@@ -20,7 +20,12 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from patchcore_plugin.webhook import Receiver
+
 from .hosts import split_host
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PREFIX = "PATCHCORE_"
 FILE_VARIABLE = "PATCHCORE_SETTINGS"
@@ -98,6 +103,15 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(None, description="Key that requests must carry in the header X-API-Key.")
     open_metrics: bool = Field(False, description="With api_key: whether /metrics is answered without the key.")
+    webhook: SecretStr | None = Field(
+        None, description="URL that is told of every image whose verdict is not normal ([below](#webhook))."
+    )
+    webhook_secret: SecretStr | None = Field(None, description="Secret that signs what it is told: `whsec_` and base64.")
+    webhook_queue: Path | None = Field(
+        None,
+        validate_default=True,
+        description="With webhook: file of what is yet to be told, on a disk of this computer.",
+    )
     log: Literal["text", "json"] = Field("text", description="Form of a log line: text or json.")
     trace_to: str | None = Field(
         None,
@@ -132,6 +146,26 @@ class Settings(BaseSettings):
                 raise ValueError(msg)
             names.append(name)
         return tuple(names)
+
+    @field_validator("webhook_queue")
+    @classmethod
+    def _check_webhook(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        webhook, secret = info.data.get("webhook"), info.data.get("webhook_secret")
+        if webhook is None and (file is not None or secret is not None):
+            msg = "without webhook, there is nobody to tell"
+            raise ValueError(msg)
+        if webhook is not None and file is None:
+            msg = "is missing: with webhook, name a file for the queue, such as /var/lib/patchcore/webhook.sqlite"
+            raise ValueError(msg)
+        return file
+
+    @field_validator("webhook", "webhook_secret")
+    @classmethod
+    def _check_receiver(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is not None:  # the one beside it is right here, as each is looked at alone
+            text, url = value.get_secret_value(), "http://127.0.0.1"
+            _ = Receiver(text) if info.field_name == "webhook" else Receiver(url, text)
+        return value
 
     @field_validator("trace_to")
     @classmethod
@@ -177,15 +211,19 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        wrong = [
-            f"{PREFIX}{'.'.join(map(str, problem['loc'])).upper()}: {problem['msg']} (got {problem['input']!r})"
-            for problem in error.errors()
-        ]
-        msg = f"Wrong settings: {'; '.join(wrong)}."
+        msg = f"Wrong settings: {'; '.join(map(_describe, error.errors()))}."
         raise BentoMLConfigException(msg) from None
     except Exception as error:  # the YAML reader has errors of its own
         msg = f"{FILE_VARIABLE}: {path} cannot be read: {error}"
         raise BentoMLConfigException(msg) from error
+
+
+def _describe(problem: ErrorDetails) -> str:
+    """What is wrong with a setting; the value of a secret one is not shown."""
+    field = Settings.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
+    secret = field is not None and SecretStr in get_args(field.annotation)
+    got = "" if secret or problem["input"] is None else f" (got {problem['input']!r})"
+    return f"{PREFIX}{'.'.join(map(str, problem['loc'])).upper()}: {problem['msg'].rstrip('.')}{got}"
 
 
 def settings_table() -> str:

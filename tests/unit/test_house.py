@@ -26,7 +26,8 @@ LEVELS = (
     {"origins", "scoring"},
     {"bundle"},
     {"images"},
-    {"checks", "cpu", "depth", "drawings", "elpv", "folders", "image_checks", "jpeg", "progress", "registry"},
+    {"checks", "cpu", "depth", "drawings", "elpv", "folders", "image_checks", "jpeg", "progress", "registry", "webhook"},
+    {"http_client", "locks"},
     {"errors", "names"},
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}

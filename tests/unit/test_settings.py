@@ -75,14 +75,14 @@ def test_arguments_go_before_the_environment(monkeypatch):
 
 
 def test_environment_goes_before_the_file(tmp_path, monkeypatch):
-    (tmp_path / "settings.yaml").write_text("queue: 5\nthreads: 3\napi_key: secret\n")
+    (tmp_path / "settings.yaml").write_text("queue: 5\nthreads: 3\napi_key: geheim\n")
     monkeypatch.setenv("PATCHCORE_SETTINGS", str(tmp_path / "settings.yaml"))
     monkeypatch.setenv("PATCHCORE_QUEUE", "7")
     monkeypatch.setenv("PATCHCORE_MODE", "")
     settings = read_settings()
     assert (settings.queue, settings.threads, settings.mode) == (7, 3, "latency")
-    assert settings.api_key.get_secret_value() == "secret"
-    assert "secret" not in str(settings.model_dump()), "what is printed at start"
+    assert settings.api_key.get_secret_value() == "geheim"
+    assert "geheim" not in str(settings.model_dump()), "what is printed at start"
 
 
 @pytest.mark.parametrize(
