@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import anyio.to_thread
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.routing import Mount
@@ -11,7 +13,7 @@ from starlette.routing import Mount
 from patchcore_plugin.cpu import cores
 from patchcore_plugin.webhook import Receiver, Webhook
 
-from . import page, routes
+from . import history, page, routes
 from .middleware import (
     AccessLogMiddleware,
     ApiKeyMiddleware,
@@ -24,11 +26,14 @@ from .middleware import (
 )
 from .pipeline import Pipeline
 from .problems import EXCEPTION_HANDLERS
+from .record import AnswerRecord
 from .repository import make_repository
 from .runner import RunnerClient, RunnerScorer
 from .scorer import LocalScorer
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from starlette.routing import BaseRoute
 
     from .metrics import Metrics
@@ -46,7 +51,7 @@ def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
             ``app.state.pipeline`` is set at the start.
     """
     # BentoML looks for paths in an application's routes, and not in routers that it includes.
-    own = [*routes.router.routes, *page.router.routes, Mount("/ui", page.PageFiles(), name="ui")]
+    own = [*routes.router.routes, *history.router.routes, *page.router.routes, Mount("/ui", page.PageFiles(), name="ui")]
     app = FastAPI(
         title="PatchCore",
         description="Scores images of parts against normal ones: score, verdict, regions, heatmap.",
@@ -56,6 +61,7 @@ def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
         redoc_url=None,
         routes=own,
         exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=_close_at_end,
         middleware=[  # the outermost first
             Middleware(RequestIdMiddleware),
             Middleware(AccessLogMiddleware, routes=[_DOCUMENT, *map(_label_of, own)]),
@@ -69,6 +75,13 @@ def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
     )
     app.state.settings, app.state.pipeline = settings, pipeline
     return app
+
+
+@asynccontextmanager
+async def _close_at_end(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    if app.state.pipeline is not None:
+        await anyio.to_thread.run_sync(app.state.pipeline.close)
 
 
 def _label_of(route: BaseRoute) -> str:
@@ -92,7 +105,9 @@ def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | N
         # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
         parallel = (settings.threads or cores()) if settings.mode == "throughput" else 2
     limits = {"max_pixels": settings.max_pixels, "max_batch_pixels": settings.max_batch_pixels}
-    return Pipeline(repository, scorer, metrics, **limits, parallel=parallel, webhook=make_webhook(settings, metrics))
+    webhook = make_webhook(settings, metrics)
+    record = None if settings.record is None else AnswerRecord(settings.record, settings, metrics)
+    return Pipeline(repository, scorer, metrics, **limits, parallel=parallel, webhook=webhook, record=record)
 
 
 def make_webhook(settings: Settings, metrics: Metrics) -> Webhook | None:

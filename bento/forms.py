@@ -62,6 +62,20 @@ async def read_image_files(request: Request, max_files: int) -> tuple[list[Image
     return files, _text_of(form, "model")
 
 
+async def read_feedback(request: Request) -> tuple[dict[str, str], bytes | None]:
+    """Read the fields ``record``, ``word`` and ``note`` of a form, and the bytes of its image file if it has one.
+
+    Raises:
+        ProblemError: If the form is not valid.
+    """
+    form = await _read_form(request, 1, f"send a form ({FORM}) with the fields 'record' and 'word'")
+    file = form.get("image")
+    if file is not None and not isinstance(file, UploadFile):
+        raise ProblemError("field_invalid", "The form's field 'image' holds text; it should be a file.")
+    fields = {name: _text_of(form, name) or "" for name in ("record", "word", "note")}
+    return fields, None if file is None else await file.read()
+
+
 def read_flag(text: str) -> bool:
     """The value of the field ``heatmap``.
 

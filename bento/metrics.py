@@ -48,6 +48,15 @@ class Metrics:
             "patchcore_model_loads", "Bundles that were loaded, refused or dropped", ["model", "result"], **add
         )
         self.problems = Counter("patchcore_rejected", "Requests and images without an answer, by code", ["code"], **add)
+        self.record_lost = Counter(
+            "patchcore_record_lost",
+            "Answers, or images of them, that could not be recorded",
+            ["what"],
+            **add,
+        )
+        self.record_failing = Gauge(
+            "patchcore_record_failing", "1 while the record cannot be written, else 0", multiprocess_mode="livemax", **add
+        )
         # Each process sees its own share of the images. The largest value is that of the process with the most evidence.
         self.drifted = Gauge(
             "patchcore_drifted", "1 while production has drifted, else 0", ["model"], multiprocess_mode="livemax", **add

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.webhook import Webhook
 
     from .metrics import Metrics
+    from .record import AnswerRecord
     from .repository import ModelRepository
     from .scorer import Scored, Scorer
 
@@ -87,6 +88,7 @@ class Pipeline:
         parallel: Most images that are worked on at once, of up to :data:`SMALL_IMAGE_PIXELS` pixels and of up to
             :data:`LARGE_IMAGE_PIXELS` each; beside them one larger one.
         webhook: Webhook that is told of images of production.
+        record: The record of answers of production; None keeps none.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class Pipeline:
         max_batch_pixels: int,
         parallel: int,
         webhook: Webhook | None = None,
+        record: AnswerRecord | None = None,
     ) -> None:
         self.metrics = metrics
+        self.record = record
         self.parallel = parallel
         self._max_batch_pixels = max_batch_pixels
         self.drift, self._webhook = DriftMonitors(metrics), webhook
@@ -159,12 +163,17 @@ class Pipeline:
         """Score an image file and give the reasons; errors are those of :meth:`predict`."""
         return await self._work(self._explain, file, self.resolve(model))
 
+    def close(self) -> None:
+        """Write what the record has not written yet."""
+        if self.record is not None:
+            self.record.close()
+
     def models(self) -> ModelList:
         """All models that requests may name."""
         loaded = self._repository.loaded()
         models = [_summary(name, path, name in loaded) for name, path in self._repository.folders().items()]
         only = models[0].name if len(models) == 1 else None
-        return ModelList(models=models, default=self._repository.default or only)
+        return ModelList(models=models, default=self._repository.default or only, record=self.record is not None)
 
     async def _work(self, call: Callable[..., Result], file: ImageFile, *arguments: Any) -> Result:
         """Call with an image file in a thread, when there is a place for an image of its size."""
@@ -212,11 +221,13 @@ class Pipeline:
             )
 
     def _count(self, file: ImageFile, scored: Scored, answer: ImageAnswer) -> None:
-        """Count an image of production, and tell the webhook of it."""
+        """Count an image of production, record its answer, and tell the webhook of it."""
         if answer.normalized_score is not None:
             self.metrics.scores.labels(model=answer.model).observe(answer.normalized_score)
         self.metrics.verdicts.labels(model=answer.model, verdict=answer.verdict or "none").inc()
         self.drift.update(scored)
+        if self.record is not None:
+            answer.record = self.record.add(file.name, file.content, answer, file.request_id)
         if self._webhook is not None and is_told(answer.verdict):
             source = {"request_id": file.request_id, "file": file.name[:255]}
             self._webhook.tell(make_event(answer.model_dump(), source))

@@ -35,8 +35,12 @@ PROBLEMS = {
     "origin_foreign": (403, "The page of another site sent the request."),
     "model_unknown": (404, "No model has this name, or the request names none of several."),
     "sample_unknown": (404, "No sample image has this name."),
+    "record_off": (404, "The service keeps no record of its answers."),
+    "answer_unknown": (404, "The record has no answer of this id: it is too old, or was lost."),
+    "record_image_missing": (404, "The record does not have the image of this answer."),
     "not_found": (404, "No route has this path."),
     "method_not_allowed": (405, "The route does not take this method."),
+    "record_image_differs": (409, "The image is not the one that was answered."),
     "too_slow": (408, "The request did not arrive in time."),
     "body_too_large": (413, "The body is larger than the limit."),
     "image_too_large": (413, "The image has more pixels than the limit."),
@@ -48,6 +52,7 @@ PROBLEMS = {
     "busy": (503, "Too many requests at once; Retry-After says when to try again."),
     "model_unavailable": (503, "The model cannot be loaded; the log says why."),
     "runner_unavailable": (503, "The process that scores is being started again; Retry-After says when to try again."),
+    "record_unavailable": (503, "The record cannot be read or written; the log says why."),
     "timeout": (504, "The answer took longer than the limit."),
 }
 """Status and meaning of every problem code."""

@@ -37,7 +37,7 @@ PipelineDependency = Annotated[Pipeline, Depends(_pipeline)]
 SettingsDependency = Annotated[Settings, Depends(_settings)]
 
 
-def _responses(*codes: str) -> dict[int | str, dict[str, Any]]:
+def responses_of(*codes: str) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of the problems that a route answers with."""
     meanings: dict[int, list[str]] = {}
     for code in codes:
@@ -59,13 +59,13 @@ def _body(field: str, *, several: bool) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {FORM: form, **raw}}}
 
 
-_SCORING = _responses(
+_SCORING = responses_of(
     *("image_missing", "image_unreadable", "form_invalid", "field_invalid", "disconnected", "unauthorized", "model_unknown"),
     *("body_too_large", "image_too_large", "unsupported_media_type"),
     *("busy", "model_unavailable", "runner_unavailable", "timeout"),
 )
 _ONE_IMAGE = _body("image", several=False)
-_BATCH = {**_SCORING, **_responses("body_too_large", "image_too_large", "batch_too_large")}
+_BATCH = {**_SCORING, **responses_of("body_too_large", "image_too_large", "batch_too_large")}
 
 router = APIRouter()
 
@@ -122,7 +122,7 @@ async def heatmap(
     model: Annotated[str | None, _MODEL] = None,
     kind: Annotated[Literal["overlay", "map"], _KIND] = "overlay",
 ) -> Response:
-    """Answer the heatmap of one image as PNG; score and verdict are in the headers X-Score and X-Verdict."""
+    """Answer the heatmap of one image as PNG; the headers X-Score, X-Verdict and X-Record have what /predict answers."""
     file, fields = await read_image_file(request)
     kind = fields.get("kind") or kind
     if kind not in ("overlay", "map"):
@@ -130,6 +130,8 @@ async def heatmap(
     picture, answer = await pipeline.draw(file, fields.get("model") or model, kind)
     _log(request, answer)
     headers = {"X-Score": repr(answer.score), "X-Verdict": answer.verdict or "", "X-Version": answer.version}
+    if answer.record is not None:
+        headers["X-Record"] = answer.record
     return Response(picture, media_type="image/png", headers=headers)
 
 
@@ -142,13 +144,13 @@ async def explain(request: Request, pipeline: PipelineDependency, model: Annotat
     return _json(explanation)
 
 
-@router.get("/models", responses=_responses("unauthorized"))
+@router.get("/models", responses=responses_of("unauthorized"))
 def models(pipeline: PipelineDependency) -> ModelList:
     """All models that requests may name."""
     return pipeline.models()
 
 
-@router.get("/drift", responses=_responses("unauthorized"))
+@router.get("/drift", responses=responses_of("unauthorized"))
 def drift(pipeline: PipelineDependency) -> DriftReport:
     """Whether production has moved away from the images that each model was calibrated on."""
     return pipeline.drift.report()

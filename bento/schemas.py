@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from patchcore_plugin.record import Word
 from patchcore_plugin.scoring.conformal import describe_promise
 from patchcore_plugin.scoring.thresholds import Verdict, raw_threshold
 
@@ -35,6 +36,7 @@ _ANSWER = {
     "size": {"width": 300, "height": 300},
     "milliseconds": {"decode": 1.1, "network": 3.4, "search": 4.2, "answer": 0.6},
     **_MODEL,
+    "record": "019acb0e1f2a6f1c0d9e8b7a",
     "heatmap": None,
 }
 _DRIFT = {
@@ -148,6 +150,7 @@ class ImageAnswer(ImageScore):
     )
     model: str = Field(description="Name of the model.")
     version: str = Field(description="Version of the model: the first 12 digits of the sha256 of the bundle's manifest.")
+    record: str | None = Field(default=None, description="Id of the answer in the record; null where it is not recorded.")
     heatmap: Picture | None = Field(
         default=None,
         description="On request: base64 PNG in the image's size, yellow from the pixel threshold on, red far above.",
@@ -322,6 +325,7 @@ class ModelList(BaseModel):
 
     models: list[ModelSummary]
     default: str | None = Field(description="Model that answers requests that name none.")
+    record: bool = Field(default=False, description="Whether the service keeps a record of its answers.")
 
 
 class DriftStatus(BaseModel):
@@ -357,3 +361,76 @@ class DriftReport(BaseModel):
     """Drift of all models that have answered in this process. Each of several workers sees its own share of the images."""
 
     models: list[ModelDrift]
+
+
+class Feedback(BaseModel):
+    """What an operator has said of a part."""
+
+    word: Word = Field(description="Whether the part is good or bad.")
+    note: str = Field(description="What the operator remarked.")
+    time: str = Field(description="When it was said, UTC, ISO 8601.")
+
+
+class FeedbackAnswer(Feedback):
+    """An operator's word as it is recorded."""
+
+    model_config = _example(
+        {
+            "word": "good",
+            "note": "water drop",
+            "time": "2026-11-23T10:00:07.120Z",
+            "record": "019acb0e1f2a6f1c0d9e8b7a",
+            "image": True,
+        }
+    )
+    record: str = Field(description="Id of the answer.")
+    image: bool = Field(description="Whether the record has the image; no model can learn from a word without it.")
+
+
+class RecordedAnswer(BaseModel):
+    """An answer as it is recorded."""
+
+    model_config = _example(
+        {
+            "record": "019acb0e1f2a6f1c0d9e8b7a",
+            "time": "2026-11-23T10:00:00.042Z",
+            "request_id": "5b1f8a0c9d3e",
+            "name": "cell0042.png",
+            "sha256": "5d0c9f6a1b3e5d0c9f6a1b3e5d0c9f6a1b3e5d0c9f6a1b3e5d0c9f6a1b3e5d0c",
+            "image": True,
+            "feedback": {"word": "good", "note": "water drop", "time": "2026-11-23T10:00:07.120Z"},
+            "answer": _ANSWER,
+        }
+    )
+    record: str = Field(description="Id of the answer; ids have the order of time.")
+    time: str = Field(description="When the image was answered, UTC, ISO 8601.")
+    request_id: str = Field(description="Id of the request, as in the header X-Request-ID and in the log.")
+    name: str = Field(description="File name of the image, as it was sent.")
+    sha256: str = Field(description="Checksum of the image file.")
+    image: bool = Field(description="Whether the record has the image: /history/{record}/image.")
+    feedback: Feedback | None = Field(description="What an operator has said of the part; null if nothing.")
+    answer: ImageAnswer = Field(description="The answer, without its heatmap.")
+
+
+class History(BaseModel):
+    """Recorded answers, the newest first."""
+
+    answers: list[RecordedAnswer]
+    next: str | None = Field(description="Value of before for the answers that follow; null where none follows.")
+
+
+class HourTotal(BaseModel):
+    """Number of answers of an hour, of one model and with one verdict."""
+
+    hour: str = Field(description="When the hour begins, UTC, ISO 8601.")
+    model: str = Field(description="Name of the model.")
+    verdict: str | None = Field(description="Verdict; null for a model without a threshold.")
+    answers: int = Field(description="Number of answers.")
+    good: int = Field(description="Number of those of which an operator has said that the part is good.")
+    bad: int = Field(description="Number of those of which an operator has said that the part is bad.")
+
+
+class HourTotals(BaseModel):
+    """Number of answers by hour, model and verdict, in order of time."""
+
+    totals: list[HourTotal]

@@ -15,6 +15,7 @@ import bentoml
 from bentoml.exceptions import BentoMLConfigException
 
 from patchcore_plugin.bundle import BundleError, read_manifest, verify
+from patchcore_plugin.record import RecordError, prepare
 from patchcore_plugin.webhook import EventQueue, QueueError
 
 from .app import make_app, make_pipeline
@@ -72,12 +73,12 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
 
 
 def check(settings: Settings) -> None:
-    """Print the settings, and check the bundles and the webhook's queue.
+    """Print the settings, and check the bundles, the record and the webhook's queue.
 
     A single damaged bundle is an error; of several, damaged ones are named, and the others are served.
 
     Raises:
-        BentoMLConfigException: If there is nothing to serve, or the queue cannot be opened.
+        BentoMLConfigException: If there is nothing to serve, or record or queue cannot be used.
     """
     _print("\n".join(["PatchCore service", *(f"  {name}: {value}" for name, value in settings if value is not None)]))
     try:
@@ -97,6 +98,12 @@ def check(settings: Settings) -> None:
         names = ", ".join(found) or "none"
         msg = f"PATCHCORE_DEFAULT_MODEL: there is no bundle {settings.default_model!r}; found: {names}."
         raise BentoMLConfigException(msg)
+    if settings.record is not None:
+        try:
+            prepare(settings.record)
+        except RecordError as error:
+            msg = f"PATCHCORE_RECORD: {error}"
+            raise BentoMLConfigException(msg) from error
     if not found:
         _print(f"There is no bundle in {settings.bundles} yet.")
 

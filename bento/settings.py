@@ -48,6 +48,15 @@ class Settings(BaseSettings):
     cache: Path | None = Field(None, description="Folder for compiled networks; if not set, a folder next to each bundle.")
     samples: Path | None = Field(None, description="Folder of sample images for the page /ui.")
 
+    record: Path | None = Field(None, description="Folder of the [record](#record) of answers; none is kept if not set.")
+    record_images: Literal["none", "not_normal", "all"] = Field(
+        "not_normal", description="Images that the record keeps: none, those not called normal, or all."
+    )
+    record_days: float = Field(30, gt=0, le=36_500, description="Age up to which the record keeps answers, in days.")
+    record_size: int = Field(
+        2048, ge=64, le=2**24, description="Largest size of the record, in MiB; what is oldest is dropped."
+    )
+
     mode: Literal["latency", "throughput"] = Field(
         "latency",
         description="latency: one image at a time, with all threads. throughput: as many images at once as threads.",

@@ -323,9 +323,11 @@ def test_schemathesis(server, tmp_path, examples):
 def test_openapi_describes_every_field(client):
     """Each field has a description of its own, and answers have an example."""
     document = client.get("/docs.json").json()
-    assert {"/predict", "/predict_batch", "/heatmap", "/explain", "/models", "/drift"} == set(document["paths"])
+    scoring = {"/predict", "/predict_batch", "/heatmap", "/explain", "/models", "/drift"}
+    record = {"/history", "/history.csv", "/history/totals", "/history/{record_id}/image", "/feedback"}
+    assert scoring | record == set(document["paths"])
     schemas = document["components"]["schemas"]
-    for name in ("ImageAnswer", "AnomalousRegion", "Problem", "ModelSummary"):
+    for name in ("ImageAnswer", "AnomalousRegion", "Problem", "ModelSummary", "RecordedAnswer", "FeedbackAnswer"):
         assert schemas[name]["examples"], name
         for field, about in schemas[name]["properties"].items():
             assert about.get("description") or "$ref" in json.dumps(about), (name, field)

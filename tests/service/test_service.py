@@ -57,6 +57,8 @@ def test_answers_as_the_runtime(client, runtime, test_images):
                 "size": {"width": 300, "height": 300},
                 "model": "cells",
                 "version": hashlib.sha256((Path(runtime.path) / "manifest.json").read_bytes()).hexdigest()[:12],
+                "review_threshold": None,
+                "record": None,
                 "heatmap": None,
             }
         )
@@ -260,7 +262,7 @@ def test_built_bento_serves(store, runtime, bundle_copy, test_images, tmp_path):
     (bento,) = (path.parent for path in Path(store["BENTOML_HOME"], "bentos").rglob("bento.yaml"))
     names = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*.py")}
     assert {"bento/service.py", "patchcore_plugin/runtime/runtime.py", "patchcore_plugin/memory_bank/bank.py"} <= names
-    without_torch = {"bundle", "cli", "memory_bank", "operations", "runtime", "scoring"}
+    without_torch = {"bundle", "cli", "memory_bank", "operations", "record", "runtime", "scoring", "webhook"}
     folders = {"bento", "patchcore_plugin", *(f"patchcore_plugin/{name}" for name in without_torch)}
     assert {Path(name).parent.as_posix() for name in names} == folders
     again = [*build, "--version", "again"]

@@ -26,7 +26,8 @@ LEVELS = (
     {"origins", "scoring"},
     {"bundle"},
     {"images"},
-    {"checks", "cpu", "depth", "drawings", "elpv", "folders", "image_checks", "jpeg", "progress", "registry", "webhook"},
+    {"checks", "cpu", "depth", "drawings", "elpv", "folders", "image_checks", "jpeg", "progress", "record", "registry"},
+    {"webhook"},
     {"http_client", "locks"},
     {"errors", "names"},
 )
