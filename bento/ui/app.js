@@ -2,7 +2,7 @@
 // relative to the page's own, so that it also works behind a proxy's path prefix.
 
 const RETRIES = 5; // of a request that the service was too busy for
-const KEPT = 20; // images in the history
+const KEPT = 20; // images in the history, until the operator asks for older ones
 const TILE = 112; // pixels of a thumbnail's side, twice what the style sheet shows, for sharp screens
 
 const WORDS = {
@@ -120,7 +120,8 @@ const deep = new Set(); // names of the models whose images a browser would show
 const promises = new Map(); // what the thresholds of a model promise, by its name
 
 async function loadModels() {
-  const { models, default: first } = await read(await ask("../models"));
+  const { models, default: first, record } = await read(await ask("../models"));
+  recording = record;
   deep.clear();
   for (const { name, intensity_range: range, promise } of models) {
     if (range) deep.add(name);
@@ -254,26 +255,65 @@ function fromFile(file) {
 // ---- History
 
 const past = []; // the newest first
+let kept = KEPT;
+let recording = false; // whether the service keeps a record
 
+/** Put an image that was just checked at the top of the history. */
 async function remember(entry) {
+  entry.time = new Date();
+  const picture = entry.heatmap ? await thumbnail(entry.heatmap) : null;
+  past.unshift(entry);
+  $("history").prepend(itemOf(entry, picture)); // the others stay in place, and so does the focus
+  if (past.length > kept) {
+    past.pop().button.parentElement.remove();
+    $("older").hidden = !recording;
+  }
+  $("history-none").hidden = true;
+}
+
+function itemOf(entry, picture) {
   const button = make("button", "", "entry");
   button.type = "button";
   const state = stateOf(entry);
   const score = entry.answer ? digits.format(entry.answer.score) : "";
-  const picture = entry.heatmap ? await thumbnail(entry.heatmap) : null;
   const text = make("span", "", "text");
   const name = make("span", entry.name, "name");
-  name.title = entry.name;
-  text.append(name, make("span", `${WORDS[state]} ${score}`, `state ${state}`));
-  button.append(picture ?? make("span", "?", "no-picture"), text);
+  name.title = `${entry.name}, ${entry.time.toLocaleString()}`;
+  entry.spoken = make("span", "", "spoken");
+  text.append(name, make("span", `${WORDS[state]} ${score}`, `state ${state}`), entry.spoken);
+  button.append(picture ?? make("span", entry.problem ? "?" : "", "no-picture"), text);
   button.addEventListener("click", () => show(entry));
   entry.button = button;
-  past.unshift(entry);
+  showSpoken(entry);
   const item = make("li");
   item.append(button);
-  $("history").prepend(item); // the others stay in place, and so does the focus
-  if (past.length > KEPT) past.pop().button.parentElement.remove();
-  $("history-none").hidden = true;
+  return item;
+}
+
+/** Add older answers, from the service's record, at the end of the history. */
+async function loadOlder() {
+  const last = past.findLast(({ answer }) => answer?.record);
+  const before = last ? `&before=${last.answer.record}` : "";
+  const { answers, next } = await read(await ask(`../history?limit=${KEPT}${before}`));
+  $("older").hidden = next === null;
+  const known = new Set(past.map(({ answer }) => answer?.record)); // one was checked meanwhile
+  const entries = answers
+    .filter(({ record }) => !known.has(record))
+    .map(({ name, answer, time, feedback: said, image: stored }) => ({ name, answer, time: new Date(time), said, stored }));
+  past.push(...entries);
+  kept = Math.max(kept, past.length);
+  $("history").append(...entries.map((entry) => itemOf(entry, null)));
+  $("history-none").hidden = past.length > 0;
+  for (const entry of entries.filter(({ stored }) => stored)) {
+    const picture = await recordedImage(entry).then(thumbnail, () => null); // one at a time: images to check go first
+    if (picture) entry.button.firstElementChild.replaceWith(picture);
+  }
+}
+
+const recordedImage = async ({ answer }) => (await ask(`../history/${answer.record}/image`)).blob();
+
+function showSpoken({ said, spoken }) {
+  spoken.textContent = said ? `said to be ${said.word}` : "";
 }
 
 const stateOf = ({ problem, answer }) => (problem ? "failed" : (answer.verdict ?? "none"));
@@ -298,11 +338,16 @@ function showState(state, name) {
 
 function showWorking(name) {
   showState("working", name);
+  current = null;
+  $("feedback").hidden = true;
   $("problem").textContent = "";
 }
 
+let current = null; // the entry that is shown
+
 function show(entry) {
   const { name, answer, problem } = entry;
+  current = entry;
   showState(stateOf(entry), name);
   $("problem").textContent = problem ?? "";
   for (const one of past) {
@@ -311,12 +356,27 @@ function show(entry) {
   }
   const parts = [WORDS[stateOf(entry)], answer && `score ${digits.format(answer.score)}`, name];
   $("said").textContent = parts.filter(Boolean).join(", ");
-  for (const part of ["scoring", "pictures", "details"]) $(part).hidden = !answer;
+  for (const part of ["scoring", "details"]) $(part).hidden = !answer;
+  $("pictures").hidden = !entry.blob;
+  $("feedback").hidden = !answer?.record;
   urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
   if (!answer) return;
   showScore(answer);
-  showPictures(entry);
+  if (entry.blob) showPictures(entry);
+  else if (entry.stored) showRecorded(entry).catch(complain);
   showDetails(answer);
+  $("answered").textContent = entry.time.toLocaleString();
+  $("note").value = entry.said?.note ?? "";
+  $("feedback-note").textContent = "";
+  showWord(entry);
+}
+
+/** Show the image of an answer that comes from the record, which has no heatmap. */
+async function showRecorded(entry) {
+  const blob = await recordedImage(entry);
+  if (current !== entry) return; // the operator has gone on
+  $("pictures").hidden = false;
+  showPictures({ ...entry, blob, heatmap: null });
 }
 
 function showScore({ score, threshold, review_threshold: review, ratio, normalized_score: normalized, p_value: p }) {
@@ -353,6 +413,8 @@ function showPictures({ blob, heatmap, answer: { size, regions, model } }) {
   }
   if (heatmap) $("heatmap").src = urlOf(heatmap);
   else $("heatmap").removeAttribute("src");
+  $("heatmap").hidden = $("over-blind").hidden = !heatmap;
+  $("no-heatmap").hidden = Boolean(heatmap);
   const boxes = (regions ?? []).map(({ left, top, width, height }, index) => {
     const box = make("div", "", top < 0.08 * size.height ? "high" : ""); // no room for its number above
     box.append(make("span", index + 1));
@@ -398,6 +460,35 @@ function showDetails({ regions, pixel_threshold: limit, milliseconds, model, ver
   $("image-size").textContent = `${size.width} × ${size.height}`;
 }
 
+// ---- The operator's word
+
+let saying = Promise.resolve(); // one after the other: the last word counts
+
+function showWord({ said }) {
+  for (const word of ["good", "bad"]) $(`say-${word}`).setAttribute("aria-pressed", said?.word === word);
+}
+
+/** Record what the operator says of the part that is shown. The image goes along: the record may lack it. */
+function say(word) {
+  const [entry, note] = [current, $("note").value];
+  const form = new FormData();
+  form.append("record", entry.answer.record);
+  form.append("word", word);
+  form.append("note", note);
+  if (entry.blob) form.append("image", entry.blob, entry.name);
+  const send = async () => {
+    const { image, ...said } = await read(await ask("../feedback", { method: "POST", body: form }));
+    entry.said = said;
+    showSpoken(entry);
+    if (current !== entry) return;
+    showWord(entry);
+    $("problem").textContent = "";
+    const lacking = image ? "" : " The image is not stored: the model cannot learn from it.";
+    $("feedback-note").textContent = `Recorded: this part is ${said.word}.${lacking}`;
+  };
+  saying = saying.then(send).catch(complain);
+}
+
 function complain(error) {
   if (!(error instanceof Problem)) console.error(error);
   $("problem").textContent = error.message;
@@ -423,6 +514,12 @@ $("opacity").addEventListener("input", () => {
 $("boxes-shown").addEventListener("change", () => {
   $("boxes").hidden = !$("boxes-shown").checked;
 });
+for (const word of ["good", "bad"]) $(`say-${word}`).addEventListener("click", () => say(word));
+$("feedback").addEventListener("submit", (event) => event.preventDefault()); // Enter in the note says nothing by itself
+$("note").addEventListener("change", () => {
+  if (current?.said) say(current.said.word);
+});
+$("older").addEventListener("click", () => loadOlder().catch(complain));
 $("image").addEventListener("error", () => showBlind(true));
 
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
@@ -441,5 +538,7 @@ addEventListener("drop", (event) => {
   checkFiles(event.dataTransfer.files);
 });
 
-loadModels().catch(complain);
+loadModels()
+  .then(() => recording && loadOlder())
+  .catch(complain);
 loadSamples().catch(complain);

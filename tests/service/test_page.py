@@ -10,11 +10,13 @@ import time
 import numpy as np
 import pytest
 from helpers.bundles import change_manifest, set_intensity_range
+from helpers.http import predict, wait_for
 from helpers.pictures import encoded
 from helpers.server import app_server
 from PIL import Image, ImageChops, ImageStat
 
 from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.record import Filter, prepare, read_history, read_said
 from patchcore_plugin.runtime import PatchcoreRuntime
 
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
@@ -497,3 +499,148 @@ def test_behind_a_path_prefix(visit, server, defect):
     choose(page, defect[0])
     verdict_is(page, "Anomalous", defect[0].name)
     assert all("/line-7/" in asked for asked in page.requested if asked.startswith("http"))
+
+
+@pytest.fixture
+def recording(bundle, samples, tmp_path):
+    """A server with a record, in ``tmp_path / "record"``."""
+    prepare(tmp_path / "record")
+    with app_server(bundle=bundle, samples=samples, record=tmp_path / "record") as server:
+        yield server
+
+
+def test_history_and_words_survive_a_reload(visit, recording, runtime, defect, test_images, tmp_path, keep):
+    normal = next(path for path in test_images if runtime.predict([path])[0].verdict == "normal")
+    page = visit(recording, viewport={"width": 1280, "height": 720})
+    choose(page, normal, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+    good, bad = (page.get_by_role("button", name=f"This part is {word}") for word in ("good", "bad"))
+    expect(good).to_have_attribute("aria-pressed", "false")
+    keep(page, "feedback")
+    page.get_by_label("Note").fill("a drop <b>of</b> water")
+    good.click()
+    expect(page.locator("#feedback-note")).to_have_text("Recorded: this part is good.")
+    expect(good).to_have_attribute("aria-pressed", "true")
+    expect(bad).to_have_attribute("aria-pressed", "false")
+    page.get_by_label("Note").fill("oil")
+    bad.click()  # after the change of the note, which is said with the word before
+    expect(bad).to_have_attribute("aria-pressed", "true")
+    expect(good).to_have_attribute("aria-pressed", "false")
+    page.get_by_label("Note").fill("<img src=x> oil")
+    page.get_by_label("Note").press("Enter")
+    wait_for(lambda: [said.note for said in read_said(tmp_path / "record", "bad")] == ["<img src=x> oil"], 10)
+    page.locator("#history button").nth(1).click()
+    verdict_is(page, "Normal", normal.name)
+    expect(bad).to_have_attribute("aria-pressed", "false")
+    expect(page.get_by_label("Note")).to_have_value("")
+    wait_for(lambda: len(read_history(tmp_path / "record", Filter(), 9)) == 2, 10)
+
+    page.reload()
+    expect(page.locator("#history .name")).to_have_text([defect[0].name, normal.name])
+    expect(page.locator("#history .spoken")).to_have_text(["said to be bad", ""])
+    expect(page.locator("#history canvas")).to_have_count(1)  # of the image that the record has
+    expect(page.locator("#older")).to_be_hidden()
+    first, second = page.locator("#history button").all()
+    first.click()
+    verdict_is(page, "Anomalous", defect[0].name)
+    assert float(page.locator("#score").text_content()) == pytest.approx(defect[1].score, rel=1e-3)
+    expect(page.locator("#image")).to_be_visible()
+    assert natural_size(page, "image") == natural_size(page, "under") == [300, 300]
+    expect(page.locator("#no-heatmap")).to_be_visible()
+    expect(page.locator("#heatmap")).to_be_hidden()
+    expect(page.locator("#boxes > div")).to_have_count(len(defect[1].regions))
+    expect(page.get_by_label("Note")).to_have_value("<img src=x> oil")
+    expect(bad).to_have_attribute("aria-pressed", "true")
+    keep(page, "recorded")
+    second.click()
+    verdict_is(page, "Normal", normal.name)
+    expect(page.locator("#pictures")).to_be_hidden()
+    bad.click()
+    expect(page.locator("#feedback-note")).to_have_text(re.compile("The image is not stored: the model cannot learn"))
+    choose(page, normal)
+    expect(page.locator("#history li")).to_have_count(3)
+    expect(page.locator("#pictures")).to_be_visible()
+    expect(page.locator("#heatmap")).to_be_visible()
+    bad.click()  # now the image goes along
+    expect(page.locator("#feedback-note")).to_have_text("Recorded: this part is bad.")
+    wait_for(lambda: normal.read_bytes() in [said.content() for said in read_said(tmp_path / "record", "bad")], 10)
+    assert page.locator("#history :is(script, b, img), #result :is(script, b)").count() == 0
+
+
+def test_words_by_keyboard_alone(visit, recording, defect, tmp_path):
+    page = visit(recording)
+    choose(page, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+
+    def tab_to(element):
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.locator(element).evaluate("element => element === document.activeElement"):
+                assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+                return
+        pytest.fail(f"{element} cannot be reached")
+
+    tab_to("#say-good")
+    page.keyboard.press("Space")
+    expect(page.locator("#say-good")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#say-good")).to_be_focused()
+    tab_to("#say-bad")
+    page.keyboard.press("Enter")
+    expect(page.locator("#say-bad")).to_have_attribute("aria-pressed", "true")
+    tab_to("#note")
+    page.keyboard.type("scratch")
+    page.keyboard.press("Tab")
+    wait_for(lambda: [said.note for said in read_said(tmp_path / "record", "bad")] == ["scratch"], 10)
+    assert read_said(tmp_path / "record", "good") == []
+
+
+def test_older_answers(visit, recording, defect, tmp_path):
+    for _ in range(45):
+        assert predict(recording.client, defect[0]).status_code == 200
+    wait_for(lambda: len(read_history(tmp_path / "record", Filter(), 99)) == 45, 10)
+    page = visit(recording)
+    for count in (20, 40, 45):
+        expect(page.locator("#history li")).to_have_count(count)
+        expect(page.locator("#history canvas")).to_have_count(count)
+        if count < 45:
+            page.get_by_role("button", name="Show older ones").click()
+    expect(page.locator("#older")).to_be_hidden()
+    choose(page, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+    expect(page.locator("#history li")).to_have_count(45)
+    expect(page.locator("#older")).to_be_visible()  # the oldest has made room
+    page.locator("#older").click()
+    expect(page.locator("#history li")).to_have_count(46)
+
+
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_record_on_a_phone(visit, recording, defect, colors, keep):
+    page = visit(recording, viewport={"width": 360, "height": 740}, color_scheme=colors)
+    choose(page, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+    page.get_by_role("button", name="This part is good").click()
+    expect(page.locator("#feedback-note")).to_have_text("Recorded: this part is good.")
+    assert not scrolls_sideways(page)
+    keep(page, f"phone-feedback-{colors}")
+
+
+def test_record_that_cannot_be_written(visit, recording, defect, tmp_path):
+    """The page says so, and the image is checked all the same."""
+    page = visit(recording)
+    choose(page, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+    problem = '{"status": 503, "code": "record_unavailable", "detail": "The record is full.", "request_id": "x"}'
+    page.route("**/feedback", lambda route: route.fulfill(status=503, content_type="application/problem+json", body=problem))
+    page.get_by_role("button", name="This part is good").click()
+    expect(page.get_by_role("alert")).to_have_text("The record is full.")
+    expect(page.locator("#say-good")).to_have_attribute("aria-pressed", "false")
+    assert all("status of 503" in error for error in page.errors)
+    page.errors.clear()
+
+
+def test_without_a_record(page, defect):
+    choose(page, defect[0])
+    verdict_is(page, "Anomalous", defect[0].name)
+    expect(page.locator("#feedback")).to_be_hidden()
+    expect(page.locator("#older")).to_be_hidden()
+    assert not [asked for asked in page.requested if "/history" in asked]
