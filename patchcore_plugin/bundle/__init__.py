@@ -24,7 +24,6 @@ from patchcore_plugin.bundle.manifest import (
     FILES,
     MANIFEST,
     MAX_CALIBRATION,
-    MAX_INPUT_SIDE,
     MAX_MEMBERS,
     MAX_NAME_LENGTH,
     MAX_NEIGHBORS,
@@ -53,6 +52,7 @@ from patchcore_plugin.bundle.manifest import (
     Update,
 )
 from patchcore_plugin.bundle.region import RegionOfInterest
+from patchcore_plugin.bundle.tiles import MAX_INPUT_SIDE, TileLayout, Tiles
 
 __all__ = [
     "BANK",
@@ -93,6 +93,8 @@ __all__ = [
     "SelfTest",
     "Sessions",
     "Storage",
+    "TileLayout",
+    "Tiles",
     "Update",
     "atomic_folder",
     "check_outside",

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from patchcore_plugin.bundle.region import RegionOfInterest
+from patchcore_plugin.bundle.tiles import Size, Tiles
 from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import PatchcoreError
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Self
+
+    from patchcore_plugin.bundle.tiles import TileLayout
 
 MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
@@ -90,11 +93,11 @@ REGION_FORMAT = 7
 REVIEW_FORMAT = 8
 """Lowest version of the bundle format that has a review band."""
 
+TILES_FORMAT = 9
+"""Lowest version of the bundle format that has tiles."""
+
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
-
-MAX_INPUT_SIDE = 16_384
-"""Longest side of the network's input, in pixels."""
 
 MAX_CALIBRATION = 10_000
 """Most calibration images that a bundle keeps."""
@@ -129,8 +132,6 @@ Count = Annotated[int, Field(ge=1, le=2**53)]
 Number = Annotated[FiniteFloat, Field(ge=-1e20, le=1e20)]
 """A number so small that float32 holds it, and the difference of two of them. Distances in a bank are below 1e20."""
 PositiveNumber = Annotated[Number, Field(ge=0)]
-Side = Annotated[int, Field(ge=1, le=MAX_INPUT_SIDE)]
-Size = tuple[Side, Side]
 Triple = tuple[Number, Number, Number]
 
 
@@ -214,9 +215,10 @@ class Preprocessing(_Record):
         mean: Mean of each channel (RGB), in [0, 1], which is subtracted.
         std: Standard deviation of each channel (RGB), in [0, 1], which is divided by.
         region: Pixels that are inspected; the others become the mean color. None inspects all.
+        tiles: Tiles that the network embeds one by one; None where it embeds the whole input at once.
     """
 
-    later_fields = ("intensity_range", "region")
+    later_fields = ("intensity_range", "region", "tiles")
 
     intensity_range: Annotated[IntensityRange, AfterValidator(check_intensity_range)] | None = None
     resize: Size
@@ -224,6 +226,13 @@ class Preprocessing(_Record):
     mean: Triple
     std: Triple
     region: RegionOfInterest | None = None
+    tiles: Tiles | None = None
+
+    @model_validator(mode="after")
+    def _check_tiles(self) -> Self:
+        if self.tiles is not None:
+            self.tiles.check_input(self.size)
+        return self
 
     @model_validator(mode="after")
     def _check_region(self) -> Self:
@@ -242,6 +251,8 @@ class Preprocessing(_Record):
     @property
     def format_version(self) -> int:
         """Lowest version of the bundle format that has these steps."""
+        if self.tiles is not None:
+            return TILES_FORMAT
         if self.region is not None:
             return REGION_FORMAT
         return 3 if self.intensity_range is None else 4
@@ -250,6 +261,19 @@ class Preprocessing(_Record):
     def size(self) -> tuple[int, int]:
         """Height and width of the network's input, in pixels."""
         return self.crop or self.resize
+
+    @property
+    def network_size(self) -> tuple[int, int]:
+        """Height and width of what the network embeds at once: a tile, or the whole input, in pixels."""
+        return self.size if self.tiles is None else self.tiles.size
+
+    def layout(self, cells: tuple[int, int]) -> TileLayout:
+        """Where the tiles lie, if there are any; see :meth:`Tiles.layout`.
+
+        Args:
+            cells: Rows and columns of the patch grid of one tile.
+        """
+        return self.tiles.layout(self.size, cells, self.region and self.region.pixels)
 
     @property
     def offset(self) -> tuple[int, int]:
@@ -543,9 +567,9 @@ class Manifest(_Record):
     The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
 
     Attributes:
-        format_version: Version of the bundle format. Version 8 added the review band, version 7 the region of interest,
-            version 6 further members, version 5 the calibration's sessions, version 4 the intensity range, and only bundles
-            that have them are of these versions; what version 3 added has a default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 9 added tiles, version 8 the review band, version 7 the region
+            of interest, version 6 further members, version 5 the calibration's sessions, version 4 the intensity range, and
+            only bundles that have them are of these versions; what version 3 added has a default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -574,7 +598,7 @@ class Manifest(_Record):
 
     later_fields = ("members",)
 
-    format_version: Literal[2, 3, 4, 5, 6, 7, 8]
+    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -606,6 +630,7 @@ class Manifest(_Record):
             "sessions": (self.calibration and self.calibration.sessions, 5),
             "members": (self.members, ENSEMBLE_FORMAT),
             "region": (self.preprocessing.region, REGION_FORMAT),
+            "tiles": (self.preprocessing.tiles, TILES_FORMAT),
             "review": (self.image.review, REVIEW_FORMAT),
             "review_rate": (self.calibration and self.calibration.review_rate, REVIEW_FORMAT),
         }

@@ -66,6 +66,10 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     else:
         yield "images", f"deeper than 8 bits: values {recipe.intensity_range} become 0 to 255"
     yield "input", f"resized to {_width_by_height(recipe.resize)} pixels{crop}; {patches}"
+    if recipe.tiles is not None:
+        size, stride = map(_width_by_height, (recipe.tiles.size, recipe.tiles.stride))
+        count = len(recipe.tiles.places(recipe.size, recipe.region and recipe.region.pixels))
+        yield "tiles", f"{count} of {size} pixels, one every {stride}"
     if recipe.region is not None:
         inspected = len(recipe.region.patches(manifest.grid)) / (manifest.grid[0] * manifest.grid[1])
         yield "region of interest", f"{recipe.region.share:.0%} of the input, {inspected:.0%} of the patches"

@@ -95,8 +95,8 @@ def export_bundle(
 
     Raises:
         MemoryBankError: If the model is not fitted.
-        BundleError: If the folder exists; if the model has a part that a bundle cannot hold (a custom pre-processing step,
-            tiling); if there are no images to measure a choice on; or if a training image is not there for its thumbnail.
+        BundleError: If the folder exists; if the model has a part that a bundle cannot hold (a custom pre-processing step);
+            if there are no images to measure a choice on; or if a training image is not there for its thumbnail.
         ImageError: If an image cannot be read.
     """
     path = Path(path)
@@ -119,7 +119,7 @@ def export_bundle(
         if origins is not None:
             origins.write(draft)
         precision, precision_trials = choose_precision(
-            draft / FEATURES, precision, bank, measured, torch_model.rule, progress
+            draft / FEATURES, recipe, precision, bank, measured, torch_model.rule, progress
         )
         calibration = read_calibration(model)
         if calibration is not None and precision != "f32":
@@ -168,9 +168,6 @@ def _check_exportable(model: FaissPatchcoreModel) -> None:
     if not model.is_fitted:
         msg = "The memory bank is empty: train the model before exporting it."
         raise MemoryBankError(msg)
-    if model.tiler is not None:
-        msg = "A bundle cannot hold a tiled model yet. Turn tiling off, or use anomalib's own export (`anomalib export`)."
-        raise BundleError(msg)
 
 
 def _read_some(images: Sequence[str | Path], recipe: Preprocessing) -> list[NDArray[np.uint8]]:

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Identity, Normalize, 
 from patchcore_plugin.bundle import BundleError, Preprocessing, Scale
 from patchcore_plugin.bundle.origins import make_thumbnails
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
+from patchcore_plugin.model.torch_model import read_tiles
 from patchcore_plugin.scoring.conformal import set_thresholds
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def read_preprocessing(model: FaissPatchcore) -> Preprocessing:
         mean=tuple(normalization.mean),
         std=tuple(normalization.std),
         region=model.model.rule.region,
+        tiles=model.model.tiler and read_tiles(model.model.tiler),
     )
 
 

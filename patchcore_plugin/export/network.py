@@ -37,8 +37,8 @@ def write_network(model: FaissPatchcore, recipe: Preprocessing, path: Path) -> N
         BundleError: If the embeddings have another shape, or differ by more than
             :data:`patchcore_plugin.model.conversion.TOLERANCE`.
     """
-    save_network(with_preprocessing(convert(model.model, *recipe.size), recipe), path)
-    network = Network(NetworkFiles.read(path))
+    save_network(with_preprocessing(convert(model.model, *recipe.network_size), recipe), path)
+    network = Network(NetworkFiles.read(path), recipe=recipe)
     _compare(network, recipe, model)
     return network
 

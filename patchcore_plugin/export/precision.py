@@ -13,7 +13,7 @@ from patchcore_plugin.bundle import BundleError, PrecisionTrial
 from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export.network import save_network
 from patchcore_plugin.progress import no_progress
-from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network, NetworkFiles
+from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network, NetworkFiles, network_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from patchcore_plugin.bundle import Precision
+    from patchcore_plugin.bundle import Precision, Preprocessing
     from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank
     from patchcore_plugin.progress import Progress
     from patchcore_plugin.scoring import ScoreRule
@@ -36,10 +36,12 @@ LARGEST_MEAN_ERROR = 0.02
 """Largest mean relative error of image scores against f32, for a precision to be taken."""
 
 _REPETITIONS = 5
+_QUANTIZATION_INPUTS_LIMIT = 300  # tiles, or images: as many as NNCF takes by itself
 
 
 def choose_precision(
     path: Path,
+    recipe: Preprocessing,
     precision: Precision | Literal["auto"],
     bank: MemoryBank | EnsembleBank,
     images: Sequence[NDArray[np.uint8]],
@@ -50,6 +52,7 @@ def choose_precision(
 
     Args:
         path: The f32 network. Where int8 is chosen, it is replaced.
+        recipe: The pre-processing in it.
         precision: ``"auto"``, or the only one to consider besides f32.
         bank: The memory bank.
         images: Normal images (H, W, 3), u8, RGB, that are not in the bank.
@@ -68,8 +71,8 @@ def choose_precision(
     if not images:
         msg = f"precision {precision!r} is measured on normal images, and the checkpoint keeps none. Give some (--images)."
         raise BundleError(msg)
-    files = _candidates(path, precision, images, progress)
-    trials = _measure(files, precision, bank, images[1::2] or images, rule, progress)
+    files = _candidates(path, recipe, precision, images, progress)
+    trials = _measure(files, recipe, precision, bank, images[1::2] or images, rule, progress)
     if precision == "auto":
         chosen = min((trial for trial in trials if trial.good), key=lambda trial: trial.milliseconds).precision
     else:
@@ -82,7 +85,11 @@ def choose_precision(
 
 
 def _candidates(
-    path: Path, precision: Precision | Literal["auto"], images: Sequence[NDArray[np.uint8]], progress: Progress
+    path: Path,
+    recipe: Preprocessing,
+    precision: Precision | Literal["auto"],
+    images: Sequence[NDArray[np.uint8]],
+    progress: Progress,
 ) -> dict[Precision, Path]:
     """The network file of each precision to measure, f32 first."""
     files: dict[Precision, Path] = {"f32": path}
@@ -91,7 +98,7 @@ def _candidates(
     if precision in ("auto", "int8"):
         progress("quantize to int8", 0, 1)
         try:
-            files["int8"] = _quantized(path, images[::2])  # the other images measure it
+            files["int8"] = _quantized(path, recipe, images[::2])  # the other images measure it
         except ModuleNotFoundError as error:
             if precision == "int8":
                 msg = "int8 is made by NNCF, which is not installed: pip install 'patchcore-plugin[quantize]'"
@@ -102,6 +109,7 @@ def _candidates(
 
 def _measure(
     files: dict[Precision, Path],
+    recipe: Preprocessing,
     asked: Precision | Literal["auto"],
     bank: MemoryBank | EnsembleBank,
     images: Sequence[NDArray[np.uint8]],
@@ -113,7 +121,7 @@ def _measure(
     for precision, file in files.items():
         progress(f"precision {precision}", 0, 1)
         try:
-            milliseconds, scores = _run(Network(NetworkFiles.read(file), precision), bank, images, rule)
+            milliseconds, scores = _run(Network(NetworkFiles.read(file), precision, recipe=recipe), bank, images, rule)
         except (RuntimeError, ValueError) as error:  # OpenVINO cannot compile it, or it gives NaN
             if precision in (asked, "f32"):
                 msg = f"The network cannot be used in {precision}: {error}"
@@ -155,15 +163,17 @@ def _rank_correlation(scores: NDArray[np.float32], reference: NDArray[np.float32
     return 1.0 if len(scores) < 2 else float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
 
 
-def _quantized(path: Path, images: Sequence[NDArray[np.uint8]]) -> Path:
+def _quantized(path: Path, recipe: Preprocessing, images: Sequence[NDArray[np.uint8]]) -> Path:
     """Write the network in int8, calibrated on the images, beside the f32 one. Pre-processing stays as it is."""
     import nncf
 
+    inputs = [values for image in images for values in network_inputs(image, recipe)]
+    inputs = inputs[:: -(-len(inputs) // _QUANTIZATION_INPUTS_LIMIT)]
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level would change everybody's handlers
     network = nncf.quantize(
         ov.Core().read_model(path),
-        nncf.Dataset([image[None] for image in images]),
-        subset_size=len(images),
+        nncf.Dataset(inputs),
+        subset_size=len(inputs),
         ignored_scope=nncf.IgnoredScope(
             # OpenVINO's int8 pooling of neighborhoods does not pad with zeros, which spoils the patches at the border.
             types=["AvgPool"],

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from anomalib import PrecisionType
 
-from patchcore_plugin.bundle import MAX_INPUT_SIDE, MAX_MEMBERS
+from patchcore_plugin.bundle import MAX_INPUT_SIDE, MAX_MEMBERS, Tiles
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.coreset.sampler import BOUNDS as SAMPLER_BOUNDS
 from patchcore_plugin.errors import UsageError
@@ -82,6 +82,28 @@ def check_image_size(value: Any, name: str = "image_size") -> tuple[int, int]:
         )
         raise UsageError(msg)
     return int(size[0]), int(size[1])
+
+
+def check_tiles(tile_size: Any, tile_stride: Any) -> Tiles | None:
+    """The tiles of the arguments ``tile_size`` and ``tile_stride``; None without any.
+
+    Raises:
+        UsageError: Unless both are a length, or a height and a width, in pixels, and the stride is no larger than the size;
+            or if there is a stride without a size.
+    """
+    if tile_size is None:
+        if tile_stride is not None:
+            msg = f"tile_stride={tile_stride!r} has no meaning without tile_size."
+            raise UsageError(msg)
+        return None
+    size, stride = (
+        check_image_size([value, value] if isinstance(value, Integral) else value, name)
+        for name, value in {"tile_size": tile_size, "tile_stride": tile_size if tile_stride is None else tile_stride}.items()
+    )
+    if stride[0] > size[0] or stride[1] > size[1]:
+        msg = f"tile_stride must be at most tile_size, {list(size)}, got {list(stride)}: it would leave pixels out."
+        raise UsageError(msg)
+    return Tiles(size=size, stride=stride)
 
 
 def check_normalization(value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from patchcore_plugin.errors import UsageError
+from patchcore_plugin.model.torch_model import read_tiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,11 +26,20 @@ TOLERANCE = 1e-3
 
 
 class Embedding(nn.Module):
-    """Pre-processed images (B, 3, H, W) to embeddings (B, h, w, D), float32, by a copy of a model on the CPU."""
+    """Pre-processed images (B, 3, H, W) to embeddings (B, h, w, D), float32, by a copy of a model on the CPU.
 
-    def __init__(self, model: FaissPatchcoreModel) -> None:
+    Args:
+        model: The model.
+        part: Embed what a network does at once: a tile of a tiled model, whose pixels outside the region of interest are
+            hidden already.
+    """
+
+    def __init__(self, model: FaissPatchcoreModel, *, part: bool = False) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).cpu().float().eval()
+        if part:
+            self.model.tiler = None
+            self.model.rule = replace(self.model.rule, region=None)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images."""
@@ -36,12 +47,12 @@ class Embedding(nn.Module):
 
 
 def convert(model: FaissPatchcoreModel, height: int, width: int) -> ov.Model:
-    """Convert a model to a network of pre-processed images (B, 3, H, W) of one size.
+    """Convert a model to a network of pre-processed images or tiles (B, 3, H, W) of one size.
 
     Raises:
         Exception: Whatever torch and OpenVINO raise where they cannot trace or convert a backbone.
     """
-    embedding = Embedding(model)
+    embedding = Embedding(model, part=True)
     for member in embedding.model.members:
         member.feature_extractor.fix_image_size(height, width)
     example = torch.zeros(2, 3, height, width)
@@ -60,8 +71,7 @@ def difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> flo
 def check_conversion(model: FaissPatchcoreModel, images: torch.Tensor) -> None:
     """Refuse a backbone that cannot be exported.
 
-    Not tried are backbones of convolutions and batch normalizations alone, whose operations OpenVINO has, and tiled models,
-    which no bundle can hold.
+    Not tried are backbones of convolutions and batch normalizations alone, whose operations OpenVINO has.
 
     Args:
         model: The model, on any device, in any precision.
@@ -70,14 +80,14 @@ def check_conversion(model: FaissPatchcoreModel, images: torch.Tensor) -> None:
     Raises:
         UsageError: If OpenVINO cannot convert the backbone, or computes other features.
     """
-    if model.tiler is not None or all(member.feature_extractor.is_convolutional for member in model.members):
+    if all(member.feature_extractor.is_convolutional for member in model.members):
         return
-    images = images[:1].float().cpu()
-    height, width = images.shape[-2:]
+    height, width = images.shape[-2:] if model.tiler is None else read_tiles(model.tiler).size
+    images = images[:1, :, :height, :width].float().cpu()
     try:
         network = ov.compile_model(convert(model, height, width), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         found = network([images.numpy()])[0]
-        error = difference(found, Embedding(model)(images).numpy())
+        error = difference(found, Embedding(model, part=True)(images).numpy())
     except Exception as error:  # a trace runs the backbone's own code
         raise _refused(height, width, shorten(f"{type(error).__name__}: {error}", 300)) from error
     if not error <= TOLERANCE:

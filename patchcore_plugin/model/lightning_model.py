@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from patchcore_plugin.bundle import RegionOfInterest
+from patchcore_plugin.bundle import RegionOfInterest, Tiles
 from patchcore_plugin.bundle.origins import Origins
 from patchcore_plugin.coreset.memory import GIB
 from patchcore_plugin.coreset.sampler import GreedyCoreset
@@ -34,6 +34,7 @@ from patchcore_plugin.model.arguments import (
     check_image_size,
     check_normalization,
     check_numbers,
+    check_tiles,
     dtype_of_bank,
     dtype_of_embeddings,
 )
@@ -53,7 +54,7 @@ from patchcore_plugin.model.pre_processing import (
 )
 from patchcore_plugin.model.region import build_region, check_region, mask_size
 from patchcore_plugin.model.spade import refuse_spade
-from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError
+from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError, make_tiler, read_tiles
 from patchcore_plugin.model.training_images import expected_images, hold_out, no_normal_image
 from patchcore_plugin.model.weights import weights_follow, weights_from_checkpoint
 from patchcore_plugin.scoring import ScoreRule
@@ -132,6 +133,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             ...]}``, with ``"ignore": True`` where not to look; later shapes lie over earlier ones. What lies outside is
             hidden from the network, neither learned nor scored, and 0 in the map. A bundle keeps the region. ``None``
             looks everywhere.
+        tile_size: Side, or height and width, of the tiles into which an image is cut after its resize, in pixels. The
+            backbone embeds them one by one, so that large images (``image_size``) take the memory of a tile. ``None``
+            embeds the image at once.
+        tile_stride: Pixels from one tile to the next, down and across. Below ``tile_size``, tiles overlap, and patches in
+            several tiles are averaged, which hides the tiles' edges and takes more time. ``None`` is the tile size.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -184,6 +190,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         augmentations: Sequence[str] | None = None,
         ensemble: Sequence[dict[str, Any]] | None = None,
         region_of_interest: str | Path | Sequence[dict[str, Any]] | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_stride: int | tuple[int, int] | None = None,
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -215,6 +223,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         # Plain: Python 3.11.0 to 3.11.3, Debian's among them, pickle an enumeration so that torch refuses the checkpoint.
         precision = str(dtype).removeprefix("torch.")
         self.embedding_dtype = dtype if embedding_dtype is None else dtype_of_embeddings(embedding_dtype)
+        tiles = check_tiles(tile_size, tile_stride)
         augmentations = check_augmentations(augmentations)
         region_of_interest = check_region(region_of_interest)
         if region_of_interest is not None and any(change.moves for change in changes_of(augmentations)):
@@ -259,6 +268,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 )
                 for member in ensemble or []
             ],
+            tiles=tiles,
         )
         for part, member in zip(self.model.further, ensemble or [], strict=True):
             part.renormalization = renormalization(backbone, member["backbone"], normalization)
@@ -333,6 +343,10 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy.checkpoint_io, CheckedIO):
             strategy.checkpoint_io = CheckedIO(strategy.checkpoint_io)
+        own, tiler = check_tiles(self.hparams.get("tile_size"), self.hparams.get("tile_stride")), self.model.tiler
+        if own is not None and tiler is not None and read_tiles(tiler) != own:
+            msg = f"The model has {own!r}, and anomalib's tiling callback sets {read_tiles(tiler)!r}: leave one of them out."
+            raise UsageError(msg)
         if stage == "fit":
             if self.exclude is not None:
                 leave_out(self.trainer, Path(self.exclude))
@@ -521,18 +535,19 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the intensity range, the region of interest, the held-out images and the bank's origins too."""
+        """Write the intensity range, region of interest, tiles, held-out images and the bank's origins too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["intensity_range"] = self.intensity_range and list(self.intensity_range)
         region = self.model.rule.region
         checkpoint["region"] = region and region.model_dump()
+        checkpoint["tiles"] = self.model.tiler and read_tiles(self.model.tiler).model_dump()
         checkpoint["held_out"] = self.held_out
         if self.origins is not None:
             patches = torch.from_numpy(self.origins.patches)
             checkpoint["origins"] = {"patches": patches, "images": self.origins.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read what older checkpoints lack: intensity range, region, held-out images, origins, kind of post-processor.
+        """Read what older checkpoints lack: intensity range, region, tiles, held-out images, origins, post-processor.
 
         Hyper parameters of version 0.1 may have a ``position_weight``, which is no argument any more. Among the hyper
         parameters it also travels to the checkpoints of this model.
@@ -552,6 +567,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.intensity_range = values and check_intensity_range(values)
         region = checkpoint.get("region")
         self.model.rule = replace(self.model.rule, region=region and RegionOfInterest.model_validate(region))
+        if "tiles" in checkpoint:  # others do not tell whether anomalib's tiling callback was there
+            tiles = checkpoint["tiles"]
+            self.model.tiler = make_tiler(tiles and Tiles.model_validate(tiles))
         self.held_out = checkpoint.get("held_out")
         origins = checkpoint.get("origins")
         self.origins = origins and Origins(origins["patches"].numpy(), origins["images"])

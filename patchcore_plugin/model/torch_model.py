@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.data.utils.tiler import ImageUpscaleMode
+from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
 from anomalib.models.components import DynamicBufferMixin
 from torch import nn
 from torch.nn import functional as F
 
+from patchcore_plugin.bundle import Tiles
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.model.backbone import Backbone
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from anomalib.data.utils.tiler import Tiler
-
     Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
+_TILE_PIXELS = 2**21  # of the tiles that are embedded at once: bounds the memory of their features
 _DISTANCE_ROWS = 1024  # of a distance matrix on an accelerator: bounds its memory at 1024 x M values
 
 
@@ -76,13 +76,14 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         rule: How patch distances become an image score; ``None`` is the paper's.
         further: The other members of an ensemble.
         renormalization: What the backbone of a further member needs, as images are normalized for the first one.
+        tiles: Tiles to embed one by one; None embeds whole images.
 
     Attributes:
         memory_bank: The coreset (M, D), empty until fitted.
         weight: Weight of a further member; see :func:`spread`.
         covering_radius: Largest distance of any training patch to the coreset, in feature units; NaN until fitted. It
             counts vectors that outlier rejection left out of the bank.
-        tiler: anomalib's tiler, set by its tiling callback.
+        tiler: anomalib's tiler, set by its tiling callback or by the model's ``tile_size``; None embeds whole images.
         position_weight: Distance, in feature units, by which patches at opposite edges of the image differ through their
             position alone. 0 but in models that version 0.1 trained with this argument.
     """
@@ -101,9 +102,10 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         rule: ScoreRule | None = None,
         further: Sequence[FaissPatchcoreModel] = (),
         renormalization: Renormalization | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         super().__init__()
-        self.tiler: Tiler | None = None
+        self.tiler = make_tiler(tiles)
         self.rule = rule or ScoreRule()
         self.position_weight = 0.0
         self.renormalization = renormalization
@@ -172,34 +174,68 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         """
         if self.rule.region is not None:  # patches inside would see what lies outside
             images = images * images.new_tensor(self.rule.region.pixels)
+        if self.tiler is None:
+            return self._embed(images)
+        return self._embed_tiles(images, read_tiles(self.tiler))
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        """What :meth:`embed` gives, of images or tiles that are embedded at once."""
+        parts = [member._embed_alone(images) for member in self.members]
         if not self.further:
-            return self._embed(images, self.tiler)
-        parts = [member._embed(images, self.tiler) for member in self.members]
+            return parts[0]
         # As section 3.1 brings a backbone's layers to one grid.
         grid = parts[0].shape[1:3]
         parts = [parts[0], *(_resized(part, grid) for part in parts[1:])]
         return torch.cat(parts, dim=-1)
 
-    def _embed(self, images: torch.Tensor, tiler: Tiler | None) -> torch.Tensor:
-        """What :meth:`embed` gives, of this member alone; the tiler is the ensemble's."""
+    def _embed_alone(self, images: torch.Tensor) -> torch.Tensor:
+        """What :meth:`_embed` gives, of this member alone."""
         if self.renormalization is not None:
             factor, offset = (images.new_tensor(values)[:, None, None] for values in self.renormalization)
             images = images * factor + offset
-        tiles = self._tile(images, tiler).to(next(self.feature_extractor.parameters()).dtype)
+        images = images.to(next(self.feature_extractor.parameters()).dtype)
         # A CPU computes float16 convolutions a hundred times slower than float32 ones: there only the bank is halved.
         half = self.memory_bank.dtype == torch.float16 and images.device.type != "cpu"
         with torch.no_grad(), torch.autocast(images.device.type, torch.float16) if half else nullcontext():
-            features = self.feature_extractor(tiles)
+            features = self.feature_extractor(images)
             # Section 3.1: each patch is averaged with its 3 x 3 neighborhood, then layers are brought to one grid.
             features = [F.avg_pool2d(feature, kernel_size=3, stride=1, padding=1) for feature in features]
             grid = features[0].shape[-2:]
             features[1:] = [F.interpolate(feature, size=grid, mode="bilinear") for feature in features[1:]]
             embedding = torch.cat(features, dim=1)
-        if tiler:
-            embedding = self._untile(embedding, tiler)
         if self.position_weight:
             embedding = torch.cat([embedding, self._positions(embedding)], dim=1)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
+
+    def _embed_tiles(self, images: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+        """What :meth:`embed` gives, put together from the embeddings of tiles, of which a few are computed at a time.
+
+        Raises:
+            UsageError: If the images cannot be cut into these tiles.
+        """
+        if self.position_weight:
+            msg = "A model with a position_weight knows the patches' places in the whole image: it cannot be tiled."
+            raise UsageError(msg)
+        size, (height, width) = (int(images.shape[2]), int(images.shape[3])), tiles.size
+        inspected = self.rule.region and self.rule.region.pixels
+        try:
+            places = tiles.places(size, inspected)
+            below, right = (after - side for after, side in zip(tiles.padded(size), size, strict=True))
+            images = F.pad(images, (0, right, 0, below))
+            joined, count = None, max(1, _TILE_PIXELS // (len(images) * height * width))
+            for start in range(0, len(places), count):
+                cut = [images[..., top : top + height, left : left + width] for top, left in places[start : start + count]]
+                found = self._embed(torch.cat(cut)).float()
+                if joined is None:
+                    layout = tiles.layout(size, (int(found.shape[1]), int(found.shape[2])), inspected)
+                    joined = found.new_zeros(len(images), *layout.grid, found.shape[-1])
+                windows = layout.windows[start : start + count]
+                for tile, (rows, columns) in zip(found.split(len(images)), windows, strict=True):
+                    joined[:, rows, columns] += tile[:, : rows.stop - rows.start, : columns.stop - columns.start]
+        except ValueError as error:
+            msg = f"These images cannot be tiled: {error}. Set tile_size and tile_stride, or anomalib's tiling callback."
+            raise UsageError(msg) from error
+        return (joined / joined.new_tensor(layout.counts)[..., None]).to(self.memory_bank.dtype)
 
     def _positions(self, embedding: torch.Tensor) -> torch.Tensor:
         """Row and column (B, 2, h, w) of each patch, from 0 to ``position_weight`` across the image."""
@@ -207,24 +243,6 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         axes = [(torch.arange(size, device=embedding.device) + 0.5) / size for size in (rows, columns)]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.position_weight
         return positions.to(embedding.dtype).expand(embedding.shape[0], -1, -1, -1)
-
-    @staticmethod
-    def _tile(images: torch.Tensor, tiler: Tiler | None) -> torch.Tensor:
-        if tiler is None:
-            return images
-        if tiler.mode != ImageUpscaleMode.PADDING:
-            mode = ImageUpscaleMode(tiler.mode).value  # it may be text
-            msg = f"Tiling mode {mode!r} would resize embeddings like images; use mode 'padding'."
-            raise UsageError(msg)
-        return tiler.tile(images)
-
-    @staticmethod
-    def _untile(embedding: torch.Tensor, tiler: Tiler) -> torch.Tensor:
-        """Put the tiles' embeddings together, without the patches of the border that the tiler padded."""
-        embedding = tiler.untile(embedding)
-        rows = math.ceil(embedding.shape[2] * tiler.input_h / tiler.resized_h)
-        columns = math.ceil(embedding.shape[3] * tiler.input_w / tiler.resized_w)
-        return embedding[:, :, :rows, :columns]
 
     def score(self, embedding: torch.Tensor, size: Sequence[int], upsampling: str = "bilinear") -> InferenceBatch:
         """Score patch embeddings.
@@ -336,6 +354,30 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         super().__setstate__({"renormalization": None, **state})
         if "further" not in self._modules:
             self.further = nn.ModuleList()
+
+
+def make_tiler(tiles: Tiles | None) -> Tiler | None:
+    """Make the tiler of anomalib that cuts into these tiles."""
+    return tiles and Tiler(tiles.size, tiles.stride)
+
+
+def read_tiles(tiler: Tiler) -> Tiles:
+    """The tiles of anomalib's tiler.
+
+    Raises:
+        UsageError: If the tiler resizes instead of padding, or leaves the border of tiles out.
+    """
+    if tiler.mode != ImageUpscaleMode.PADDING:
+        mode = ImageUpscaleMode(tiler.mode).value  # it may be text
+        msg = f"Tiling mode {mode!r} would resize embeddings like images; use mode 'padding'."
+        raise UsageError(msg)
+    if tiler.remove_border_count:
+        msg = (
+            f"remove_border_count={tiler.remove_border_count} leaves patches without an embedding; use 0, and a stride "
+            "below the tile size, which averages what overlaps."
+        )
+        raise UsageError(msg)
+    return Tiles(size=(tiler.tile_size_h, tiler.tile_size_w), stride=(tiler.stride_h, tiler.stride_w))
 
 
 def spread(vectors: torch.Tensor) -> float:

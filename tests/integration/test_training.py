@@ -73,6 +73,8 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "augmentations",
         "ensemble",
         "region_of_interest",
+        "tile_size",
+        "tile_stride",
     }
 
 
