@@ -63,13 +63,15 @@ class _Waiting:
 
     Attributes:
         id: Its id at the last look.
-        since: Since when the id is the same, by the monotonic clock.
+        first: When the file was seen first, by the monotonic clock.
+        since: Since when the id is the same.
         failed: When the file could not be read for the first time; None if it was not tried.
         retry: When it is tried again.
         pause: Seconds between the last try and that.
     """
 
     id: FileId
+    first: float
     since: float
     failed: float | None = None
     retry: float = 0.0
@@ -114,7 +116,7 @@ class Looks:
         for name, found in new.items():
             waiting = self._waiting.get(name)
             if waiting is None or waiting.id != found:
-                self._waiting[name] = _Waiting(found, now)
+                self._wait_for(name, found, now)
             elif now - waiting.since >= self._settle and now >= waiting.retry and not self._is_drawing(name, found):
                 ready.append(name)
         ready.sort(key=lambda name: (new[name].changed, name))
@@ -128,15 +130,32 @@ class Looks:
         """
         now_found = identify(self.folder / name)
         if now_found != found:
-            self._waiting[name] = _Waiting(now_found, time.monotonic())
+            self._wait_for(name, now_found, time.monotonic())
         return now_found == found
 
-    def note_failure(self, name: str) -> bool:
-        """Note that a finished file cannot be read; returns whether there is no more patience with it."""
+    def _wait_for(self, name: str, found: FileId, now: float) -> None:
+        before = self._waiting.get(name)
+        self._waiting[name] = _Waiting(found, now if before is None else before.first, now)
+
+    def is_restless(self, name: str) -> bool:
+        """Whether a file still changes, although there is no more patience with it."""
+        waiting = self._waiting.get(name)
+        return waiting is not None and waiting.since - waiting.first > self._patience
+
+    def note_failure(self, name: str, *, gone: bool) -> bool:
+        """Note that a finished file cannot be read; returns whether there is no more patience with it.
+
+        Args:
+            name: The file.
+            gone: The system says that there is no such file; if the next look still lists it, its path may be too long.
+        """
         now, waiting = time.monotonic(), self._waiting.get(name)
         if waiting is None:
             return False
-        waiting.failed = now if waiting.failed is None else waiting.failed
+        if waiting.failed is None:
+            waiting.failed = now
+            if gone:
+                return False
         last = waiting.failed + self._patience
         waiting.retry, waiting.pause = min(now + waiting.pause, last), min(_LONGEST_PAUSE, 2 * waiting.pause)
         return now >= last

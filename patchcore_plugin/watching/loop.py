@@ -173,6 +173,7 @@ class _Watch:
         self._failures = 0
         self._answers: list[tuple[Answered, dict[str, Any]]] = []  # not noted yet, each with its result
         self._put_until = 0.0
+        self._failing_since: float | None = None  # since when the service or the disk fails, by the monotonic clock
         self._state: State
         self._webhook: Webhook | None = None
 
@@ -194,8 +195,7 @@ class _Watch:
 
     def _watch(self) -> None:
         wanted: set[str] | None = None
-        answers = 0
-        forget_at = patience_until = 0.0
+        forget_at = 0.0
         first = True
         while not self._end.is_set():
             started = time.monotonic()
@@ -219,10 +219,8 @@ class _Watch:
             if self._options.once:
                 wanted = set(listed) if wanted is None else wanted
                 left = self._left(wanted, listed)
-                if self._summary.answers > answers or not patience_until:
-                    answers = self._summary.answers
-                    patience_until = time.monotonic() + self._options.patience + 5 * self._options.poll + 1
-                if not left or time.monotonic() > patience_until:
+                failed = 0 if self._failing_since is None else time.monotonic() - self._failing_since
+                if all(map(self._looks.is_restless, left)) or failed > self._options.patience:
                     self._summary.left = len(left)
                     return
             self._finish()
@@ -265,8 +263,10 @@ class _Watch:
             self._put()
         except sqlite3.OperationalError as error:
             pause = self._note_full_disk(error)
-        if names and not pause:
-            self._failures = 0
+        if pause:
+            self._failing_since = self._failing_since or time.monotonic()
+        elif names:
+            self._failing_since, self._failures = None, 0
             self._say("service", "")
             self._say("disk", "")
         return pause
@@ -282,15 +282,13 @@ class _Watch:
         """Whether a finished file is still what was looked at. Reports one that cannot be opened."""
         try:
             return self._looks.is_unchanged(name, found)
-        except FileNotFoundError:
-            return False
         except OSError as error:
             self._take_failure(name, found, error)
             return False
 
     def _take(self, name: str, found: FileId, outcome: Answer | ImageError | OSError) -> None:
         """Take the outcome for a file, unless the file has changed since the look."""
-        if isinstance(outcome, FileNotFoundError) or not self._may_be_read(name, found):
+        if not self._may_be_read(name, found):
             return
         if not isinstance(outcome, Answer):
             self._take_failure(name, found, outcome)
@@ -310,7 +308,7 @@ class _Watch:
 
     def _take_failure(self, name: str, found: FileId, error: ImageError | OSError) -> None:
         """Take a file that cannot be read: try again for a while, and then say so, once."""
-        if self._looks.note_failure(name):
+        if self._looks.note_failure(name, gone=isinstance(error, FileNotFoundError)):
             reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
             self._note(name, found, {}, target=self._target(name, found, UNREADABLE), error=reason)
 

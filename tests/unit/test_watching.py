@@ -236,11 +236,10 @@ def test_move_that_fails_is_done_later(tmp_path, folder, start, caplog):
     stop = start(move=tmp_path / "done", heatmaps=False)
     for number in range(5):
         picture(folder / f"{number}.png")
-    wait_for(lambda: len(rows(tmp_path)) == 5)
+    wait_for(lambda: len(rows(tmp_path)) == 5 and "is tried again" in caplog.text)
     (tmp_path / "done").unlink()
     wait_for(lambda: len(list((tmp_path / "done" / "normal").glob("*.png"))) == 5)
     assert stop().answers == len(rows(tmp_path)) == 5
-    assert "is tried again" in caplog.text
     assert "It goes on" in caplog.text
 
 
@@ -291,6 +290,43 @@ def test_service_that_stays_down(tmp_path, folder):
     options = Options(tmp_path / "out", poll=0.01, patience=0, once=True)
     summary = watch(folder, FlakyService(10**9), options, threading.Event())
     assert (summary.answers, summary.left) == (0, 1)
+
+
+def test_once_leaves_what_is_still_written(tmp_path, folder):
+    """It ends, although the file never does; the other one is answered."""
+    picture(folder / "a.png")
+    done = threading.Event()
+
+    def write():
+        with (folder / "b.png").open("wb", buffering=0) as file:
+            while not done.wait(0.005):
+                file.write(b"x")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        wait_for((folder / "b.png").exists)
+        summary = once(tmp_path, folder)
+    finally:
+        done.set()
+        thread.join()
+    assert (summary.answers, summary.left) == (1, 1)
+    assert [row["image"] for row in rows(tmp_path)] == ["a.png"]
+
+
+def test_file_that_is_deleted_before_it_is_read(tmp_path, folder):
+    """There is nothing to say of it, even without patience."""
+
+    class Deleting(Brightness):
+        def answers(self, files, *, heatmaps):
+            for file in files:
+                file.unlink()
+            yield from super().answers(files, heatmaps=heatmaps)
+
+    picture(folder / "a.png")
+    options = Options(tmp_path / "out", poll=0.02, patience=0, once=True)
+    assert watch(folder, Deleting(), options, threading.Event()).answers == 0
+    assert rows(tmp_path) == []
 
 
 def test_full_disk(tmp_path, folder, monkeypatch, start, caplog):
