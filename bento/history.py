@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import sqlite3
 import time
 from datetime import datetime, timedelta, timezone
@@ -35,7 +36,7 @@ from .logs import logger
 from .problems import ProblemError
 from .record import AnswerRecord
 from .routes import responses_of
-from .schemas import FeedbackAnswer, History, HourTotals, ImageAnswer, RecordedAnswer
+from .schemas import FeedbackAnswer, History, HourTotals, ImageAnswer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -107,11 +108,9 @@ async def history(
 ) -> Response:
     """Recorded answers, the newest first. An answer is there a second after it was given."""
     entries = await _read(request, record, read_history, wanted, limit + 1, before)
-    page = History.model_construct(
-        answers=[_recorded(entry) for entry in entries[:limit]],
-        next=entries[limit - 1]["record"] if len(entries) > limit else None,
-    )
-    return Response(page.model_dump_json(), media_type="application/json")
+    following = entries[limit - 1]["record"] if len(entries) > limit else None
+    page = {"answers": [_recorded(entry) for entry in entries[:limit]], "next": following}
+    return Response(json.dumps(page), media_type="application/json")
 
 
 @router.get(
@@ -221,11 +220,10 @@ async def feedback(request: Request, record: RecordDependency) -> Response:
     return Response(FeedbackAnswer(**said).model_dump_json(), media_type="application/json")
 
 
-def _recorded(entry: dict[str, Any]) -> RecordedAnswer:
-    """An answer of the record. One that an older version has written may lack fields: they are null then."""
+def _recorded(entry: dict[str, Any]) -> dict[str, Any]:
+    """An answer of the record as JSON. One that an older version has written may lack fields: they are null then."""
     known = dict.fromkeys(ImageAnswer.model_fields) | entry["answer"] | {"record": entry["record"]}
-    answer = {name: known[name] for name in ImageAnswer.model_fields}
-    return RecordedAnswer.model_construct(**{**entry, "answer": answer})
+    return {**entry, "answer": {name: known[name] for name in ImageAnswer.model_fields}}
 
 
 async def _csv_pages(page: list[dict[str, Any]], read: Callable[[str], Any]) -> AsyncIterator[str]:

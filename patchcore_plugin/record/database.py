@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.record.errors import RecordError
 from patchcore_plugin.record.images import remove_unknown
 
 if TYPE_CHECKING:
@@ -56,14 +56,6 @@ CREATE TRIGGER image_changed AFTER UPDATE OF image_bytes ON answers
 CREATE TRIGGER image_removed AFTER DELETE ON answers WHEN OLD.image_bytes IS NOT NULL
     BEGIN UPDATE usage SET image_bytes = image_bytes - OLD.image_bytes; END;
 """
-
-
-class RecordError(PatchcoreError, ValueError):
-    """A record that cannot be read or written; the message says why, and the way out."""
-
-
-class UnknownAnswerError(PatchcoreError, LookupError):
-    """The record has no answer of an id."""
 
 
 def prepare(folder: Path) -> None:

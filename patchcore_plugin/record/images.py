@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from patchcore_plugin.record.ids import ID, seconds_of
+from patchcore_plugin.record.errors import RecordError
+from patchcore_plugin.record.ids import ID
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -41,11 +42,11 @@ def image_path(folder: Path, record: str, ending: str) -> Path:
         ending: What :func:`image_type` found.
 
     Raises:
-        ValueError: If the database tells of an image that no service has written.
+        RecordError: If the database tells of an image that no service has written.
     """
     if not ID.fullmatch(record) or ending not in CONTENT_TYPES:
         msg = f"There is no image {record!r} of the kind {ending!r}."
-        raise ValueError(msg)
+        raise RecordError(msg)
     return folder / "images" / record[-2:] / f"{record}.{ending}"
 
 
@@ -87,5 +88,6 @@ def remove_unknown(folder: Path, known: Container[str]) -> None:
     """
     before = time.time() - _HOUR  # younger ones may be those that another service is writing
     for path in folder.glob("images/*/*.*"):
-        if ID.fullmatch(path.stem) and path.stem not in known and seconds_of(path.stem) < before:
-            remove_image(path)
+        with suppress(FileNotFoundError):  # the other service has removed it
+            if ID.fullmatch(path.stem) and path.stem not in known and path.stat().st_mtime < before:
+                remove_image(path)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchcore_plugin.record.database import RecordError, UnknownAnswerError, open_database
+from patchcore_plugin.record.database import open_database
+from patchcore_plugin.record.errors import RecordError, UnknownAnswerError
 from patchcore_plugin.record.ids import as_time, first_id, seconds_of
 from patchcore_plugin.record.images import CONTENT_TYPES, image_path, read_verified
 from patchcore_plugin.record.writing import FIELDS, Word

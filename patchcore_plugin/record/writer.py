@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from patchcore_plugin.record.database import FILE, RecordError, open_database
+from patchcore_plugin.record.database import FILE, open_database
 from patchcore_plugin.record.writing import Answer, make_room, remove_old, write_answers
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class RecordWriter:
             if not self._try_to_write():
                 self._closing.wait(_SECONDS_TO_RETRY)
                 self._wake.set()
-        if self._waiting and not self._try_to_write():  # they came while the thread was writing
+        if not self._try_to_write() and self._waiting:
             self._lose("answer", len(self._waiting), "the service has ended")
         self._disconnect()
 
@@ -116,7 +116,7 @@ class RecordWriter:
                 remove_old(self._connection, self._folder, self._days)
                 make_room(self._connection, self._folder, self._limit)
                 self._removed_at = time.monotonic()
-        except (RecordError, OSError, sqlite3.Error) as error:
+        except Exception as error:  # whatever it is: the thread must not end
             self._disconnect()
             self._say_state(error)
             return False

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.names import as_text
-from patchcore_plugin.record.database import UnknownAnswerError, open_database, transaction
+from patchcore_plugin.record.database import open_database, transaction
+from patchcore_plugin.record.errors import OtherImageError, RecordError, UnknownAnswerError
 from patchcore_plugin.record.ids import as_time, first_id_of_seconds, time_of
 from patchcore_plugin.record.images import image_path, image_type, remove_image, write_image
 
@@ -34,10 +34,6 @@ _INSERT = (
     "INSERT OR IGNORE INTO answers (id, time, request_id, name, sha256, model, version, score, ratio, verdict, p_value, "
     "details, image_type, image_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-
-
-class OtherImageError(PatchcoreError, ValueError):
-    """An image is not the one that was answered."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +212,8 @@ def _remove(connection: sqlite3.Connection, folder: Path, query: str, *values: A
 
 def _remove_files(folder: Path, images: Iterable[tuple[str, str]]) -> None:
     for record, ending in images:
-        remove_image(image_path(folder, record, ending))
+        with suppress(RecordError):  # of a kind that no service has written
+            remove_image(image_path(folder, record, ending))
 
 
 def _size(connection: sqlite3.Connection) -> int:

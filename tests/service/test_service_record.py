@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -260,7 +259,7 @@ def test_killed_at_any_point(bundle, test_images, tmp_path):
         time.sleep(3.3)
         family = [psutil.Process(server.process.pid), *server.children()]
         for member in family:
-            member.send_signal(signal.SIGKILL)
+            member.kill()
         killed_at = time.time()
         ended.set()
         psutil.wait_procs(family, 10)
