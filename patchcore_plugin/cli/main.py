@@ -17,6 +17,7 @@ from patchcore_plugin.cli.evaluate import evaluate
 from patchcore_plugin.cli.predict import predict
 from patchcore_plugin.cli.tune import tune
 from patchcore_plugin.cli.update import update
+from patchcore_plugin.cli.watch import watch
 
 
 @click.group(cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,6 +42,7 @@ for command in (
     bundles.info,
     bundles.validate,
     predict,
+    watch,
     bundles.explain,
     bundles.benchmark,
     bundles.pack,

@@ -127,7 +127,9 @@ class Webhook:
                 pause = self._next() if lock else _LOOK_SECONDS
             except Exception as error:  # without this thread nobody would be told of anything any more
                 logger.error("The webhook cannot deliver from its queue %s: %r", self.queue.file, error)
-                pause = _DISK_SECONDS
+                self._idle.set()
+                self._end.wait(_DISK_SECONDS)
+                continue
             if pause > 0:
                 self._wake.wait(min(pause, _LOOK_SECONDS))
         if lock:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LEVELS = (
     {"bento", "cli"},
     {"demo", "tuning"},
-    {"cleaning", "evaluation", "export", "operations"},
+    {"cleaning", "evaluation", "export", "operations", "watching"},
     {"model", "runtime"},
     {"coreset", "memory_bank"},
     {"origins", "scoring"},

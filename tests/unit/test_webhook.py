@@ -320,11 +320,13 @@ time.sleep(60)
                 process.communicate()
 
 
-def test_full_disk(start, caplog):
+def test_full_disk(start, caplog, monkeypatch):
     """Events are lost, counted and said; nothing fails; when there is room again, events are told again."""
+    opened, connect = [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: opened.append(connect(*args, **options)) or opened[-1])
     with receive() as (receiver, url):
         webhook = start(url)
-        database = webhook.queue._database
+        database = opened[0]
         (pages,) = database.execute("PRAGMA page_count").fetchone()
         database.execute(f"PRAGMA max_page_count={pages}")
         results = [webhook.tell(event(f"{number}.png", error="x" * 100_000)) for number in range(10)]
