@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _LONGEST_PAUSE = 10.0  # seconds until a file that cannot be read yet is tried again
+_LONGEST_PUT_OFF = 60.0  # the same, of a file that cannot be answered
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,13 @@ class Looks:
         last = waiting.failed + self._patience
         waiting.retry, waiting.pause = min(now + waiting.pause, last), min(_LONGEST_PAUSE, 2 * waiting.pause)
         return now >= last
+
+    def put_off(self, name: str) -> None:
+        """Let a file wait for a while, longer each time, so that others come before it."""
+        waiting = self._waiting.get(name)
+        if waiting is not None:
+            waiting.pause = min(_LONGEST_PUT_OFF, 4 * waiting.pause)
+            waiting.retry = time.monotonic() + waiting.pause
 
     def _is_drawing(self, name: str, found: FileId) -> bool:
         """Whether a file is a picture that this package drew; its name is that of the image, with an ending added."""

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,15 +246,17 @@ class _Watch:
         outcomes = self._scorer.answers([self._folder / name for name in names], heatmaps=self._options.heatmaps)
         pause = 0.0
         try:
-            for name, outcome in zip(names, islice(outcomes, len(names)), strict=True):
-                self._take(name, listed[name], outcome)
+            for name in names:
+                self._take(name, listed[name], next(outcomes))
                 if len(self._answers) >= _FILES_IN_TRANSACTION or time.monotonic() >= self._put_until:
                     self._put()
                 if self._end.is_set():
                     break
         except ServiceDownError as error:
-            self._failures += 1
             self._say("service", str(error))
+            if error.one:
+                self._looks.put_off(name)
+            self._failures = 1 if error.one else self._failures + 1
             pause = pause_after(self._failures, *_SERVICE_PAUSES, error.wait, random.random())  # noqa: S311
         except (OSError, sqlite3.OperationalError) as error:
             pause = self._note_full_disk(error)

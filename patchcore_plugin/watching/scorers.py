@@ -32,6 +32,7 @@ _BUNDLE_LOOK_SECONDS = 1.0
 _REQUEST_SECONDS = 120.0  # the service gives up after a minute itself, by default
 _MOST_ANSWER_BYTES = 512 << 20  # with the heatmap of the largest image
 _ABOUT_THE_IMAGE = frozenset({"image_missing", "image_unreadable", "image_too_large", "body_too_large"})
+_ABOUT_ONE_REQUEST = frozenset({408, 500, 504})
 _NO_ANSWER = ValueError, TypeError, LookupError, RecursionError  # of JSON that is none, or of something else
 _NUMBERS = "score", "normalized_score", "p_value", "threshold", "review_threshold", "ratio", "pixel_threshold"
 
@@ -44,11 +45,12 @@ class ServiceDownError(PatchcoreError):
     Args:
         message: What is wrong.
         wait: Seconds that the service asks to wait; None if it asks for nothing.
+        one: The service fails at this image, and may answer for others.
     """
 
-    def __init__(self, message: str, wait: float | None = None) -> None:
+    def __init__(self, message: str, wait: float | None = None, *, one: bool = False) -> None:
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.one = wait, one
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,16 @@ class RuntimeScorer:
         """Answer for files, as :meth:`Scorer.answers` says."""
         self._replace_if_changed()
         runtime = self._runtime
-        for outcome in runtime.stream_outcomes(files):
-            yield outcome.error or self._describe(runtime, outcome, heatmaps=heatmaps)
+        files, done = list(files), 0
+        while done < len(files):
+            try:
+                for outcome in runtime.stream_outcomes(files[done:]):
+                    yield outcome.error or self._describe(runtime, outcome, heatmaps=heatmaps)
+                    done += 1
+            except (MemoryError, RuntimeError) as error:  # of OpenVINO and FAISS too; others may be smaller
+                reason = f"it cannot be scored: {error!r}"
+                yield ImageError(f"{files[done]}: {reason}", reason)
+                done += 1
 
     def _replace_if_changed(self) -> None:
         if time.monotonic() < self._look_at:
@@ -230,7 +240,8 @@ class ServiceScorer:
             msg = f"The service at {self._url} is down: {error}."
             raise ServiceDownError(msg) from error
         if reply.status >= 500 or reply.status in (408, 429):
-            raise ServiceDownError(self._refusal(reply), reply.seconds_to_wait())
+            one = reply.status in _ABOUT_ONE_REQUEST
+            raise ServiceDownError(self._refusal(reply), reply.seconds_to_wait(), one=one)
         return reply
 
     def _refusal(self, reply: Reply) -> str:

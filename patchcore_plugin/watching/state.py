@@ -221,9 +221,9 @@ class State:
             database.execute(f"DELETE FROM lines WHERE number IN ({first})", (results, count))  # noqa: S608
             database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (results, size))
 
-    def events(self) -> list[tuple[int, bytes]]:
-        """Number and event of what the webhook is still to be told."""
-        return self._database.execute("SELECT number, event FROM events ORDER BY number").fetchall()
+    def events(self, most: int = 1000) -> list[tuple[int, bytes]]:
+        """Number and event of the first that the webhook is still to be told."""
+        return self._database.execute("SELECT number, event FROM events ORDER BY number LIMIT ?", (most,)).fetchall()
 
     def note_told(self, numbers: Sequence[int]) -> None:
         """Note that the webhook has events in its queue."""

@@ -22,7 +22,9 @@ from helpers.bundles import change_manifest
 from helpers.http import wait_for
 from helpers.receivers import SECRET, free_port, lie, receive
 from helpers.server import app_server
+from PIL import Image
 
+from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.cli import main
 from patchcore_plugin.names import from_cell
 
@@ -82,6 +84,27 @@ def test_answers_are_those_of_predict(bundle, runtime, test_images, camera):
     result = call(bundle, camera, "--once", "--poll", 0.05)
     assert result.exit_code == 0, result.output
     assert not (output / "results.csv").exists()
+
+
+def test_image_that_takes_too_much_memory(bundle, test_images, camera, monkeypatch):
+    """It is said once; those behind it are answered."""
+    embed = PatchcoreRuntime.embed
+
+    def embed_small_ones(runtime, images):
+        if images[0].shape[0] == 777:
+            raise MemoryError
+        return embed(runtime, images)
+
+    monkeypatch.setattr(PatchcoreRuntime, "embed", embed_small_ones)
+    for image in test_images[:3]:
+        shutil.copy(image, camera)
+    Image.new("RGB", (10, 777)).save(camera / "large.png")
+    os.utime(camera / "large.png", (1e9, 1e9))
+    result = call(bundle, camera, "--once", "--poll", 0.05, "--patience", 0.1)
+    assert result.exit_code == 1, result.output
+    found = {row["image"]: row["error"] for row in rows(camera.with_name("camera.watch"))}
+    assert found.pop("large.png") == "it cannot be scored: MemoryError()"
+    assert list(found.values()) == [""] * 3
 
 
 def feed(camera, images, count, stop, seconds):

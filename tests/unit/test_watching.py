@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.http import wait_for
-from helpers.receivers import free_port, receive
+from helpers.receivers import free_port, lie, receive
 from PIL import Image
 
 from patchcore_plugin.drawings import save_drawing
@@ -284,6 +285,26 @@ def test_service_that_is_down(tmp_path, folder, start, caplog):
     assert caplog.text.count("The service is down.") == 2, "once when it is, and once when it goes on"
 
 
+def test_service_that_fails_at_one_image(tmp_path, folder, start):
+    """The oldest one, again and again: the others are answered."""
+
+    class Failing(Brightness):
+        def answers(self, files, *, heatmaps):
+            for file, answer in zip(files, super().answers(files, heatmaps=heatmaps), strict=True):
+                if file.name == "a.png":
+                    message = "The service answers 500."
+                    raise ServiceDownError(message, wait=0.01, one=True)
+                yield answer
+
+    os.utime(picture(folder / "a.png"), (1e9, 1e9))
+    stop = start(Failing(), heatmaps=False)
+    for number in range(5):
+        picture(folder / f"{number}.png")
+    wait_for(lambda: len(rows(tmp_path)) == 5)
+    stop()
+    assert "a.png" not in {row["image"] for row in rows(tmp_path)}
+
+
 def test_service_that_stays_down(tmp_path, folder):
     """``once`` ends, and says what it left."""
     picture(folder / "a.png")
@@ -372,6 +393,58 @@ def test_webhook_is_told(tmp_path, folder):
     }
     assert told["1.png"]["data"].items() >= {"verdict": "review", "moved_to": "review/1.png", "score": 127.0}.items()
     assert "not one of PNG" in told["broken.png"]["data"]["error"]
+
+
+def hang(connection, stopped):
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    while not stopped.wait(0.01):
+        connection.sendall(b"a: b\r\n")
+
+
+def test_receiver_that_lies_slows_no_image(tmp_path, folder, start):
+    """All images are answered while the first event still hangs."""
+    with lie(hang) as (url, taken):
+        stop = start(receiver=Receiver(url), heatmaps=False)
+        picture(folder / "first.png", 255)
+        wait_for(lambda: taken)
+        for number in range(50):
+            picture(folder / f"{number}.png", 255)
+        wait_for(lambda: len(rows(tmp_path)) == 51)
+        assert len(taken) == 1
+        end = threading.Thread(target=stop)
+        end.start()
+        end.join(30)
+        assert not end.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["down", "slow", "lying"])
+def test_receiver_for_a_minute(tmp_path, folder, start, kind):
+    """With the pauses that users have: a minute of trouble, while files come. All are answered meanwhile, and told after."""
+    port, good = free_port(), time.monotonic() + 60
+
+    def status(event):
+        if time.monotonic() < good:
+            time.sleep(12 if kind == "slow" else 0)
+            return 200 if kind == "slow" else (500, {"Retry-After": "9" * 12})
+        return 200
+
+    with ExitStack() as stack:
+        if kind != "down":
+            receiver, _ = stack.enter_context(receive(status, port=port))
+        stop = start(receiver=Receiver(f"http://127.0.0.1:{port}/"), heatmaps=False)
+        for number in range(100):
+            picture(folder / f"{number}.png", 255)
+            time.sleep(0.5)
+        wait_for(lambda: len(rows(tmp_path)) == 100)
+        assert time.monotonic() < good, "all are answered while the receiver is in trouble"
+        time.sleep(max(0, good - time.monotonic()))
+        if kind == "down":
+            receiver, _ = stack.enter_context(receive(status, port=port))
+        wait_for(lambda: len({event["data"]["file"] for event in receiver.events}) == 100, 400)
+        assert stop().events == 0
+        print(kind, len(receiver.requests), "requests for", len(set(receiver.ids)), "events")
+        assert len(set(receiver.ids)) == 100
 
 
 def test_webhook_that_is_down_is_told_at_the_next_start(tmp_path, folder):

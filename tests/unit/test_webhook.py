@@ -206,6 +206,13 @@ def test_answer_that_is_none(lie_):
         send(url, b"{}", seconds=0.5)
 
 
+@pytest.mark.parametrize("lie_", ["silence", "garbage", "endless headers"])
+def test_receiver_without_tls(lie_):
+    """What answers an encrypted request in this way ends in time too."""
+    with lie(LIES[lie_]) as (url, _), pytest.raises(HttpError):
+        send(url.replace("http:", "https:"), b"{}", seconds=0.5)
+
+
 ENDLESS_BODY = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"
 
 
