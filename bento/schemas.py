@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from patchcore_plugin.bundle import Manifest
 
 _MODEL = {"model": "elpv", "version": "3f2a9c01d4e5"}
-_REGION = {"left": 96, "top": 40, "width": 61, "height": 148, "area": 5120, "peak": 47.3}
+_MM = {"width": 3.05, "height": 7.4, "area": 12.8}
+_REGION = {"left": 96, "top": 40, "width": 61, "height": 148, "area": 5120, "peak": 47.3, "mm": _MM}
 _ANSWER = {
     "score": 44.0,
     "normalized_score": 0.88,
@@ -33,6 +34,7 @@ _ANSWER = {
     "ratio": 1.46,
     "pixel_threshold": 28.9,
     "regions": [_REGION],
+    "small_regions": 0,
     "size": {"width": 300, "height": 300},
     "milliseconds": {"decode": 1.1, "network": 3.4, "search": 4.2, "answer": 0.6},
     **_MODEL,
@@ -95,6 +97,15 @@ HeightAndWidth = Annotated[Size, BeforeValidator(_as_fields)]
 """A size, which Python's records give as height and width."""
 
 
+class Millimeters(BaseModel):
+    """Size of a region, in mm."""
+
+    model_config = _from_record(_MM)
+    width: float = Field(description="Width, in mm.")
+    height: float = Field(description="Height, in mm.")
+    area: float = Field(description="Area above the threshold, in mm².")
+
+
 class AnomalousRegion(BaseModel):
     """A connected part of the image above the pixel threshold."""
 
@@ -105,6 +116,7 @@ class AnomalousRegion(BaseModel):
     height: int = Field(description="Height, in pixels of the image as it was sent.")
     area: int = Field(description="Pixels above the threshold, of the image as it was sent.")
     peak: float = Field(description="Largest value of the anomaly map in the region, in feature units.")
+    mm: Millimeters | None = Field(None, description="Size in mm; null where the model does not know the size of a pixel.")
 
 
 class ImageScore(BaseModel):
@@ -137,6 +149,10 @@ class ImageScore(BaseModel):
     regions: list[AnomalousRegion] | None = Field(
         description="Connected parts above the pixel threshold, the highest peak first; null without a threshold. The image "
         "threshold is another one: a normal image may have regions, an anomalous image may have none."
+    )
+    small_regions: int | None = Field(
+        description="Number of regions that are not listed, as they are smaller than the model's limit; they count in the "
+        "score as ever. Null without a threshold."
     )
     size: HeightAndWidth = Field(description="Size of the image as it was sent.")
 

@@ -435,10 +435,15 @@ function showBlind(blind) {
   $("heatmap").style.opacity = blind ? 1 : $("opacity").value / 100;
 }
 
-function showDetails({ regions, pixel_threshold: limit, milliseconds, model, version, size }) {
-  const rows = (regions ?? []).map(({ left, top, width, height, area, peak }, index) => {
+function showDetails({ regions, small_regions: small, pixel_threshold: limit, milliseconds, model, version, size }) {
+  const known = Boolean(regions?.[0]?.mm);
+  $("mm-head").hidden = !known;
+  const rows = (regions ?? []).map(({ left, top, width, height, area, peak, mm }, index) => {
     const row = make("tr");
-    row.append(...[index + 1, left, top, width, height, area, digits.format(peak)].map((cell) => make("td", cell)));
+    const cells = [index + 1, left, top, width, height, area, digits.format(peak)];
+    if (known) cells.push(digits.format(mm.area));
+    row.append(...cells.map((cell) => make("td", cell)));
+    if (known) row.title = `${digits.format(mm.width)} × ${digits.format(mm.height)} mm`;
     return row;
   });
   $("regions").replaceChildren(...rows);
@@ -446,7 +451,8 @@ function showDetails({ regions, pixel_threshold: limit, milliseconds, model, ver
   $("regions-note").textContent =
     regions === null
       ? "no threshold: the model was never validated"
-      : `${rows.length || "No"} ${rows.length === 1 ? "region" : "regions"} above the pixel threshold ${digits.format(limit)}`;
+      : `${rows.length || "No"} ${rows.length === 1 ? "region" : "regions"} above the pixel threshold ${digits.format(limit)}` +
+        (small ? `, and ${small} smaller than the model's limit, not listed` : "");
   const total = Object.values(milliseconds).reduce((sum, time) => sum + time, 0);
   const times = Object.entries({ ...milliseconds, total }).map(([stage, time]) => {
     const item = make("div");

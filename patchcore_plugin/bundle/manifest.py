@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from patchcore_plugin.bundle.region import RegionOfInterest
-from patchcore_plugin.bundle.tiles import Size, Tiles
+from patchcore_plugin.bundle.tiles import MAX_INPUT_SIDE, Size, Tiles
 from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import PatchcoreError
 
@@ -95,6 +95,9 @@ REVIEW_FORMAT = 8
 
 TILES_FORMAT = 9
 """Lowest version of the bundle format that has tiles."""
+
+REGIONS_FORMAT = 10
+"""Lowest version of the bundle format that has a rule for regions."""
 
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
@@ -538,6 +541,20 @@ class Update(_Record):
     vectors: Annotated[int, Field(ge=0, le=2**53)]
 
 
+class RegionRule(_Record):
+    """What counts as a region, for the people who look at it. Scores and verdicts do not depend on it.
+
+    Attributes:
+        min_area: Least area of a region, in pixels of the image, or in mm² where their size is known.
+        mm_per_pixel: Side of a pixel of the image as it is sent, in mm; None if unknown.
+        close_gaps: Parts with at most so many pixels of the image between them, down and across, are one region.
+    """
+
+    min_area: PositiveNumber = 0
+    mm_per_pixel: Annotated[Number, Field(gt=0)] | None = None
+    close_gaps: Annotated[int, Field(ge=0, le=MAX_INPUT_SIDE)] = 0
+
+
 class Member(_Record):
     """One member of an ensemble.
 
@@ -567,9 +584,10 @@ class Manifest(_Record):
     The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
 
     Attributes:
-        format_version: Version of the bundle format. Version 9 added tiles, version 8 the review band, version 7 the region
-            of interest, version 6 further members, version 5 the calibration's sessions, version 4 the intensity range, and
-            only bundles that have them are of these versions; what version 3 added has a default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 10 added the rule for regions, version 9 tiles, version 8 the
+            review band, version 7 the region of interest, version 6 further members, version 5 the calibration's sessions,
+            version 4 the intensity range, and only bundles that have them are of these versions; what version 3 added has a
+            default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -589,6 +607,7 @@ class Manifest(_Record):
         precision_trials: Measurements before the precision was chosen; empty where none was made.
         image: How image scores are read.
         pixel: How values of the anomaly map are read.
+        regions: What counts as a region; None for every connected part above the pixel threshold.
         calibration: Scores of normal images that were kept out of the bank; None without them.
         self_test: Scores of the test pictures; None in bundles of an older version.
         lineage: Updates since training, the oldest first.
@@ -596,9 +615,9 @@ class Manifest(_Record):
         files: Checksum and size of each other file.
     """
 
-    later_fields = ("members",)
+    later_fields = ("members", "regions")
 
-    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9]
+    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9, 10]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -617,6 +636,7 @@ class Manifest(_Record):
     precision_trials: list[PrecisionTrial] = []
     image: Scale
     pixel: Scale
+    regions: RegionRule | None = None
     calibration: Calibration | None = None
     self_test: SelfTest | None = None
     lineage: list[Update] = []
@@ -632,6 +652,7 @@ class Manifest(_Record):
             "region": (self.preprocessing.region, REGION_FORMAT),
             "tiles": (self.preprocessing.tiles, TILES_FORMAT),
             "review": (self.image.review, REVIEW_FORMAT),
+            "regions": (self.regions, REGIONS_FORMAT),
             "review_rate": (self.calibration and self.calibration.review_rate, REVIEW_FORMAT),
         }
         for name, (value, version) in later.items():

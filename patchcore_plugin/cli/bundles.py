@@ -50,8 +50,6 @@ def info(bundle: Path) -> None:
 def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     from patchcore_plugin.bundle import FILES, ORIGINS, THUMBNAILS
     from patchcore_plugin.scoring import ScoreRule
-    from patchcore_plugin.scoring.conformal import describe_promise
-    from patchcore_plugin.scoring.thresholds import raw_review_threshold
 
     recipe = manifest.preprocessing
     yield "name", manifest.name
@@ -80,7 +78,28 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
         index = member.index
         yield "index", f"{index.kind} in {index.storage}" + (f", width {index.width}" if index.width else "")
     yield "image score", str(ScoreRule.of(manifest))
+    yield from _reading(manifest)
+    known = "image, row and column of each bank vector" if ORIGINS in manifest.files else "unknown"
+    yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
+    yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"
+    for update in manifest.lineage:
+        yield "update", f"{update.date:%Y-%m-%d}: {update.images} images added {update.vectors} vectors to {update.parent}"
+    for name, file in manifest.files.items():
+        yield name, f"{FILES[name].content}, {file.bytes / 2**20:.2f} MiB"
+    yield "written with", ", ".join(f"{package} {number}" for package, number in manifest.versions.items())
+
+
+def _reading(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """How scores are read: thresholds, regions, and what they promise."""
+    from patchcore_plugin.scoring.conformal import describe_promise
+    from patchcore_plugin.scoring.thresholds import raw_review_threshold
+
     yield "image threshold", _threshold(manifest.image)
+    if manifest.regions is not None:
+        side = manifest.regions.mm_per_pixel
+        known = "pixels of an unknown size" if side is None else f"pixels of {side:g} mm"
+        least = f"areas below {manifest.regions.min_area:g} {'pixels' if side is None else 'mm²'} are not listed"
+        yield "regions", f"{known}; {least}; gaps of up to {manifest.regions.close_gaps} pixels are closed"
     review = raw_review_threshold(manifest.image)
     if review is not None:
         yield "review threshold", f"{review:.4g}; images between the two are to review"
@@ -92,14 +111,6 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
         of = "" if sessions is None else f" of {len(set(sessions.scores))} recording sessions"
         yield "calibration", f"{len(manifest.calibration.scores)} normal images{of}"
         yield "promise", describe_promise(manifest.calibration)
-    known = "image, row and column of each bank vector" if ORIGINS in manifest.files else "unknown"
-    yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
-    yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"
-    for update in manifest.lineage:
-        yield "update", f"{update.date:%Y-%m-%d}: {update.images} images added {update.vectors} vectors to {update.parent}"
-    for name, file in manifest.files.items():
-        yield name, f"{FILES[name].content}, {file.bytes / 2**20:.2f} MiB"
-    yield "written with", ", ".join(f"{package} {number}" for package, number in manifest.versions.items())
 
 
 def _width_by_height(size: tuple[int, int]) -> str:

@@ -21,11 +21,12 @@ from patchcore_plugin.names import as_text, to_cell
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from patchcore_plugin.runtime import PatchcoreRuntime
+    from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
     from patchcore_plugin.runtime.prediction import Outcome
 
 _PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold", "ratio"
-_COLUMNS = "image", *_PREDICTION_COLUMNS, "error"
+_REGION_COLUMNS = "regions", "small_regions", "largest_area", "largest_area_mm2", "largest_width_mm", "largest_height_mm"
+_COLUMNS = "image", *_PREDICTION_COLUMNS, *_REGION_COLUMNS, "error"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -72,6 +73,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
                 unreadable += 1
             else:
                 values = {column: getattr(prediction, column) for column in _PREDICTION_COLUMNS}
+                values |= _region_values(prediction)
                 target = output / "heatmaps" / name.with_name(f"{name.name}.png")
                 error = _write_heatmap(runtime, outcome, target, inputs) if heatmaps else ""
                 verdicts[prediction.verdict] += 1
@@ -85,6 +87,17 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
     )
     if unreadable or undrawn:
         sys.exit(1)
+
+
+def _region_values(prediction: Prediction) -> dict[str, float | None]:
+    """The number of regions, and the size of the one with the largest area."""
+    if prediction.regions is None:
+        return {}
+    largest = max(prediction.regions, key=lambda region: region.area, default=None)
+    mm = largest and largest.mm
+    sizes = (mm.area, mm.width, mm.height) if mm else (None, None, None)
+    values = len(prediction.regions), prediction.small_regions, largest and largest.area, *sizes
+    return dict(zip(_REGION_COLUMNS, values, strict=True))
 
 
 @contextmanager

@@ -105,6 +105,15 @@ test = _anomalib_command("test", "Test a model with anomalib.")
     help="Put small pictures of the training images into the bundle, to show beside an anomaly. Each takes up to 192 KiB "
     "in the bundle and in memory.",
 )
+@click.option(
+    "--min-area",
+    type=float,
+    default=0.0,
+    help="Least area of a region that is listed: in pixels of the image, or in mm² with --mm-per-pixel. Smaller ones are "
+    "counted. Scores and verdicts stay.",
+)
+@click.option("--mm-per-pixel", type=float, help="Side of a pixel of the images, in mm: tells regions in mm too.")
+@click.option("--close-gaps", type=int, default=0, help="Pixels between two parts up to which they are one region.")
 def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) -> None:
     """Write a trained model as a bundle.
 

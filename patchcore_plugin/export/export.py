@@ -12,16 +12,20 @@ import numpy as np
 from patchcore_plugin.bundle import (
     ENSEMBLE_FORMAT,
     FEATURES,
+    MAX_INPUT_SIDE,
     MAX_NAME_LENGTH,
+    REGIONS_FORMAT,
     BundleError,
     Index,
     Manifest,
     Member,
+    RegionRule,
     atomic_folder,
     describe_files,
     describe_versions,
     write_manifest,
 )
+from patchcore_plugin.checks import check_number
 from patchcore_plugin.cpu import cores
 from patchcore_plugin.export.model_records import (
     read_calibration,
@@ -67,6 +71,9 @@ def export_bundle(
     precision: Precision | Literal["auto"] = "f32",
     thumbnails: bool = False,
     images: Sequence[str | Path] | None = None,
+    min_area: float = 0,
+    mm_per_pixel: float | None = None,
+    close_gaps: int = 0,
     progress: Progress = no_progress,
 ) -> Path:
     """Write a trained model as a bundle.
@@ -88,6 +95,10 @@ def export_bundle(
             the bank has a patch of takes up to 192 KiB, in the bundle and in the memory of what serves it.
         images: Normal images that are not in the bank, to measure on; up to 64 of them are used. By default, images of the
             validation set that the checkpoint keeps.
+        min_area: Least area of a region, in pixels of an image as it is sent, or in mm² with ``mm_per_pixel``. Smaller ones
+            are counted, and not listed. Scores and verdicts do not depend on it.
+        mm_per_pixel: Side of a pixel of an image as it is sent, in mm, so that regions are told in mm too.
+        close_gaps: Parts with at most so many pixels of the image between them are one region.
         progress: Called as each step begins.
 
     Returns:
@@ -95,12 +106,14 @@ def export_bundle(
 
     Raises:
         MemoryBankError: If the model is not fitted.
+        UsageError: If ``min_area``, ``mm_per_pixel`` or ``close_gaps`` is out of range.
         BundleError: If the folder exists; if the model has a part that a bundle cannot hold (a custom pre-processing step);
             if there are no images to measure a choice on; or if a training image is not there for its thumbnail.
         ImageError: If an image cannot be read.
     """
     path = Path(path)
     name = _checked_name(name or path.name)
+    regions = _region_rule(min_area, mm_per_pixel, close_gaps)
     torch_model = model.model
     _check_exportable(torch_model)
     recipe = read_preprocessing(model)
@@ -132,6 +145,7 @@ def export_bundle(
             format_version=max(
                 *(part.format_version for part in (recipe, calibration) if part is not None),
                 ENSEMBLE_FORMAT if len(members) > 1 else 0,
+                REGIONS_FORMAT if regions else 0,
             ),
             name=name,
             created=datetime.now(timezone.utc),
@@ -145,6 +159,7 @@ def export_bundle(
             precision_trials=precision_trials,
             image=image,
             pixel=pixel,
+            regions=regions,
             calibration=calibration,
             versions=describe_versions("patchcore-plugin", "anomalib", "torch", "timm", "openvino", "faiss-cpu", "numpy"),
             files=describe_files(draft),
@@ -153,6 +168,15 @@ def export_bundle(
         progress("self-test", 0, 1)
         self_test.record(draft)
     return path
+
+
+def _region_rule(min_area: float, mm_per_pixel: float | None, close_gaps: int) -> RegionRule | None:
+    """The rule for regions; None where the values change nothing."""
+    check_number("min_area", min_area, 0, 1e12, hint="It is in pixels of the image, or in mm² with mm_per_pixel.")
+    check_number("mm_per_pixel", mm_per_pixel, 0, 1e6, closed="right", optional=True, hint="0.05 is 20 pixels for each mm.")
+    check_number("close_gaps", close_gaps, 0, MAX_INPUT_SIDE, whole=True, hint="It is a number of pixels of the image.")
+    rule = RegionRule(min_area=min_area, mm_per_pixel=mm_per_pixel, close_gaps=close_gaps)
+    return None if rule == RegionRule() else rule
 
 
 def _checked_name(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from patchcore_plugin.bundle import RegionRule
 from patchcore_plugin.scoring import conformal, scores, thresholds
 from patchcore_plugin.scoring.regions import Region, find_regions
 
@@ -126,26 +127,48 @@ class Prediction:
         return thresholds.raw_threshold(self.manifest.pixel)
 
     @cached_property
-    def map_regions(self) -> list[Region]:
-        """Connected parts of the map above the pixel threshold, in pixels of the map; empty without a threshold."""
+    def _regions(self) -> tuple[list[Region], list[Region], int]:
+        """The regions in pixels of the map, and of the image; and the number of those that are smaller than the limit."""
         limit = thresholds.verdict_limit(self.manifest.pixel)
-        return [] if limit is None else find_regions(self.anomaly_map, limit)
-
-    @cached_property
-    def regions(self) -> list[Region] | None:
-        """The regions of the map, in the same order, in pixels of the image; None without a threshold."""
-        if self.pixel_threshold is None:
-            return None
-        preprocessing = self.manifest.preprocessing
+        if limit is None:
+            return [], [], 0
+        rule, preprocessing = self.manifest.regions or RegionRule(), self.manifest.preprocessing
         height, width = preprocessing.pixel_size(self.size)
-        return [
-            Region(
-                **vars(preprocessing.to_image(region, self.size)),
-                area=max(1, round(region.area * height * width)),
-                peak=region.peak,
+        gaps = int(rule.close_gaps / height), int(rule.close_gaps / width)
+        found = [
+            (
+                region,
+                Region(
+                    **vars(preprocessing.to_image(region, self.size)),
+                    area=max(1, round(region.area * height * width)),
+                    peak=region.peak,
+                    mm_per_pixel=rule.mm_per_pixel,
+                ),
             )
-            for region in self.map_regions
+            for region in find_regions(self.anomaly_map, limit, gaps)
         ]
+        unit = 1 if rule.mm_per_pixel is None else rule.mm_per_pixel**2
+        kept = [pair for pair in found if pair[1].area * unit >= rule.min_area]
+        return [region for region, _ in kept], [region for _, region in kept], len(found) - len(kept)
+
+    @property
+    def map_regions(self) -> list[Region]:
+        """The regions, in the same order, in pixels of the map; empty without a threshold."""
+        return self._regions[0]
+
+    @property
+    def regions(self) -> list[Region] | None:
+        """Connected parts of the map above the pixel threshold, the highest peak first, in pixels of the image.
+
+        By the bundle's rule for regions, where it has one, parts with small gaps between them are one region, and small ones
+        are left out. None without a threshold.
+        """
+        return None if self.pixel_threshold is None else self._regions[1]
+
+    @property
+    def small_regions(self) -> int | None:
+        """Number of regions left out because they are smaller than the bundle's limit; None without a threshold."""
+        return None if self.pixel_threshold is None else self._regions[2]
 
 
 class Outcome(NamedTuple):

@@ -19,7 +19,7 @@ from helpers.training import LAYERS, ROOT
 from PIL import Image
 
 from patchcore_plugin import demo
-from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.bundle import RegionRule, read_manifest
 from patchcore_plugin.cli import main
 
 SCRIPTS = Path(sys.executable).parent
@@ -217,12 +217,20 @@ def test_export_over_a_bundle(trained, bundle_copy, cells):
     assert "exists already. Choose another folder, or pass --overwrite" in words(refused.stderr)
     assert {file.name: file.read_bytes() for file in bundle_copy.iterdir()} == before
 
+    for wrong in (["--min-area", "-1"], ["--mm-per-pixel", "nan"], ["--close-gaps", "99999"]):
+        refused = call("export", trained.checkpoint, bundle_copy, "--overwrite", *wrong)
+        assert refused.exit_code == 1
+        assert f"{wrong[0][2:].replace('-', '_')} must be" in words(refused.stderr)
+
     options = ["--index", "ivf", "--storage", "float16", "--precision", "auto", "--images", cells / "test/good"]
+    options += ["--min-area", "0.5", "--mm-per-pixel", "0.1", "--close-gaps", "4"]
     exported = call("export", trained.checkpoint, bundle_copy, *options, "--overwrite", "--name", "cells v2")
     assert exported.exit_code == 0, exported.output
     manifest = read_manifest(bundle_copy)
     assert manifest.name == "cells v2"
     assert (manifest.index.kind, manifest.index.storage) == ("ivf", "float16")
+    assert manifest.regions == RegionRule(min_area=0.5, mm_per_pixel=0.1, close_gaps=4)
+    assert "pixels of 0.1 mm; areas below 0.5 mm² are not listed" in words(call("info", bundle_copy).stdout)
     assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
     assert [row[0] for row in table_rows(exported.stdout) if row[-1] == "taken"] == ["ivf", manifest.precision]
     assert {file.name for file in bundle_copy.iterdir()} == {"manifest.json", *manifest.files}
@@ -293,6 +301,8 @@ def test_predict(bundle, runtime, line, tmp_path):
         assert (float(row["threshold"]), row["verdict"]) == (answer.threshold, answer.verdict)
         assert float(row["ratio"]) == pytest.approx(answer.score / answer.threshold, rel=1e-6)
         assert (row["p_value"], row["error"]) == ("", "")
+        largest = max((region.area for region in answer.regions), default="")
+        assert (row["regions"], row["small_regions"], row["largest_area"]) == (str(len(answer.regions)), "0", str(largest))
     for name, size in {"a.png.png": (300, 300), "sub/b.jpg.png": (400, 200)}.items():
         assert Image.open(tmp_path / "answers" / "heatmaps" / name).size == size
     assert len(list((tmp_path / "answers" / "heatmaps").rglob("*.*"))) == 2

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from anomalib.data.utils import read_image
+from helpers.bundles import change_manifest
 from helpers.training import LAYERS, folder_datamodule, make_engine, make_model
 from PIL import Image
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, Resize
@@ -418,3 +419,42 @@ def test_pixel_sensitivity_moves_the_colors(trained, tmp_path, test_images):
         picture = np.asarray(runtime.heatmap(test_images[0], runtime.predict(test_images[:1])[0])).astype(int)
         colored.append(int((picture[:, :, 0] != picture[:, :, 2]).sum()))
     assert colored[0] < colored[1] < colored[2]
+
+
+def test_rule_for_regions(bundle_copy, runtime, test_images):
+    """In mm where the side of a pixel is known; what a limit leaves out is counted, and scores and verdicts stay."""
+    plain = max(runtime.predict(test_images), key=lambda answer: len(answer.regions))
+    image = test_images[[answer.score for answer in runtime.predict(test_images)].index(plain.score)]
+    areas = sorted(region.area for region in plain.regions)
+    assert len(areas) > 2
+    assert plain.small_regions == 0
+
+    def answer(**rule):
+        change_manifest(bundle_copy, format_version=10, regions=rule)
+        found = PatchcoreRuntime.load(bundle_copy).predict([image])[0]
+        assert (found.score, found.verdict) == (plain.score, plain.verdict)
+        return found
+
+    found = answer(min_area=areas[1] * 0.05**2, mm_per_pixel=0.05)
+    assert [region.area for region in found.regions] == [region.area for region in plain.regions if region.area >= areas[1]]
+    assert found.small_regions == len(areas) - len(found.regions) > 0
+    assert len(found.map_regions) == len(found.regions)
+    first, same = found.regions[0], plain.regions[0]
+    assert first.mm == pytest.approx((same.width * 0.05, same.height * 0.05, same.area * 0.05**2))
+    assert same.mm is None
+    found = answer(min_area=10**6)
+    assert (found.regions, found.small_regions) == ([], len(areas))
+    (everything,) = answer(close_gaps=300).regions
+    assert everything.area == pytest.approx(sum(areas), abs=len(areas))
+    change_manifest(bundle_copy, format_version=9)
+    with pytest.raises(BundleError, match="format_version 9 has no regions"):
+        PatchcoreRuntime.load(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"min_area": -1}, {"mm_per_pixel": 0}, {"mm_per_pixel": "x"}, {"close_gaps": 1.5}, {"a": 1}]
+)
+def test_rule_for_regions_that_cannot_be(bundle_copy, rule):
+    change_manifest(bundle_copy, format_version=10, regions=rule)
+    with pytest.raises(BundleError, match=r"regions\."):
+        PatchcoreRuntime.load(bundle_copy)

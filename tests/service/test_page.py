@@ -402,7 +402,11 @@ def test_part_to_review(visit, calibrated, defect, keep, tmp_path):
     score = PatchcoreRuntime.load(bundle).predict([defect[0]])[0].score
     image = {**manifest.image.model_dump(), "threshold": score + 1, "maximum": score + 20, "review": score - 1}
     calibration = {**json.loads(manifest.calibration.model_dump_json()), "review_rate": 0.2}
-    change_manifest(bundle, format_version=8, image=image, calibration=calibration)
+    regions = {"min_area": 1.0, "mm_per_pixel": 0.05}
+    change_manifest(bundle, format_version=10, image=image, calibration=calibration, regions=regions)
+    answer = PatchcoreRuntime.load(bundle).predict([defect[0]])[0]
+    assert answer.regions
+    assert answer.small_regions
     with app_server(bundle=bundle) as server:
         page = visit(server)
         choose(page, defect[0])
@@ -412,6 +416,10 @@ def test_part_to_review(visit, calibrated, defect, keep, tmp_path):
         assert marks[0]["x"] < bar["x"] + bar["width"] < marks[1]["x"] + marks[1]["width"]
         promise = "Of 100 good parts, 4.76 would be stopped, and 14.3 looked at, on average."
         expect(page.locator("#promise")).to_have_text(promise)
+        sizes = [float(cell) for cell in page.locator("#regions td:last-child").all_text_contents()]
+        assert sizes == [pytest.approx(region.area * 0.05**2, rel=1e-3) for region in answer.regions]
+        note = f", and {answer.small_regions} smaller than the model's limit, not listed"
+        expect(page.locator("#regions-note")).to_contain_text(note)
         expect(page.locator("#history .review")).to_have_count(1)
         keep(page, "review")
 
