@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from patchcore_plugin.bundle import check_outside
 from patchcore_plugin.checks import check_number
@@ -61,6 +61,9 @@ class Options:
         patience: Seconds for which a file that cannot be read is tried again.
         once: Whether the watch ends when all files are answered that were there at the first look.
         receiver: Receiver of the webhook; None tells nobody.
+
+    Raises:
+        UsageError: If an option is out of range.
     """
 
     output: Path
@@ -73,6 +76,9 @@ class Options:
     receiver: Receiver | None = None
 
     def __post_init__(self) -> None:
+        if self.form not in get_args(Format):
+            msg = f"--format must be one of {', '.join(get_args(Format))}, got {self.form!r}."
+            raise UsageError(msg)
         check_number("--poll", self.poll, 0.01, 3600)
         check_number("--patience", self.patience, 0, 86_400)
 
@@ -201,7 +207,7 @@ class _Watch:
             try:
                 listed, ready = self._looks.look(self._state.answered)
             except OSError as error:
-                if first:
+                if first or self._options.once:
                     raise
                 self._say("folder", f"{self._folder} cannot be read, and is tried again: {error.strerror or error}")
                 self._wait(max(self._options.poll, 1.0))

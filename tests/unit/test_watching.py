@@ -693,7 +693,22 @@ def test_folder_that_is_none(tmp_path):
             watch(tmp_path / name, Brightness(), Options(tmp_path / "out"), threading.Event())
 
 
-@pytest.mark.parametrize(("name", "value"), [("poll", 0), ("poll", float("nan")), ("patience", -1), ("patience", "1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("poll", 0), ("poll", float("nan")), ("patience", -1), ("patience", "1"), ("form", "xml")]
+)
 def test_wrong_options(tmp_path, name, value):
     with pytest.raises(UsageError, match=name):
         Options(tmp_path, **{name: value})
+
+
+def test_share_that_goes_away(tmp_path, folder, start, caplog):
+    """Its files are not answered again when it is back."""
+    stop = start(heatmaps=False)
+    picture(folder / "a.png")
+    wait_for(lambda: rows(tmp_path))
+    folder.rename(tmp_path / "away")
+    wait_for(lambda: "cannot be read, and is tried again" in caplog.text)
+    (tmp_path / "away").rename(folder)
+    picture(folder / "b.png")
+    wait_for(lambda: len(rows(tmp_path)) == 2)
+    assert stop().answers == 2

@@ -7,12 +7,17 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import signal
+import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from helpers.http import wait_for
@@ -211,6 +216,53 @@ def test_receiver_without_tls(lie_):
     """What answers an encrypted request in this way ends in time too."""
     with lie(LIES[lie_]) as (url, _), pytest.raises(HttpError):
         send(url.replace("http:", "https:"), b"{}", seconds=0.5)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_certificate_is_checked(tmp_path):
+    """One that nobody signed is refused; one that ``SSL_CERT_FILE`` names is taken, for its own host alone."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2"]
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*map(str, command), *subject], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def answer(connection):
+        with context.wrap_socket(connection, server_side=True) as encrypted:
+            encrypted.recv(65536)
+            encrypted.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    code = """
+import sys
+from patchcore_plugin.http_client import HttpError, send
+try:
+    print(send(sys.argv[1], b"{}", seconds=10).status)
+except HttpError as error:
+    print(error)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with suppress(OSError):
+                        answer(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        said = []
+        for host, trusted in [("127.0.0.1", ""), ("127.0.0.1", str(certificate)), ("localhost", str(certificate))]:
+            url = f"https://{host}:{listener.getsockname()[1]}/"
+            environment = {**os.environ, **({"SSL_CERT_FILE": trusted} if trusted else {})}
+            command = [sys.executable, "-c", code, url]
+            said.append(
+                subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+            )
+        listener.shutdown(socket.SHUT_RDWR)
+    assert said[1] == "204\n"
+    assert "certificate verify failed" in said[0]
+    assert "certificate verify failed" in said[2]
 
 
 ENDLESS_BODY = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"
