@@ -49,7 +49,7 @@ def make_result(name: str, fields: Mapping[str, Any], **more: str | None) -> dic
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     texts = {column: as_text(more[column]) if more.get(column) else None for column in ("heatmap", "moved_to", "error")}
     result = {"time": now, "image": as_text(name), **{column: fields.get(column) for column in NUMBERS}, **texts}
-    return {**result, "regions": fields.get("regions"), "size": fields.get("size")}
+    return {**result, **{name: fields.get(name) for name in ("regions", "small_regions", "size")}}
 
 
 def header(form: Format) -> bytes:

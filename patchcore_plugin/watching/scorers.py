@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from patchcore_plugin.runtime import Outcome
+    from patchcore_plugin.scoring.regions import Region
 
 _BUNDLE_LOOK_SECONDS = 1.0
 _REQUEST_SECONDS = 120.0  # the service gives up after a minute itself, by default
@@ -34,7 +35,8 @@ _MOST_ANSWER_BYTES = 512 << 20  # with the heatmap of the largest image
 _ABOUT_THE_IMAGE = frozenset({"image_missing", "image_unreadable", "image_too_large", "body_too_large"})
 _ABOUT_ONE_REQUEST = frozenset({408, 500, 504})
 _NO_ANSWER = ValueError, TypeError, LookupError, RecursionError  # of JSON that is none, or of something else
-_NUMBERS = "score", "normalized_score", "p_value", "threshold", "review_threshold", "ratio", "pixel_threshold"
+_THRESHOLDS = "threshold", "review_threshold", "pixel_threshold"
+_NUMBERS = "score", "normalized_score", "p_value", *_THRESHOLDS, "ratio", "small_regions"
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +150,7 @@ class RuntimeScorer:
         height, width = prediction.size
         fields = {
             **{name: getattr(prediction, name) for name in (*_NUMBERS, "verdict")},
-            "regions": None if prediction.regions is None else [asdict(region) for region in prediction.regions],
+            "regions": None if prediction.regions is None else list(map(_describe_region, prediction.regions)),
             "size": {"width": width, "height": height},
             "model": runtime.manifest.name,
             "version": runtime.version,
@@ -158,6 +160,12 @@ class RuntimeScorer:
             save_drawing(runtime.heatmap(outcome.pixels, prediction), path)
 
         return Answer(fields, draw if heatmaps else None)
+
+
+def _describe_region(region: Region) -> dict[str, Any]:
+    """A region as ``/predict`` answers it."""
+    fields = {name: getattr(region, name) for name in ("left", "top", "width", "height", "area", "peak")}
+    return {**fields, "mm": region.mm and region.mm._asdict()}
 
 
 class ServiceScorer:

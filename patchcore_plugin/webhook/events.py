@@ -27,17 +27,8 @@ if TYPE_CHECKING:
 NORMAL = "normal"
 """The verdict that nobody is told of. There is no event either of a model without a threshold, which gives no verdict."""
 
-_ANSWER_FIELDS = (
-    "verdict",
-    "score",
-    "threshold",
-    "review_threshold",
-    "ratio",
-    "normalized_score",
-    "p_value",
-    "model",
-    "version",
-)
+_NUMBERS = "score", "threshold", "review_threshold", "ratio", "normalized_score", "p_value", "small_regions"
+_ANSWER_FIELDS = "verdict", *_NUMBERS, "model", "version"
 _MOST_REGIONS = 16
 _PREFIX, _KEY_BYTES = "whsec_", (24, 64)  # as the standard says
 _COMMAND = "python -c \"import base64, secrets; print('whsec_' + base64.b64encode(secrets.token_bytes(32)).decode())\""

@@ -22,6 +22,7 @@ from helpers.bundles import change_manifest
 from helpers.http import wait_for
 from helpers.receivers import SECRET, free_port, lie, receive
 from helpers.server import app_server
+from patchcore_plugin.bento.schemas import ImageScore
 from PIL import Image
 
 from patchcore_plugin import PatchcoreRuntime
@@ -76,7 +77,11 @@ def test_answers_are_those_of_predict(bundle, runtime, test_images, camera):
         row = found.pop(image.name)
         assert row["score"] == pytest.approx(expected.score, rel=1e-5)
         assert row["verdict"] == expected.verdict
-        assert len(row["regions"]) == len(expected.regions)
+        as_served = ImageScore.model_validate(expected).model_dump()
+        assert [{**region, "peak": None} for region in row["regions"]] == [
+            {**region, "peak": None} for region in as_served["regions"]
+        ]
+        assert (row["size"], row["small_regions"]) == (as_served["size"], as_served["small_regions"])
         assert (row["model"], row["version"]) == (runtime.manifest.name, runtime.version)
         assert (output / row["heatmap"]).is_file()
         assert f"{image.name}: {row['verdict']}" in result.output or row["verdict"] == "normal"
