@@ -2,6 +2,7 @@
 
     python tests/benchmarks/load.py                 # highest rate; latency at 50 % and 80 % of it; twice the highest rate
     python tests/benchmarks/load.py --soak 20000    # only this number of requests, one in ten hostile, and the memory
+    python tests/benchmarks/load.py --record 12     # only what the record costs: with and without, this number of turns each
 
 The bundle has ELPV's 1 % bank. The clients run on the same cores as the service. The runtime's rate has no clients and no
 HTTP; it is the limit for the service.
@@ -13,17 +14,20 @@ import http.client
 import io
 import json
 import os
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import click
 import numpy as np
 import psutil
 from common import LAYERS, elpv_embeddings, heading
+from helpers.http import predict
 from helpers.pictures import black_png, jpeg_of_scans, jpeg_of_segments, tiff_of_strips
 from helpers.server import BENTOML, SERVE, bentoml_serve
 from PIL import Image
@@ -272,11 +276,87 @@ def soak(server, images: list[Path], count: int) -> None:
     )
 
 
+def cpu_seconds(server) -> float:
+    """Processor time of the server's processes so far."""
+    return sum(sum(child.cpu_times()[:2]) for child in server.children())
+
+
+def record_cost(folder: Path, images: str, server, contents: list[bytes], count: int = 500, rate: float = 100) -> float:
+    """CPU seconds that the record takes for an answer, in this process and at a steady rate, without network and search."""
+    from patchcore_plugin.bento.metrics import Metrics
+    from patchcore_plugin.bento.record import AnswerRecord
+    from patchcore_plugin.bento.schemas import ImageAnswer
+    from patchcore_plugin.bento.settings import Settings
+    from prometheus_client import CollectorRegistry
+
+    answers = [ImageAnswer.model_validate(predict(server.client, content).json()) for content in contents]
+    record = AnswerRecord(folder, Settings(record=folder, record_images=images), Metrics(CollectorRegistry()))
+    time.sleep(2)  # the database is there
+    begin, started = time.perf_counter(), time.process_time()
+    for number in range(count):
+        place = number % len(contents)
+        record.add("cell.png", contents[place], answers[place], "request")
+        time.sleep(max(0, begin + number / rate - time.perf_counter()))
+    record.close()
+    return (time.process_time() - started) / count
+
+
+def compare_records(environment: dict[str, str], folder: Path, contents: list[bytes], count: int, turns: int) -> None:
+    """Measure services without a record, with one, and with one that keeps all images, by turns."""
+    kinds = {
+        "without a record": {},
+        "record without images": {"PATCHCORE_RECORD": str(folder / "none"), "PATCHCORE_RECORD_IMAGES": "none"},
+        "record of all images": {"PATCHCORE_RECORD": str(folder / "all"), "PATCHCORE_RECORD_IMAGES": "all"},
+    }
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(bentoml_serve(SERVE, folder, **environment, **options))
+            for name, options in kinds.items()
+        }
+        for server in servers.values():
+            saturate(server, contents, count)
+        rates, costs = ({name: [] for name in kinds} for _ in range(2))
+        for turn in track(range(turns), description="Turns"):
+            for name in list(kinds)[:: 1 if turn % 2 else -1]:
+                before = cpu_seconds(servers[name])
+                rates[name].append(saturate(servers[name], contents, count))
+                time.sleep(1)  # the last answers are written
+                costs[name].append((cpu_seconds(servers[name]) - before) / count)
+        alone = [
+            record_cost(folder / f"alone-{images}", images, servers["without a record"], contents)
+            for images in ("none", "all")
+        ]
+        lost = [server for server in servers.values() if "patchcore_record_lost_total" in server.client.get("/metrics").text]
+    table = Table("service", "requests/s, median", "of that without (quartiles)", "CPU ms a request", "of that without")
+    bare = next(iter(kinds))
+    for name in kinds:
+        shares = [np.divide(values[name], values[bare]) for values in (rates, costs)]
+        low, middle, high = np.percentile(shares[0], [25, 50, 75])
+        table.add_row(
+            name,
+            f"{np.median(rates[name]):.1f}",
+            f"{middle:.1%} ({low:.1%} to {high:.1%})",
+            f"{1000 * np.median(costs[name]):.2f}",
+            f"{np.median(shares[1]):.1%}",
+        )
+    Console(width=125).print(table)
+    request = np.median(costs[bare])
+    told = " and ".join(f"{1000 * cost:.2f} ms ({cost / request:.1%} of a request)" for cost in alone)
+    click.echo(f"CPU time of the record alone, an answer, without and with its image: {told}")
+    with closing(sqlite3.connect(folder / "all" / "answers.sqlite")) as connection:
+        (rows,) = connection.execute("SELECT count(*) FROM answers WHERE image_bytes IS NOT NULL").fetchone()
+    click.echo(
+        f"{count} requests a turn, {turns} turns; {rows:,} of {count * (turns + 1):,} images are recorded, and {len(lost)} "
+        f"services lost any; load of the machine in the last 5 minutes: {os.getloadavg()[1]:.1f}"
+    )
+
+
 @click.command()
 @click.option("--count", default=1000, show_default=True, help="Requests that measure the highest rate.")
 @click.option("--seconds", default=60.0, show_default=True, help="Seconds at twice the highest rate.")
 @click.option("--soak", "soaked", default=0, help="Only send this number of requests, one in ten hostile.")
-def main(count: int, seconds: float, soaked: int) -> None:
+@click.option("--record", "turns", default=0, help="Only measure what the record costs, with this number of turns.")
+def main(count: int, seconds: float, soaked: int, turns: int) -> None:
     """Print throughput and latency, and what happens at twice the highest rate."""
     click.echo(heading("bentoml", "openvino", "faiss-cpu"))
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
@@ -288,6 +368,9 @@ def main(count: int, seconds: float, soaked: int) -> None:
         if soaked:
             with bentoml_serve(SERVE, folder, **environment) as server:
                 soak(server, images, soaked)
+            return
+        if turns:
+            compare_records(environment, folder, contents, count, turns)
             return
         best = {mode: runtime_rate(bundle, contents, mode, count) for mode in ("latency", "throughput")}
         for mode, rate in best.items():

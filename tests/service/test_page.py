@@ -603,22 +603,22 @@ def test_words_by_keyboard_alone(visit, recording, defect, tmp_path):
 
 
 def test_older_answers(visit, recording, defect, tmp_path):
-    for _ in range(45):
+    for _ in range(25):
         assert predict(recording.client, defect[0]).status_code == 200
-    wait_for(lambda: len(read_history(tmp_path / "record", Filter(), 99)) == 45, 10)
+    wait_for(lambda: len(read_history(tmp_path / "record", Filter(), 99)) == 25, 10)
     page = visit(recording)
-    for count in (20, 40, 45):
+    for count in (20, 25):
         expect(page.locator("#history li")).to_have_count(count)
         expect(page.locator("#history canvas")).to_have_count(count)
-        if count < 45:
+        if count < 25:
             page.get_by_role("button", name="Show older ones").click()
     expect(page.locator("#older")).to_be_hidden()
     choose(page, defect[0])
     verdict_is(page, "Anomalous", defect[0].name)
-    expect(page.locator("#history li")).to_have_count(45)
+    expect(page.locator("#history li")).to_have_count(25)
     expect(page.locator("#older")).to_be_visible()  # the oldest has made room
     page.locator("#older").click()
-    expect(page.locator("#history li")).to_have_count(46)
+    expect(page.locator("#history li")).to_have_count(26)
 
 
 @pytest.mark.parametrize("colors", ["light", "dark"])

@@ -196,18 +196,18 @@ def test_size_is_kept(folder):
     limit, image = 64 * MIB, bytes(MIB)
     writer = RecordWriter(folder, days=30, limit=limit)
     answers = [
-        make_answer(number, age=timedelta(seconds=300 - number), image=b"BM%d" % number + image) for number in range(150)
+        make_answer(number, age=timedelta(seconds=300 - number), image=b"BM%d" % number + image) for number in range(100)
     ]
-    for start in range(0, 150, 15):
-        for answer in answers[start : start + 15]:
+    for start in range(0, 100, 20):
+        for answer in answers[start : start + 20]:
             assert writer.put(answer)
-        wait_until(lambda end=start + 15: len(everything(folder)) == end)
+        wait_until(lambda end=start + 20: len(everything(folder)) == end)
         if start == 0:
             say(folder, answers[3].record, "good", "", None, limit)
         assert size_of(folder) <= limit
     writer.close()
     stored = [entry["record"] for entry in everything(folder) if entry["image"]]
-    assert len(everything(folder)) == 150
+    assert len(everything(folder)) == 100
     assert len(stored) > 50
     assert stored == [*(answer.record for answer in reversed(answers[-len(stored) + 1 :])), answers[3].record]
     assert {path.stem for path in folder.glob("images/*/*")} == set(stored)
