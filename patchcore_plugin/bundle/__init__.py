@@ -19,6 +19,8 @@ from patchcore_plugin.bundle.folder import (
 from patchcore_plugin.bundle.manifest import (
     BANK,
     BANKS,
+    DEFECTS,
+    DEFECTS_FORMAT,
     ENSEMBLE_FORMAT,
     FEATURES,
     FILES,
@@ -59,6 +61,8 @@ from patchcore_plugin.bundle.tiles import MAX_INPUT_SIDE, TileLayout, Tiles
 __all__ = [
     "BANK",
     "BANKS",
+    "DEFECTS",
+    "DEFECTS_FORMAT",
     "ENSEMBLE_FORMAT",
     "FEATURES",
     "FILES",

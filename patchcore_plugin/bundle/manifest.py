@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MANIFEST, FEATURES, WEIGHTS = "manifest.json", "features.xml", "features.bin"
 BANK, NEIGHBORS = "bank.faiss", "bank.npy"
 ORIGINS, SOURCES, THUMBNAILS = "origins.npy", "sources.json", "thumbnails.npy"
+DEFECTS = "defects.npy"
 
 MAX_MEMBERS = 8
 """Most members of an ensemble."""
@@ -77,6 +78,8 @@ FILES = {
     ORIGINS: FileRule("training image, row and column of each bank vector", required=False, needs=(SOURCES,)),
     SOURCES: FileRule("names of the training images", required=False, needs=(ORIGINS,)),
     THUMBNAILS: FileRule("small copies of the training images", required=False, needs=(SOURCES,)),
+    # (K, D), float32
+    DEFECTS: FileRule("vectors of known defects", required=False),
 }
 """Every file that a bundle may hold beside its manifest. Reading, writing, ``info`` and ``update`` go by this table."""
 
@@ -98,6 +101,9 @@ TILES_FORMAT = 9
 
 REGIONS_FORMAT = 10
 """Lowest version of the bundle format that has a rule for regions."""
+
+DEFECTS_FORMAT = 11
+"""Lowest version of the bundle format that has known defects."""
 
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
@@ -533,12 +539,16 @@ class Update(_Record):
         date: Time of the update.
         images: Number of new normal images whose patches went into the bank.
         vectors: Number of vectors that the bank gained.
+        defects: Number of vectors of known defects that were added; None for none.
     """
+
+    later_fields = ("defects",)
 
     parent: Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
     date: datetime
-    images: Count
+    images: Annotated[int, Field(ge=0, le=2**53)]
     vectors: Annotated[int, Field(ge=0, le=2**53)]
+    defects: Count | None = None
 
 
 class RegionRule(_Record):
@@ -584,10 +594,10 @@ class Manifest(_Record):
     The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
 
     Attributes:
-        format_version: Version of the bundle format. Version 10 added the rule for regions, version 9 tiles, version 8 the
-            review band, version 7 the region of interest, version 6 further members, version 5 the calibration's sessions,
-            version 4 the intensity range, and only bundles that have them are of these versions; what version 3 added has a
-            default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 11 added known defects, version 10 the rule for regions,
+            version 9 tiles, version 8 the review band, version 7 the region of interest, version 6 further members, version
+            5 the calibration's sessions, version 4 the intensity range, and only bundles that have them are of these
+            versions; what version 3 added has a default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -617,7 +627,7 @@ class Manifest(_Record):
 
     later_fields = ("members", "regions")
 
-    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9, 10]
+    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -653,6 +663,7 @@ class Manifest(_Record):
             "tiles": (self.preprocessing.tiles, TILES_FORMAT),
             "review": (self.image.review, REVIEW_FORMAT),
             "regions": (self.regions, REGIONS_FORMAT),
+            DEFECTS: (self.files.get(DEFECTS), DEFECTS_FORMAT),
             "review_rate": (self.calibration and self.calibration.review_rate, REVIEW_FORMAT),
         }
         for name, (value, version) in later.items():

@@ -83,7 +83,9 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     yield "origins", known + (", with thumbnails" if THUMBNAILS in manifest.files else "")
     yield "self-test", "none" if manifest.self_test is None else f"{len(manifest.self_test.scores)} scores"
     for update in manifest.lineage:
-        yield "update", f"{update.date:%Y-%m-%d}: {update.images} images added {update.vectors} vectors to {update.parent}"
+        taught = f", and {update.defects} patches of defects" if update.defects else ""
+        added = f"{update.images} images added {update.vectors} vectors{taught}"
+        yield "update", f"{update.date:%Y-%m-%d}: {added} to {update.parent}"
     for name, file in manifest.files.items():
         yield name, f"{FILES[name].content}, {file.bytes / 2**20:.2f} MiB"
     yield "written with", ", ".join(f"{package} {number}" for package, number in manifest.versions.items())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from patchcore_plugin.bundle import FileContent, IndexKind, Storage
+    from patchcore_plugin.memory_bank.defects import Defects
     from patchcore_plugin.memory_bank.faiss_index import FaissIndex, Found
     from patchcore_plugin.scoring import ScoreRule
 
@@ -196,12 +197,13 @@ class MemoryBank:
         """
         return self._nearest(self._as_queries(embedding.reshape(-1, embedding.shape[-1])), embedding.shape[1:3])
 
-    def score(self, embedding: NDArray[np.float32], rule: ScoreRule) -> Scores:
+    def score(self, embedding: NDArray[np.float32], rule: ScoreRule, defects: Defects | None = None) -> Scores:
         """Score images by their patch embeddings.
 
         Args:
             embedding: Patch embeddings (B, h, w, D), float32.
             rule: How patch distances become an image score.
+            defects: Known defects, which raise the scores of what resembles them.
 
         Raises:
             UsageError: If the embedding does not fit the bank, or holds NaN or infinity.
@@ -211,6 +213,8 @@ class MemoryBank:
         rows = farthest_patches(distances)
         queries = inspected.reshape(-1, self.dimension)[rows]
         support = self.support(queries, indices.reshape(-1)[rows], rule.num_neighbors)
+        if defects is not None:
+            distances = defects.raise_distances(inspected, distances)
         patch = rule.on_grid(distances, embedding.shape[1:3])
         return Scores(reweight(image_score(patch, rule), support), patch)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from patchcore_plugin.memory_bank.bank import MemoryBank
+    from patchcore_plugin.memory_bank.defects import Defects
     from patchcore_plugin.memory_bank.faiss_index import Found
     from patchcore_plugin.scoring import ScoreRule
 
@@ -70,13 +71,14 @@ class EnsembleBank:
         ends = np.cumsum([bank.dimension for bank in self.members])[:-1]
         return [np.ascontiguousarray(part) for part in np.split(embedding, ends, axis=-1)]
 
-    def score(self, embedding: NDArray[np.float32], rule: ScoreRule) -> Scores:
+    def score(self, embedding: NDArray[np.float32], rule: ScoreRule, defects: Defects | None = None) -> Scores:
         """Score images by their patch embeddings (B, h, w, D), float32; see :meth:`MemoryBank.score`.
 
         Equation 7 takes the members' mean distances too: that of a patch to its nearest vectors, and those to their
         neighbors.
         """
-        parts = self.split(rule.inspected(embedding))
+        values = rule.inspected(embedding)
+        parts = self.split(values)
         found = [bank.find(part) for bank, part in zip(self.members, parts, strict=True)]
         inspected = weighted_mean([distances for distances, _ in found], self.weights)
         rows = farthest_patches(inspected)
@@ -85,6 +87,8 @@ class EnsembleBank:
             bank.support(part.reshape(-1, bank.dimension)[rows], indices.reshape(-1)[rows], count)
             for bank, part, (_, indices) in zip(self.members, parts, found, strict=True)
         ]
+        if defects is not None:
+            inspected = defects.raise_distances(values, inspected)
         patch = rule.on_grid(inspected, embedding.shape[1:3])
         return Scores(reweight(image_score(patch, rule), weighted_mean(support, self.weights)), patch)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from patchcore_plugin.bundle import (
+    DEFECTS_FORMAT,
     BundleError,
     Calibration,
     Index,
@@ -29,8 +30,9 @@ from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbn
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import read_image
-from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, save_banks
+from patchcore_plugin.memory_bank import Defects, EnsembleBank, MemoryBank, join_banks, save_banks, write_defects
 from patchcore_plugin.memory_bank.choice import choose
+from patchcore_plugin.memory_bank.defects import MAX_DEFECTS
 from patchcore_plugin.memory_bank.growth import farthest_first
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction, self_test
@@ -56,9 +58,9 @@ class UpdateReport:
         update: The step that the new bundle records.
         bank_size: Number of vectors of the new bank; of an ensemble, of all its banks.
         radii: Covering radius of each member's bank, which new patches lie within too, in feature units.
-        names: Paths of the held-out images.
-        before: Predictions of the held-out images by the old bundle.
-        after: Predictions of the held-out images by the new bundle.
+        names: Paths of the held-out images; where none were held out, of the new ones.
+        before: Predictions of these images by the old bundle.
+        after: Predictions of these images by the new bundle.
     """
 
     update: Update
@@ -69,7 +71,7 @@ class UpdateReport:
     after: list[Prediction]
 
     def count(self, verdict: Verdict) -> tuple[int, int]:
-        """Number of held-out images that got a verdict, before and after."""
+        """Number of these images that got a verdict, before and after."""
         before, after = (sum(answer.verdict == verdict for answer in each) for each in (self.before, self.after))
         return before, after
 
@@ -78,10 +80,11 @@ def update_bundle(
     path: str | Path,
     images: Sequence[str | Path],
     output: str | Path,
-    holdout: int = 5,
+    holdout: int | None = 5,
     progress: Progress = no_progress,
+    defects: NDArray[np.float32] | None = None,
 ) -> UpdateReport:
-    """Write a bundle's successor, whose memory bank knows new normal images too.
+    """Write a bundle's successor, whose memory bank knows new normal images too, and which may know defects.
 
     The bank is extended as it was built: farthest patch first, from the present vectors, until every patch of the new images
     lies within the covering radius that the bundle records. Some of the images stay out of the bank, to measure what the
@@ -91,48 +94,70 @@ def update_bundle(
         path: Bundle to start from; it is not changed.
         images: New normal images.
         output: Folder of the new bundle.
-        holdout: Sort the images by file name, and hold out every ``holdout``-th (the last one if there are fewer).
+        holdout: Sort the images by file name, and hold out every ``holdout``-th (the last one if there are fewer). None
+            holds none out: the report then is of the new images themselves, and thresholds stay.
         progress: Called as the steps go on.
+        defects: Embeddings of patches of defects (K, D), float32, that raise the scores of what resembles them; see
+            :mod:`patchcore_plugin.memory_bank.defects`. Those of the bundle stay.
 
     Raises:
         BundleError: If the bundle is damaged, or does not record its covering radius; or if ``output`` exists, or lies in
             the bundle.
         ImageError: If an image cannot be read.
-        UsageError: If there are fewer than two images, or ``holdout`` is below 2; or if the thresholds were set by recording
-            sessions, of which the held-out images are one more, and are too few.
+        UsageError: If there are fewer than two images (without ``holdout`` none, and no defects), or ``holdout`` is below 2;
+            if there are more than 2,000 vectors of defects; or if the thresholds were set by recording sessions, of which
+            the held-out images are one more, and are too few.
     """
-    check_number("holdout", holdout, 2, whole=True, hint="5 keeps every fifth image out of the bank.")
+    check_number("holdout", holdout, 2, whole=True, optional=True, hint="5 keeps every fifth image out of the bank.")
     added, held_out = _divide(images, holdout)
+    measured_images = held_out or added
+    if not added and defects is None:
+        msg = "There is nothing to update from: no new normal image, and no defect."
+        raise UsageError(msg)
     _check_output(output, path)
     old = PatchcoreRuntime.load(path)
-    radii = _covering_radii(old)
-    if old.manifest.calibration is not None:
+    radii = _covering_radii(old) if added else []
+    known = _join_defects(old, defects)
+    if old.manifest.calibration is not None and held_out:
         check_new_session(old.manifest.calibration, len(held_out))
     with atomic_folder(output) as draft:
         copy_files(path, old.manifest, draft)  # those of the bank are written anew below
-        patches = _find_uncovered(old, added, radii, progress)
-        picks = [
-            farthest_first(part.embeddings, part.distances, radius, progress)
-            for part, radius in zip(patches.members, radii, strict=True)
-        ]
-        answers = _answers(old, held_out, progress)
+        answers = _answers(old, measured_images, progress)
         measured = list(islice(answers, _MEASURED_IMAGES_LIMIT))
-        embeddings = np.stack([embedding for embedding, _ in measured])
-        members, bank = _grow_banks(old, patches, picks, embeddings, progress)
-        save_banks(bank, draft)
-        if old.origins is not None:
-            _grow_origins(old, patches, picks, added).write(draft)
+        members, bank, picks = old.manifest.all_members, old.bank, []
+        if added:
+            patches = _find_uncovered(old, added, radii, progress)
+            picks = [
+                farthest_first(part.embeddings, part.distances, radius, progress)
+                for part, radius in zip(patches.members, radii, strict=True)
+            ]
+            embeddings = np.stack([embedding for embedding, _ in measured])
+            members, bank = _grow_banks(old, patches, picks, embeddings, progress)
+            save_banks(bank, draft)
+            if old.origins is not None:
+                _grow_origins(old, patches, picks, added).write(draft)
+        taught = None if known is None else Defects(known, members, bank.threads)
+        if defects is not None:
+            write_defects(known, draft)
         found, before = [], []
         for embedding, prediction in chain(measured, answers):  # one image at a time, as serving scores them
-            found.append(bank.score(embedding[None], old.rule))
+            found.append(bank.score(embedding[None], old.rule, taught))
             before.append(prediction)
-        scores = Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
-        image, pixel, calibration = recalibrate(old.manifest, scores)
-        gained = sum(map(len, picks))
-        step = Update(parent=old.version, date=datetime.now(timezone.utc), images=len(added), vectors=gained)
+        image, pixel, calibration = old.manifest.image, old.manifest.pixel, old.manifest.calibration
+        if held_out:
+            image, pixel, calibration = recalibrate(
+                old.manifest, Scores(*(np.concatenate(part) for part in zip(*found, strict=True)))
+            )
+        step = Update(
+            parent=old.version,
+            date=datetime.now(timezone.utc),
+            images=len(added),
+            vectors=sum(map(len, picks)),
+            defects=None if defects is None else len(defects),
+        )
         manifest = old.manifest.model_copy(
             update={
-                "format_version": max(3, old.manifest.format_version),
+                "format_version": max(3 if known is None else DEFECTS_FORMAT, old.manifest.format_version),
                 "created": step.date,
                 **Manifest.fields_of(members),
                 "image": image,
@@ -146,8 +171,8 @@ def update_bundle(
         write_manifest(draft, manifest)
         progress("self-test", 0, 1)
         self_test.record(draft)
-    after = [Prediction.of(scores, number, answer.size, manifest) for number, answer in enumerate(before)]
-    return UpdateReport(step, len(bank), radii, [str(image) for image in held_out], before, after)
+    after = [Prediction.of(scores, 0, answer.size, manifest) for scores, answer in zip(found, before, strict=True)]
+    return UpdateReport(step, len(bank), radii, [str(image) for image in measured_images], before, after)
 
 
 def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Calibration | None]:
@@ -174,8 +199,23 @@ def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Cal
     return *set_thresholds(calibration), calibration
 
 
-def _divide(images: Sequence[str | Path], holdout: int) -> tuple[list[Path], list[Path]]:
+def _join_defects(runtime: PatchcoreRuntime, defects: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """The known defects of a bundle, and new ones; None where there are neither."""
+    old = None if runtime.defects is None else runtime.defects.vectors
+    both = [part for part in (old, defects) if part is not None]
+    if not both:
+        return None
+    joined = np.unique(np.concatenate(both), axis=0)
+    if len(joined) > MAX_DEFECTS:
+        msg = f"A bundle knows {MAX_DEFECTS:,} patches of defects at most, and these would be {len(joined):,}."
+        raise UsageError(msg)
+    return joined
+
+
+def _divide(images: Sequence[str | Path], holdout: int | None) -> tuple[list[Path], list[Path]]:
     """Images for the bank, and held-out ones."""
+    if holdout is None:
+        return list(map(Path, images)), []
     if len(images) < 2:
         msg = f"An update needs at least two new normal images, got {len(images)}: one goes into the bank, one is held out."
         raise UsageError(msg)

@@ -21,7 +21,7 @@ from patchcore_plugin.cpu import Mode, cores
 from patchcore_plugin.depth import to_pixels
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.images import ImageError, decode_image, read_image
-from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks
+from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, read_defects
 from patchcore_plugin.runtime.explain import Reason, explain
 from patchcore_plugin.runtime.heatmap import overlay
 from patchcore_plugin.runtime.network import Embedder, Network, NetworkFiles
@@ -67,6 +67,7 @@ class PatchcoreRuntime:
         rule: How patch distances become an image score.
         intensity_range: Values that become 0 and 255 when an image is read; None for 8-bit images.
         bank: Memory bank of the bundle; of an ensemble, the banks of its members.
+        defects: Known defects of the bundle, which raise the scores of what resembles them; None without any.
         origins: Where the bank's vectors come from; None where the bundle does not say.
         mode: Mode of work.
         threads: Number of threads.
@@ -105,6 +106,7 @@ class PatchcoreRuntime:
         self.origins = read_origins(bundle)
         self._workers = 1 if mode == "latency" else self.threads
         self.bank.threads = self.threads if mode == "latency" else None
+        self.defects = read_defects(bundle, self.bank.threads)
         self._embedders: LifoQueue[Embedder] = LifoQueue()
         for _ in range(self._workers):
             self._embedders.put(network.embedder())
@@ -263,7 +265,7 @@ class PatchcoreRuntime:
         started = time.perf_counter()
         embedding = self.embed([decoded.pixels])
         embedded = time.perf_counter()
-        scores = self.bank.score(embedding, self.rule)
+        scores = self.bank.score(embedding, self.rule, self.defects)
         searched = time.perf_counter()
         times = {"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)}
         prediction = Prediction.of(scores, 0, decoded.pixels.shape[:2], self.manifest, **times)

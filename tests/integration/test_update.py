@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers.bundles import renew_checksums
+from helpers.bundles import change_manifest, renew_checksums
 from PIL import Image, ImageEnhance
 
 from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import (
     BANK,
     BANKS,
+    DEFECTS,
     FEATURES,
     FILES,
     MANIFEST,
@@ -31,6 +32,7 @@ from patchcore_plugin.bundle import (
 from patchcore_plugin.bundle.manifest import FileRule
 from patchcore_plugin.cli import main
 from patchcore_plugin.export import export_bundle
+from patchcore_plugin.memory_bank import write_defects
 from patchcore_plugin.operations.update import update_bundle
 
 
@@ -137,14 +139,16 @@ def test_files_are_written_anew_or_carried_over(thumbnailed, bright, tmp_path, m
     monkeypatch.setitem(FILES, "notes.txt", FileRule("notes", required=False))
     parent = Path(shutil.copytree(thumbnailed, tmp_path / "parent"))
     (parent / "notes.txt").write_text("line 2")
+    write_defects(PatchcoreRuntime.load(parent).bank.vectors[:3], parent)
     renew_checksums(parent)
+    change_manifest(parent, format_version=11)
     update_bundle(parent, sorted(bright.iterdir())[:2], tmp_path / "new")
     before, after = (read_manifest(path).files for path in (parent, tmp_path / "new"))
     single = FILES.keys() - set(chain(*BANKS[1:]))
     assert before.keys() == after.keys() == single
     assert {file.name for file in (tmp_path / "new").iterdir()} == {MANIFEST, *single}
     assert {name for name in single if before[name] != after[name]} == {BANK, NEIGHBORS, ORIGINS, SOURCES, THUMBNAILS}
-    assert {FEATURES, WEIGHTS, "notes.txt"} == {name for name in single if before[name] == after[name]}
+    assert {FEATURES, WEIGHTS, DEFECTS, "notes.txt"} == {name for name in single if before[name] == after[name]}
 
 
 def test_each_image_is_decoded_once(thumbnailed, bright, tmp_path, monkeypatch):
@@ -177,7 +181,7 @@ def test_refusals(bundle_copy, bright, tmp_path):
     for few, message in ((images[:1], "at least two"), ([images[0], tmp_path / "absent.png"], "absent")):
         with pytest.raises((ValueError, OSError), match=message):
             update_bundle(bundle_copy, few, tmp_path / "new")
-    with pytest.raises(ValueError, match="holdout must be a whole number of at least 2, got 1"):
+    with pytest.raises(ValueError, match="holdout must be None or a whole number of at least 2, got 1"):
         update_bundle(bundle_copy, images, tmp_path / "new", holdout=1)
     with pytest.raises(BundleError, match="exists already"):
         update_bundle(bundle_copy, images, bundle_copy)

@@ -9,13 +9,15 @@ import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers.bundles import change_manifest, set_intensity_range
 from helpers.http import predict, wait_for
 from helpers.pictures import encoded
 from helpers.server import app_server
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image, ImageChops, ImageEnhance, ImageStat
 
-from patchcore_plugin.bundle import read_manifest
+from patchcore_plugin.bundle import read_manifest, version_of
+from patchcore_plugin.cli import main
 from patchcore_plugin.record import Filter, prepare, read_history, read_said
 from patchcore_plugin.runtime import PatchcoreRuntime
 
@@ -573,6 +575,32 @@ def test_history_and_words_survive_a_reload(visit, recording, runtime, defect, t
     expect(page.locator("#feedback-note")).to_have_text("Recorded: this part is bad.")
     wait_for(lambda: normal.read_bytes() in [said.content() for said in read_said(tmp_path / "record", "bad")], 10)
     assert page.locator("#history :is(script, b, img), #result :is(script, b)").count() == 0
+
+
+def test_false_alarm_is_gone_after_an_update(visit, bundle_copy, runtime, test_images, tmp_path):
+    """The whole way: false alarm, button, update, a new bundle in the old one's place, and no alarm."""
+    for path in test_images:
+        bright = tmp_path / f"bright-{path.name}"
+        ImageEnhance.Brightness(Image.open(path).convert("L")).enhance(1.7).save(bright)
+        if path.parent.name == "good" and runtime.predict([bright])[0].verdict == "anomalous":
+            break
+    prepare(tmp_path / "record")
+    with app_server(bundle=bundle_copy, record=tmp_path / "record") as server:
+        page = visit(server)
+        choose(page, bright)
+        verdict_is(page, "Anomalous", bright.name)
+        page.locator("#say-good").click()
+        expect(page.locator("#say-good")).to_have_attribute("aria-pressed", "true")
+        command = ["update", str(bundle_copy), "--from", str(tmp_path / "record"), "--output", str(tmp_path / "new")]
+        result = CliRunner().invoke(main, command, catch_exceptions=False)
+        assert "1 before, 0 after" in result.output
+        bundle_copy.rename(tmp_path / "old")
+        (tmp_path / "new").rename(bundle_copy)
+        version = version_of(bundle_copy)
+        wait_for(lambda: predict(server.client, bright).json()["version"] == version, 30)
+        choose(page, bright)
+        verdict_is(page, "Normal", bright.name)
+        expect(page.locator("#model-version")).to_have_text(version)
 
 
 def test_words_by_keyboard_alone(visit, recording, defect, tmp_path):

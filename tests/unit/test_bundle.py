@@ -189,10 +189,10 @@ def test_pre_processing_that_the_network_does_not_have(bundle_copy, change, reas
         PatchcoreRuntime.load(bundle_copy)
 
 
-@pytest.mark.parametrize("version", [0, 1, 11, "2.0", None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 12, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5, 6, 7, 8, 9, 10"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"):
         PatchcoreRuntime.load(bundle_copy)
 
 
