@@ -9,11 +9,8 @@ from pathlib import Path
 
 import click
 
-from patchcore_plugin.cli.common import step_bars
+from patchcore_plugin.cli.common import FOUND, step_bars
 from patchcore_plugin.names import as_line
-
-FOUND = 3
-"""Exit code where something was found; 2 is click's own, for a wrong option."""
 
 REPORT, LIST = "report.html", "leave_out.txt"
 

@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from patchcore_plugin.errors import PatchcoreError
+from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Iterator
 
     from rich.progress import TaskID
@@ -25,6 +26,35 @@ if TYPE_CHECKING:
 
 _EXTRAS = {"bentoml": "serve", "elpv_dataset": "demo", "matplotlib": "demo", "httpx": "demo", "psutil": "demo"}
 """The extra that installs a package; ``train`` installs every other."""
+
+
+FOUND = 3
+"""Exit code where something was found; 2 is click's own, for a wrong option."""
+
+fail_on = click.option(
+    "--fail-on",
+    type=click.Choice(["anomalous", "review"]),
+    help=f"End with exit code {FOUND} if an image is anomalous; with review, also if one is to review.",
+)
+"""The option whose value :func:`found_code` takes."""
+
+
+def found_code(fail_on: str | None, verdicts: Counter[str | None]) -> int:
+    """The exit code for what was found.
+
+    Args:
+        fail_on: Value of the option ``--fail-on``; None does not ask.
+        verdicts: Number of images by verdict.
+
+    Raises:
+        UsageError: If the option asks, and images have no verdict.
+    """
+    if fail_on is None:
+        return 0
+    if verdicts[None]:
+        msg = f"--fail-on {fail_on}: the model has no threshold, so {verdicts[None]} images have a score and no verdict."
+        raise UsageError(msg)
+    return FOUND if verdicts["anomalous"] or (fail_on == "review" and verdicts["review"]) else 0
 
 
 class PlainGroup(click.Group):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchcore_plugin.cli.common import progress_bar
+from patchcore_plugin.cli.common import fail_on, found_code, progress_bar
 from patchcore_plugin.drawings import save_drawing
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.names import as_text, to_cell
@@ -42,7 +42,8 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
     help="Folder for results.csv and heatmaps.",
 )
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
-def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
+@fail_on
+def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool, fail_on: str | None) -> None:
     r"""Score every image below FOLDER with a BUNDLE.
 
     Writes results.csv (one row per image) and heatmaps/*.png, named as the images with .png added. An image that cannot be
@@ -85,8 +86,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool) -> None:
         f"{len(images)} images: {verdicts['anomalous']} anomalous{review}, {unreadable} unreadable{left}. "
         f"Results: {output / 'results.csv'}"
     )
-    if unreadable or undrawn:
-        sys.exit(1)
+    sys.exit(1 if unreadable or undrawn else found_code(fail_on, verdicts))
 
 
 def _region_values(prediction: Prediction) -> dict[str, float | None]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchcore_plugin.cli.common import fail_on, found_code
+from patchcore_plugin.errors import UsageError
 from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     help="Seconds until a file that cannot be read counts as unreadable.",
 )
 @click.option("--once", is_flag=True, help="Answer what is there now, and end.")
+@fail_on
 def watch(
     bundle: Path,
     folder: Path,
@@ -81,6 +84,7 @@ def watch(
     poll: float,
     patience: float,
     once: bool,
+    fail_on: str | None,
 ) -> None:
     r"""Answer each new image in FOLDER once, until Ctrl+C.
 
@@ -94,8 +98,7 @@ def watch(
     Without --move, files stay where they are, and their names in the state; to answer them again, delete --output.
 
     While a disk is full, or the service of --url is down, images wait. A bundle that is replaced answers from the next image
-    on. --once ends with exit code 1 if files could not be read or drawn, or are still written; like predict, it ends with 0
-    if images are anomalous.
+    on. --once ends with exit code 1 if files could not be read or drawn, or are still written.
 
     The keys are environment variables: PATCHCORE_API_KEY of the service, and PATCHCORE_WEBHOOK_SECRET, which signs what the
     webhook is told (bento/README.md says how).
@@ -105,6 +108,9 @@ def watch(
     from patchcore_plugin.watching import watch as run
     from patchcore_plugin.webhook import Receiver
 
+    if fail_on is not None and not once:
+        msg = "--fail-on tells by the exit code of --once; without it, a watch goes on. --webhook tells of each image."
+        raise UsageError(msg)
     secret = os.environ.get("PATCHCORE_WEBHOOK_SECRET") or None
     if output is None:
         output = folder.resolve().with_name(f"{folder.resolve().name}.watch")
@@ -123,8 +129,8 @@ def watch(
         click.echo(f"Watching {as_line(str(folder))}. Results: {output / f'results.{form}'}")
         summary = run(folder, scorer, options, end, _print)
     click.echo(_describe(summary))
-    if once and (summary.unreadable or summary.undrawn or summary.left):
-        sys.exit(1)
+    if once:
+        sys.exit(1 if summary.unreadable or summary.undrawn or summary.left else found_code(fail_on, summary.verdicts))
 
 
 @contextmanager

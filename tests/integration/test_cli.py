@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from helpers.bundles import change_manifest
 from helpers.training import LAYERS, ROOT
 from PIL import Image
 
@@ -285,6 +286,31 @@ def line(test_images, tmp_path) -> Path:
     Image.open(test_images[-1]).convert("RGB").resize((400, 200)).save(images / "sub" / "b.jpg")
     (images / "broken.png").write_bytes(b"no image")
     return images
+
+
+@pytest.mark.parametrize("command", [["predict"], ["watch", "--once", "--poll", "0.05"]], ids=["predict", "watch"])
+def test_exit_codes_that_say_what_was_found(bundle_copy, runtime, test_images, tmp_path, command):
+    (tmp_path / "line").mkdir()
+    scores = {answer.score: path for path, answer in zip(test_images, runtime.predict(test_images), strict=True)}
+    shutil.copy(scores[max(scores)], tmp_path / "line")
+
+    def code(*options, **image):
+        change_manifest(bundle_copy, format_version=8, image={"threshold": 1e6, **image})
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        result = call(*command, bundle_copy, tmp_path / "line", "--output", tmp_path / "out", "--no-heatmaps", *options)
+        return result.exit_code, words(result.stderr)
+
+    assert code(threshold=1.0) == (0, "")
+    assert code("--fail-on", "anomalous", threshold=1.0) == (3, "")
+    assert code("--fail-on", "anomalous", review=1.0) == (0, "")
+    assert code("--fail-on", "review", review=1.0) == (3, "")
+    assert code("--fail-on", "review") == (0, "")
+    status, said = code("--fail-on", "anomalous", threshold=None)
+    assert status == 1
+    assert "--fail-on anomalous: the model has no threshold, so 1 images have a score and no verdict" in said
+    (tmp_path / "line" / "broken.png").write_bytes(b"no image")
+    patience = ["--patience", "0.1"] * ("watch" in command)
+    assert code("--fail-on", "anomalous", *patience, threshold=1.0)[0] == 1, "an unreadable image comes first"
 
 
 def test_predict(bundle, runtime, line, tmp_path):

@@ -281,3 +281,9 @@ def test_bundle_that_is_none(camera):
     result = call(camera / "absent", camera, "--once")
     assert result.exit_code == 1
     assert "There is no bundle folder" in result.output
+
+
+def test_exit_code_of_a_watch_that_goes_on(bundle, tmp_path):
+    result = call(bundle, tmp_path, "--fail-on", "anomalous")
+    assert result.exit_code == 1
+    assert "--fail-on tells by the exit code of --once" in result.output
