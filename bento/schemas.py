@@ -268,7 +268,7 @@ class ModelSummary(BaseModel):
             "intensity_range": None,
             "inspected_share": 1.0,
             "threshold": 30.2,
-            "promise": "Of 100 good parts, 1 would be stopped, and 4 looked at, on average.",
+            "promise": "Of 100 good parts, 1 would be stopped, and 4 more looked at, on average.",
             "bank_size": 4208,
             "index": "hnsw",
             "storage": "float32",

@@ -384,7 +384,7 @@ function showScore({ score, threshold, review_threshold: review, ratio, normaliz
   $("threshold").textContent = threshold === null ? "no threshold" : digits.format(threshold);
   $("review-threshold").textContent = review === null ? "" : digits.format(review);
   $("review-item").hidden = review === null;
-  $("ratio").textContent = ratio === null ? "" : `${Math.round(100 * ratio)} %`;
+  $("ratio").textContent = ratio === null ? "" : `${(100 * ratio).toFixed(1)} %`;
   $("ratio-item").hidden = ratio === null;
   $("normalized").textContent = normalized === null ? "" : normalized.toFixed(3);
   $("normalized-item").hidden = normalized === null;
@@ -415,6 +415,7 @@ function showPictures({ blob, heatmap, answer: { size, regions, model } }) {
   else $("heatmap").removeAttribute("src");
   $("heatmap").hidden = $("over-blind").hidden = !heatmap;
   $("no-heatmap").hidden = Boolean(heatmap);
+  $("shade").hidden = !heatmap;
   const boxes = (regions ?? []).map(({ left, top, width, height }, index) => {
     const box = make("div", "", top < 0.08 * size.height ? "high" : ""); // no room for its number above
     box.append(make("span", index + 1));
@@ -489,7 +490,9 @@ function say(word) {
     if (current !== entry) return;
     showWord(entry);
     $("problem").textContent = "";
-    const lacking = image ? "" : " The image is not stored: the model cannot learn from it.";
+    const lacking = image
+      ? ""
+      : " The model cannot learn from it, as the image is not stored: choose it on this page and say so again.";
     $("feedback-note").textContent = `Recorded: this part is ${said.word}.${lacking}`;
   };
   saying = saying.then(send).catch(complain);

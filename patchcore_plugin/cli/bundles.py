@@ -100,8 +100,10 @@ def _reading(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.regions is not None:
         side = manifest.regions.mm_per_pixel
         known = "pixels of an unknown size" if side is None else f"pixels of {side:g} mm"
-        least = f"areas below {manifest.regions.min_area:g} {'pixels' if side is None else 'mm²'} are not listed"
-        yield "regions", f"{known}; {least}; gaps of up to {manifest.regions.close_gaps} pixels are closed"
+        unit = "pixels" if side is None else "mm²"
+        least = f"; those below {manifest.regions.min_area:g} {unit} are not listed" if manifest.regions.min_area else ""
+        gaps = f"; gaps of up to {manifest.regions.close_gaps} pixels are closed" if manifest.regions.close_gaps else ""
+        yield "regions", f"{known}{least}{gaps}"
     review = raw_review_threshold(manifest.image)
     if review is not None:
         yield "review threshold", f"{review:.4g}; images between the two are to review"

@@ -11,6 +11,7 @@ import click
 
 from patchcore_plugin.cli.common import ManifestChoice, print_trials, step_bars
 from patchcore_plugin.errors import PatchcoreError, UsageError
+from patchcore_plugin.names import as_line
 
 _HELP = """{summary}
 
@@ -69,7 +70,7 @@ test = _anomalib_command("test", "Test a model with anomalib.")
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the model in the bundle.  [default: the bundle folder's name]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
@@ -125,12 +126,28 @@ def export(checkpoint: Path, bundle: Path, images: Path | None, **options: Any) 
     from patchcore_plugin.images import find_images
     from patchcore_plugin.model.lightning_model import FaissPatchcore
 
+    _check_checkpoint(checkpoint)
     normal = None if images is None else find_images(images)
     model = FaissPatchcore.load_from_checkpoint(checkpoint, map_location="cpu")
     with step_bars() as progress:
         export_bundle(model, bundle, images=normal, progress=progress, **options)
     print_trials(read_manifest(bundle))
     click.echo(f"Bundle: {bundle}")
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    """Refuse a path that is no file. A training that failed takes the link ``latest`` along, and leaves no checkpoint."""
+    if checkpoint.is_file():
+        return
+    msg = f"There is no file {as_line(str(checkpoint))}."
+    if "latest" in checkpoint.parts:
+        place = checkpoint.parts.index("latest")
+        trainings, rest = Path(*checkpoint.parts[:place]), checkpoint.parts[place + 1 :]
+        others = [other for other in trainings.glob(str(Path("v*", *rest))) if other.is_file()]
+        if others:
+            newest = max(others, key=lambda other: other.stat().st_mtime)
+            msg = f"{msg} The latest training has written none; the newest that has is {as_line(str(newest))}."
+    raise UsageError(msg)
 
 
 @click.command()

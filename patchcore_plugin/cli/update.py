@@ -10,15 +10,20 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from patchcore_plugin.cli.common import as_cell, progress_bar, step_bars
+from patchcore_plugin.cli.common import ManifestChoice, as_cell, progress_bar, step_bars
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle import IndexKind
+    from patchcore_plugin.operations.teaching import SaidParts
     from patchcore_plugin.operations.update import UpdateReport
+    from patchcore_plugin.runtime import Prediction
 
 _TABLE_ROWS_LIMIT = 20
 
@@ -46,8 +51,13 @@ _TABLE_ROWS_LIMIT = 20
 @click.option(
     "--test",
     type=click.Path(path_type=Path),
-    help="Folder of old test images, good/ and defective/: prints the image AUROC before and after. With --from, defects "
-    "by which it falls are not taught.",
+    help="Folder of old test images, good/ and defective/ (or others): prints AUROC, false alarms and missed defects before "
+    "and after. With --from, defects by which the AUROC falls are not taught.",
+)
+@click.option(
+    "--index",
+    type=ManifestChoice("IndexKind"),
+    help="Index of the new memory bank.  [default: as before, or flat where that misses vectors]",
 )
 def update(
     bundle: Path,
@@ -57,6 +67,7 @@ def update(
     output: Path,
     holdout: int | None,
     test: Path | None,
+    index: IndexKind | None,
 ) -> None:
     """Extend a BUNDLE by new normal images, or by what operators said, without training.
 
@@ -79,26 +90,29 @@ def update(
     for folder in filter(None, (new_normals, record, test)):
         check_outside(output, folder)
     labelled = None if test is None else _labelled(test)
-    defects = None
+    parts, defects = None, None
     if record is None:
         images, holdout = find_images(new_normals), holdout or 5
     else:
-        images, defects = _learn(bundle, record, model, labelled)
+        parts, defects = _learn(bundle, record, model, labelled)
+        images = [image.path for image in parts.good]
     started = time.perf_counter()
     with step_bars() as progress:
-        report = update_bundle(bundle, images, output, holdout, progress, defects)
+        report = update_bundle(bundle, images, output, holdout, progress, defects, index)
     spent = time.perf_counter() - started
-    _print(report, "held-out" if holdout else "new")
+    names = {} if parts is None else {str(image.path): image.name for image in [*parts.good, *parts.bad]}
+    _print(report, "held-out" if holdout else "new", names)
+    if defects is not None:
+        _print_bad(bundle, output, [image.path for image in parts.bad], names)
     if labelled is not None:
-        before, after = (_auroc(path, *labelled) for path in (bundle, output))
-        click.echo(f"Image AUROC on {test}: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
-    click.echo(f"Updated in {spent:.1f} s. New bundle: {output}")
+        _print_test(bundle, output, test, *labelled)
+    click.echo(f"Updated in {spent:.1f} s. New bundle: {output}. To put it in the old one's place, rename both folders.")
 
 
 def _learn(
     bundle: Path, record: Path, model: str | None, labelled: tuple[list[Path], list[bool]] | None
-) -> tuple[list[Path], NDArray[np.float32] | None]:
-    """Images of good parts, and patches of defects where they do no harm."""
+) -> tuple[SaidParts, NDArray[np.float32] | None]:
+    """What operators said, and patches of defects where they do no harm."""
     from sklearn.metrics import roc_auc_score
 
     from patchcore_plugin.operations import teaching
@@ -113,22 +127,22 @@ def _learn(
         for name in names:
             click.echo(f"{as_line(name)} {reason}.")
     if not parts.bad:
-        return parts.good, None
-    runtime = PatchcoreRuntime.load(bundle)
+        return parts, None
+    runtime, bad = PatchcoreRuntime.load(bundle), [image.path for image in parts.bad]
     with step_bars() as progress:
-        defects = teaching.find_defect_patches(runtime, parts.bad, progress)
+        defects = teaching.find_defect_patches(runtime, bad, progress)
         if labelled is not None:
             scores = teaching.try_defects(runtime, defects, labelled[0], progress)
     if labelled is None:
         click.echo(f"{len(defects)} patches of bad parts are taught. What that changes was not measured: give --test.")
-        return parts.good, defects
+        return parts, defects
     before, after = (float(roc_auc_score(labelled[1], found)) for found in scores)
     change = f"image AUROC {before:.4f} without, {after:.4f} with {len(defects)} patches of bad parts"
-    click.echo(f"{change}: they are {'NOT ' * (after < before)}taught.")
-    return parts.good, None if after < before else defects
+    click.echo(f"Tried on {len(labelled[0])} test images: {change}. They are {'NOT ' * (after < before)}taught.")
+    return parts, None if after < before else defects
 
 
-def _print(report: UpdateReport, kind: str) -> None:
+def _print(report: UpdateReport, kind: str, names: Mapping[str, str]) -> None:
     step = report.update
     if step.defects is not None:
         click.echo(f"{step.defects} patches of bad parts became known defects.")
@@ -139,20 +153,45 @@ def _print(report: UpdateReport, kind: str) -> None:
         f"{step.images} images added {step.vectors:,} vectors to the memory bank, which has {report.bank_size:,} now. Every "
         f"patch of these images lies within {radii} of the bank."
     )
-    table = Table(f"{kind} image", "score before", "after", "verdict before", "after")
-    order = sorted(range(len(report.names)), key=lambda number: -report.before[number].score)
-    for number in order[:_TABLE_ROWS_LIMIT]:
-        before, after = report.before[number], report.after[number]
-        verdicts = (before.verdict or "none", after.verdict or "none")
-        table.add_row(as_cell(Path(report.names[number]).name), f"{before.score:.4g}", f"{after.score:.4g}", *verdicts)
-    if len(order) > _TABLE_ROWS_LIMIT:
-        table.add_row(f"and {len(order) - _TABLE_ROWS_LIMIT} more", "", "", "", "")
-    Console().print(table)
+    for was, now in report.indexes:
+        if was.kind != now.kind:
+            missed = next((f", and it missed {1 - t.recall:.2%} of them" for t in now.trials if t.index == was.kind), "")
+            click.echo(
+                f"Index of the memory bank: {was.kind} before, {now.kind} now, which is slower. {was.kind} must find 99.9 % "
+                f"of the nearest vectors of these images{missed}. --index {was.kind} takes it all the same."
+            )
+    _print_answers(f"{kind} image", report.names, report.before, report.after, names)
     before, after = report.count("anomalous")
-    click.echo(f"False alarms among the {len(report.names)} {kind} images: {before} before, {after} after.")
+    known = "" if kind == "held-out" else " (whose patches are in the bank now)"
+    click.echo(f"False alarms among the {len(report.names)} {kind} images{known}: {before} before, {after} after.")
     if report.before[0].review_threshold is not None:
         before, after = report.count("review")
         click.echo(f"To review among them: {before} before, {after} after.")
+
+
+def _print_answers(
+    head: str, paths: list[str], before: list[Prediction], after: list[Prediction], names: Mapping[str, str]
+) -> None:
+    """Print scores and verdicts, the largest score first."""
+    table = Table(head, "score before", "after", "verdict before", "after")
+    order = sorted(range(len(paths)), key=lambda number: -before[number].score)
+    for number in order[:_TABLE_ROWS_LIMIT]:
+        was, now = before[number], after[number]
+        name = names.get(paths[number], Path(paths[number]).name)
+        table.add_row(as_cell(name), f"{was.score:.4g}", f"{now.score:.4g}", was.verdict or "none", now.verdict or "none")
+    if len(order) > _TABLE_ROWS_LIMIT:
+        table.add_row(f"and {len(order) - _TABLE_ROWS_LIMIT} more", "", "", "", "")
+    Console().print(table)
+
+
+def _print_bad(bundle: Path, output: Path, images: list[Path], names: Mapping[str, str]) -> None:
+    """Print what became of the parts that operators called bad."""
+    from patchcore_plugin.runtime import PatchcoreRuntime
+
+    before, after = (PatchcoreRuntime.load(path).predict(images) for path in (bundle, output))
+    _print_answers("bad part", list(map(str, images)), before, after, names)
+    normal = [sum(answer.verdict == "normal" for answer in answers) for answers in (before, after)]
+    click.echo(f"Of {len(images)} bad parts, {normal[0]} were called normal before, and {normal[1]} are now.")
 
 
 def _labelled(folder: Path) -> tuple[list[Path], list[bool]]:
@@ -160,22 +199,32 @@ def _labelled(folder: Path) -> tuple[list[Path], list[bool]]:
     from patchcore_plugin.images import find_images
 
     images = find_images(folder)
-    kinds = [image.relative_to(folder).parts[0] for image in images]
-    if not {"good", "defective"} <= set(kinds):
-        msg = f"{folder} must hold the folders good and defective with images; it has {', '.join(sorted(set(kinds)))}."
+    defective = [image.relative_to(folder).parts[0] != "good" for image in images]
+    if all(defective) or not any(defective):
+        found = ", ".join(sorted({image.relative_to(folder).parts[0] for image in images}))
+        msg = f"{folder} must hold the folder good, and others with defective images, such as defective; it has {found}."
         raise UsageError(msg)
-    chosen = [
-        (image, kind == "defective") for image, kind in zip(images, kinds, strict=True) if kind in ("good", "defective")
-    ]
-    return [image for image, _ in chosen], [defective for _, defective in chosen]
+    return images, defective
 
 
-def _auroc(bundle: Path, images: list[Path], defective: list[bool]) -> float:
+def _print_test(bundle: Path, output: Path, test: Path, images: list[Path], defective: list[bool]) -> None:
+    """Print what the update changes on test images."""
     from sklearn.metrics import roc_auc_score
 
     from patchcore_plugin.runtime import PatchcoreRuntime
 
-    runtime = PatchcoreRuntime.load(bundle)
-    with progress_bar() as bar:
-        scores = [answer.score for answer in bar.track(runtime.stream(images), total=len(images), description="Test")]
-    return float(roc_auc_score(defective, scores))
+    areas, alarms, missed = [], [], []
+    for path in (bundle, output):
+        runtime = PatchcoreRuntime.load(path)
+        with progress_bar() as bar:
+            answers = list(bar.track(runtime.stream(images), total=len(images), description="Test"))
+        areas.append(float(roc_auc_score(defective, [answer.score for answer in answers])))
+        verdicts = [answer.verdict for answer in answers]
+        alarms.append(sum(one == "anomalous" and not bad for one, bad in zip(verdicts, defective, strict=True)))
+        missed.append(sum(one == "normal" and bad for one, bad in zip(verdicts, defective, strict=True)))
+    good, bad = len(images) - sum(defective), sum(defective)
+    click.echo(f"Image AUROC on {test}: {areas[0]:.4f} before, {areas[1]:.4f} after ({areas[1] - areas[0]:+.4f})")
+    click.echo(
+        f"Of its {good} good images, {alarms[0]} were anomalous before, and {alarms[1]} are now; of its {bad} defective "
+        f"ones, {missed[0]} were normal, and {missed[1]} are now."
+    )

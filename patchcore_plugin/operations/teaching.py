@@ -31,14 +31,14 @@ class SaidParts:
     """The parts of a record of which an operator has said something, each image once.
 
     Attributes:
-        good: Files of the images of parts that are good, in order of time.
-        bad: Files of the images of parts that are bad.
+        good: Images of parts that are good, in order of time.
+        bad: Images of parts that are bad.
         contradicted: Names of images of which both was said; they are neither good nor bad.
         missing: Names of images that the record has not stored, or that are damaged.
     """
 
-    good: list[Path] = field(default_factory=list)
-    bad: list[Path] = field(default_factory=list)
+    good: list[SaidImage] = field(default_factory=list)
+    bad: list[SaidImage] = field(default_factory=list)
     contradicted: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -66,22 +66,18 @@ def read_parts(record: Path, model: str | None = None) -> SaidParts:
     parts = SaidParts()
     both = {image.sha256 for image in said["good"]} & {image.sha256 for image in said["bad"]}
     seen: set[str] = set()
-    for word, files in {"good": parts.good, "bad": parts.bad}.items():
+    for word, kept in {"good": parts.good, "bad": parts.bad}.items():
         for image in said[word]:
             if image.sha256 in seen:
                 continue
             seen.add(image.sha256)
-            _sort_in(image, files, parts, contradicted=image.sha256 in both)
+            if image.sha256 in both:
+                parts.contradicted.append(image.name)
+            elif image.content() is None:
+                parts.missing.append(image.name)
+            else:
+                kept.append(image)
     return parts
-
-
-def _sort_in(image: SaidImage, files: list[Path], parts: SaidParts, *, contradicted: bool) -> None:
-    if contradicted:
-        parts.contradicted.append(image.name)
-    elif image.content() is None:
-        parts.missing.append(image.name)
-    else:
-        files.append(image.path)
 
 
 def find_defect_patches(

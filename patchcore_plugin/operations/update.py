@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle import IndexKind
     from patchcore_plugin.progress import Progress
     from patchcore_plugin.scoring.thresholds import Verdict
 
@@ -58,6 +59,7 @@ class UpdateReport:
         update: The step that the new bundle records.
         bank_size: Number of vectors of the new bank; of an ensemble, of all its banks.
         radii: Covering radius of each member's bank, which new patches lie within too, in feature units.
+        indexes: The index of each member's bank, before and after.
         names: Paths of the held-out images; where none were held out, of the new ones.
         before: Predictions of these images by the old bundle.
         after: Predictions of these images by the new bundle.
@@ -66,6 +68,7 @@ class UpdateReport:
     update: Update
     bank_size: int
     radii: list[float]
+    indexes: list[tuple[Index, Index]]
     names: list[str]
     before: list[Prediction]
     after: list[Prediction]
@@ -83,6 +86,7 @@ def update_bundle(
     holdout: int | None = 5,
     progress: Progress = no_progress,
     defects: NDArray[np.float32] | None = None,
+    index: IndexKind | None = None,
 ) -> UpdateReport:
     """Write a bundle's successor, whose memory bank knows new normal images too, and which may know defects.
 
@@ -99,6 +103,8 @@ def update_bundle(
         progress: Called as the steps go on.
         defects: Embeddings of patches of defects (K, D), float32, that raise the scores of what resembles them; see
             :mod:`patchcore_plugin.memory_bank.defects`. Those of the bundle stay.
+        index: Kind of index of the new bank, whatever it finds. None keeps the kind, or takes exact search where the kind
+            does not find what exact search finds for these images.
 
     Raises:
         BundleError: If the bundle is damaged, or does not record its covering radius; or if ``output`` exists, or lies in
@@ -132,7 +138,7 @@ def update_bundle(
                 for part, radius in zip(patches.members, radii, strict=True)
             ]
             embeddings = np.stack([embedding for embedding, _ in measured])
-            members, bank = _grow_banks(old, patches, picks, embeddings, progress)
+            members, bank = _grow_banks(old, patches, picks, embeddings, index, progress)
             save_banks(bank, draft)
             if old.origins is not None:
                 _grow_origins(old, patches, picks, added).write(draft)
@@ -172,7 +178,8 @@ def update_bundle(
         progress("self-test", 0, 1)
         self_test.record(draft)
     after = [Prediction.of(scores, 0, answer.size, manifest) for scores, answer in zip(found, before, strict=True)]
-    return UpdateReport(step, len(bank), radii, [str(image) for image in measured_images], before, after)
+    indexes = [(was.index, now.index) for was, now in zip(old.manifest.all_members, members, strict=True)]
+    return UpdateReport(step, len(bank), radii, indexes, [str(image) for image in measured_images], before, after)
 
 
 def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Calibration | None]:
@@ -312,6 +319,7 @@ def _grow_banks(
     patches: _Patches,
     picks: Sequence[NDArray[np.int64]],
     embeddings: NDArray[np.float32],
+    index: IndexKind | None,
     progress: Progress,
 ) -> tuple[list[Member], MemoryBank | EnsembleBank]:
     """The banks with more vectors, and what their indexes do on held-out images: the same kind, at least as wide, or exact.
@@ -326,15 +334,15 @@ def _grow_banks(
             np.concatenate([bank.vectors, part.embeddings[picked]]),
             own,
             runtime.rule,
-            member.index.kind,
+            index or member.index.kind,
             member.index.storage,
             progress,
             runtime.threads,
-            least=member.index.width,
+            least=0 if index else member.index.width,
         )
         banks.append(grown)
-        index = Index(kind=grown.index, storage=grown.storage, width=grown.width, trials=trials)
-        members.append(member.model_copy(update={"bank_size": len(grown), "index": index}))
+        about = Index(kind=grown.index, storage=grown.storage, width=grown.width, trials=trials)
+        members.append(member.model_copy(update={"bank_size": len(grown), "index": about}))
     return members, join_banks(banks, runtime.bank.weights)
 
 

@@ -184,7 +184,7 @@ def describe_promise(calibration: Calibration) -> str:
         )
     places = len(calibration.scores) + 1
     stopped, *either = (100 * floor(places * _exact(rate)) / places for rate in rates)
-    looked_at = f", and {either[0] - stopped:.3g} looked at" if either else ""
+    looked_at = f", and {either[0] - stopped:.3g} more looked at" if either else ""
     return f"Of 100 good parts, {stopped:.3g} would be stopped{looked_at}, on average."
 
 

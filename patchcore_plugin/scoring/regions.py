@@ -35,7 +35,9 @@ class Region(Box):
     def mm(self) -> Millimeters | None:
         """The region's size; None where that of a pixel is unknown."""
         side = self.mm_per_pixel
-        return None if side is None else Millimeters(self.width * side, self.height * side, self.area * side**2)
+        if side is None:
+            return None
+        return Millimeters(*(float(f"{size:.6g}") for size in (self.width * side, self.height * side, self.area * side**2)))
 
 
 class Millimeters(NamedTuple):

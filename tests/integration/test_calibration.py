@@ -142,7 +142,7 @@ def test_review_band(trained, cells, test_images, tmp_path):
         assert answer.review_threshold == manifest.image.review
     assert {answer.verdict for answer in answers} == {"normal", "review", "anomalous"}
     for command, expected in {
-        ("info", bundle): "Of 100 good parts, 3.77 would be stopped, and 24.5 looked at",
+        ("info", bundle): "Of 100 good parts, 3.77 would be stopped, and 24.5 more looked at",
         ("validate", bundle, "--images", cells / "test"): f"{len(list((cells / 'test').rglob('*.png')))} images:",
     }.items():
         result = CliRunner().invoke(main, [*map(str, command)], catch_exceptions=False, env={"COLUMNS": "200"})

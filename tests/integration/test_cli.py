@@ -231,10 +231,23 @@ def test_export_over_a_bundle(trained, bundle_copy, cells):
     assert manifest.name == "cells v2"
     assert (manifest.index.kind, manifest.index.storage) == ("ivf", "float16")
     assert manifest.regions == RegionRule(min_area=0.5, mm_per_pixel=0.1, close_gaps=4)
-    assert "pixels of 0.1 mm; areas below 0.5 mm² are not listed" in words(call("info", bundle_copy).stdout)
+    assert "pixels of 0.1 mm; those below 0.5 mm² are not listed; gaps of up to 4 pixels are closed" in words(
+        call("info", bundle_copy).stdout
+    )
     assert {"f32", "int8"} <= {trial.precision for trial in manifest.precision_trials}
     assert [row[0] for row in table_rows(exported.stdout) if row[-1] == "taken"] == ["ivf", manifest.precision]
     assert {file.name for file in bundle_copy.iterdir()} == {"manifest.json", *manifest.files}
+
+
+def test_export_after_a_training_that_failed(tmp_path):
+    """The link ``latest`` leads to a training without a checkpoint; the error names the newest that there is."""
+    name = Path("weights", "lightning", "model.ckpt")
+    for number in (0, 1):
+        (tmp_path / f"v{number}" / name).parent.mkdir(parents=True)
+    (tmp_path / "v0" / name).write_bytes(b"a checkpoint")
+    result = call("export", tmp_path / "latest" / name, tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert f"has written none; the newest that has is {tmp_path / 'v0' / name}" in result.stderr.replace("\n", "")
 
 
 @pytest.mark.parametrize("content", [[1], torch.zeros(3), {}, {"hyper_parameters": 5, "pytorch-lightning_version": "x"}])
@@ -482,7 +495,7 @@ def test_export_offers_what_a_manifest_may_say():
         (["predict", "{bundle}", "{bundle}"], "holds no image"),
         (["explain", "{bundle}", "absent.png"], "absent.png: No such file or directory"),
         (["predict", "{bundle}", "{cells}", "--output", "{bundle}/manifest.json"], "manifest.json: File exists"),
-        (["export", "absent.ckpt", "bundle"], "does not exist"),
+        (["export", "absent.ckpt", "bundle"], "There is no file absent.ckpt."),
         (["export", "{bundle}/manifest.json", "out"], "cannot be read as a checkpoint"),
         (["pack", "absent"], "no bundle folder absent"),
         (["surprise"], "No such command"),

@@ -1,6 +1,7 @@
 """``patchcore update --from``: what operators said of a service's answers, in a bundle's successor."""
 
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -62,8 +63,11 @@ def test_false_alarm_is_gone_and_what_resembles_a_defect_scores_higher(bundle, r
     result = update(bundle, "--from", record, "--test", cells / "test", "--output", tmp_path / "new")
     assert result.exit_code == 0, result.output
     assert "Operators called 1 parts good and 2 bad." in result.output
-    assert "they are taught" in result.output
-    assert "False alarms among the 1 new images: 1 before, 0 after." in result.output
+    assert "They are taught." in result.output
+    assert "False alarms among the 1 new images (whose patches are in the bank now): 1 before, 0 after." in result.output
+    assert all(path.name in result.output for path, _ in said)
+    assert "Of 2 bad parts, 0 were called normal before, and 0 are now." in result.output
+    assert re.search(r"Of its \d+ good images, \d+ were anomalous before, and \d+ are now; of its \d+ defect", result.output)
     new, manifest = PatchcoreRuntime.load(tmp_path / "new"), read_manifest(tmp_path / "new")
     step = manifest.lineage[-1]
     assert (manifest.format_version, step.images, 2 <= step.defects <= 10) == (11, 1, True)
@@ -99,7 +103,7 @@ def test_defects_that_do_harm_are_not_taught(bundle, images, cells, tmp_path):
     wrong = [path for path in images["others"] if path.parent.name == "good"][:40]
     record = record_of(tmp_path / "record", *((path, "bad") for path in wrong))
     result = update(bundle, "--from", record, "--test", cells / "test", "--output", tmp_path / "new")
-    assert "they are NOT taught" in result.output
+    assert "They are NOT taught" in result.output
     assert result.exit_code == 1
     assert "There is nothing to update from" in result.output
     assert not (tmp_path / "new").exists()

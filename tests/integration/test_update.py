@@ -131,7 +131,7 @@ def test_command(bundle, bright, cells, tmp_path):
     assert f"{bright}, which stays as it is" in " ".join(result.output.split())
     result = CliRunner().invoke(main, [*arguments[:-1], str(bright)])
     assert result.exit_code == 1
-    assert "must hold the folders good and defective" in result.output
+    assert "must hold the folder good, and others with defective images" in result.output
 
 
 def test_files_are_written_anew_or_carried_over(thumbnailed, bright, tmp_path, monkeypatch):

@@ -151,4 +151,6 @@ def test_info_shows_the_threshold_of_verdicts(bundle_copy, monkeypatch):
 
 
 def test_info_of_a_calibrated_bundle(calibrated):
-    assert "20 normal images, for 5.00% of false alarms at most" in call("info", calibrated)[1]
+    found = rows(call("info", calibrated)[1])
+    assert found["calibration"] == "20 normal images"
+    assert found["promise"] == "Of 100 good parts, 4.76 would be stopped, on average."

@@ -111,7 +111,7 @@ def test_answer_of_a_defective_cell(page, defect, keep):
     expect(page.locator("#said")).to_have_text(re.compile(f"^Anomalous, score .*, {re.escape(path.name)}$"))
     assert float(page.locator("#score").text_content()) == pytest.approx(expected.score, rel=1e-3)
     assert float(page.locator("#threshold").text_content()) == pytest.approx(expected.threshold, rel=1e-3)
-    assert page.locator("#ratio").text_content() == f"{expected.score / expected.threshold:.0%}".replace("%", " %")
+    assert page.locator("#ratio").text_content() == f"{expected.score / expected.threshold:.1%}".replace("%", " %")
     meter = page.locator("#meter")
     assert float(meter.get_attribute("aria-valuenow")) == pytest.approx(expected.score, rel=1e-6)
     width, bar, mark = (page.locator(part).bounding_box() for part in ("#meter", "#bar", "#mark"))
@@ -416,7 +416,7 @@ def test_part_to_review(visit, calibrated, defect, keep, tmp_path):
         assert float(page.locator("#review-threshold").text_content()) == pytest.approx(score - 1, rel=1e-3)
         bar, *marks = (page.locator(part).bounding_box() for part in ("#bar", "#review-mark", "#mark"))
         assert marks[0]["x"] < bar["x"] + bar["width"] < marks[1]["x"] + marks[1]["width"]
-        promise = "Of 100 good parts, 4.76 would be stopped, and 14.3 looked at, on average."
+        promise = "Of 100 good parts, 4.76 would be stopped, and 14.3 more looked at, on average."
         expect(page.locator("#promise")).to_have_text(promise)
         sizes = [float(cell) for cell in page.locator("#regions td:last-child").all_text_contents()]
         assert sizes == [pytest.approx(region.area * 0.05**2, rel=1e-3) for region in answer.regions]

@@ -111,7 +111,7 @@ def test_review_band_of_sessions():
 @pytest.mark.parametrize(
     ("count", "rates", "sessions", "expected"),
     [
-        (99, (0.01, 0.05), 0, "Of 100 good parts, 1 would be stopped, and 4 looked at, on average."),
+        (99, (0.01, 0.05), 0, "Of 100 good parts, 1 would be stopped, and 4 more looked at, on average."),
         (149, (0.01, None), 0, "Of 100 good parts, 0.667 would be stopped, on average."),
         (30, (0.1, 0.2), 3, "In at least 3 of 4 new sessions, of 100 good parts at most 10 would be stopped, and at most 20 "
          "be stopped or looked at."),
