@@ -192,6 +192,9 @@ def _check_exportable(model: FaissPatchcoreModel) -> None:
     if not model.is_fitted:
         msg = "The memory bank is empty: train the model before exporting it."
         raise MemoryBankError(msg)
+    if model.tiler is not None and model.position_weight:
+        msg = "A model of version 0.1 with a position_weight cannot be exported with tiles: train again."
+        raise BundleError(msg)
 
 
 def _read_some(images: Sequence[str | Path], recipe: Preprocessing) -> list[NDArray[np.uint8]]:

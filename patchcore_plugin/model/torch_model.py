@@ -174,9 +174,10 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         """
         if self.rule.region is not None:  # patches inside would see what lies outside
             images = images * images.new_tensor(self.rule.region.pixels)
-        if self.tiler is None:
-            return self._embed(images)
-        return self._embed_tiles(images, read_tiles(self.tiler))
+        embedding = self._embed(images) if self.tiler is None else self._embed_tiles(images, read_tiles(self.tiler))
+        if self.position_weight:
+            embedding = torch.cat([embedding, self._positions(embedding)], dim=-1)
+        return embedding
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """What :meth:`embed` gives, of images or tiles that are embedded at once."""
@@ -203,8 +204,6 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             grid = features[0].shape[-2:]
             features[1:] = [F.interpolate(feature, size=grid, mode="bilinear") for feature in features[1:]]
             embedding = torch.cat(features, dim=1)
-        if self.position_weight:
-            embedding = torch.cat([embedding, self._positions(embedding)], dim=1)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
 
     def _embed_tiles(self, images: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -213,9 +212,6 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         Raises:
             UsageError: If the images cannot be cut into these tiles.
         """
-        if self.position_weight:
-            msg = "A model with a position_weight knows the patches' places in the whole image: it cannot be tiled."
-            raise UsageError(msg)
         size, (height, width) = (int(images.shape[2]), int(images.shape[3])), tiles.size
         inspected = self.rule.region and self.rule.region.pixels
         try:
@@ -238,10 +234,10 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
         return (joined / joined.new_tensor(layout.counts)[..., None]).to(self.memory_bank.dtype)
 
     def _positions(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Row and column (B, 2, h, w) of each patch, from 0 to ``position_weight`` across the image."""
-        rows, columns = embedding.shape[-2:]
+        """Row and column (B, h, w, 2) of each patch, from 0 to ``position_weight`` across the image."""
+        rows, columns = embedding.shape[1:3]
         axes = [(torch.arange(size, device=embedding.device) + 0.5) / size for size in (rows, columns)]
-        positions = torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.position_weight
+        positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) * self.position_weight
         return positions.to(embedding.dtype).expand(embedding.shape[0], -1, -1, -1)
 
     def score(self, embedding: torch.Tensor, size: Sequence[int], upsampling: str = "bilinear") -> InferenceBatch:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from anomalib.data.utils import read_image
+from anomalib.data.utils.tiler import Tiler
 from helpers.bundles import change_manifest
 from helpers.training import LAYERS, folder_datamodule, make_engine, make_model
 from PIL import Image
@@ -361,12 +362,11 @@ def test_pre_processing_that_a_bundle_cannot_hold(trained, tmp_path, transform, 
     assert not list(tmp_path.iterdir())
 
 
-def test_tiled_model_is_not_exported(trained, tmp_path):
-    from anomalib.data.utils.tiler import Tiler
-
+def test_tiled_model_with_positions_is_not_exported(trained, tmp_path):
+    """A network of tiles does not know where in the image its patches lie."""
     model = FaissPatchcore.load_from_checkpoint(trained.checkpoint)
-    model.model.tiler = Tiler(tile_size=128, stride=128)
-    with pytest.raises(BundleError, match="tiled model"):
+    model.model.tiler, model.model.position_weight = Tiler(tile_size=128, stride=128), 12.0
+    with pytest.raises(BundleError, match="position_weight cannot be exported with tiles"):
         export_bundle(model, tmp_path / "bundle")
 
 

@@ -566,7 +566,9 @@ def test_history_and_words_survive_a_reload(visit, recording, runtime, defect, t
     verdict_is(page, "Normal", normal.name)
     expect(page.locator("#pictures")).to_be_hidden()
     bad.click()
-    expect(page.locator("#feedback-note")).to_have_text(re.compile("The image is not stored: the model cannot learn"))
+    expect(page.locator("#feedback-note")).to_have_text(
+        re.compile("The model cannot learn from it, as the image is not stored")
+    )
     choose(page, normal)
     expect(page.locator("#history li")).to_have_count(3)
     expect(page.locator("#pictures")).to_be_visible()

@@ -461,7 +461,7 @@ def test_webhook_that_is_down_is_told_at_the_next_start(tmp_path, folder):
 KILLS = r"""
 import json, os, random, sys, threading
 from pathlib import Path
-sys.path[:0] = [sys.argv[1]]
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from test_watching import Brightness, kill_run, picture
 import shutil
 
