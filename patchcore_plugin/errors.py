@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -25,6 +26,16 @@ class UsageError(PatchcoreError, ValueError):
 
 class MissingPackageError(PatchcoreError, ImportError):
     """A package that only a part of this one needs is not installed; the message says how to install it."""
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a file cannot be written because its disk, or its user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, in a few words: without the name of a file, which a system adds to its own."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import os
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ import click
 
 from patchcore_plugin.cli.common import fail_on, found_code, progress_bar
 from patchcore_plugin.drawings import save_drawing
-from patchcore_plugin.errors import UsageError
+from patchcore_plugin.errors import UsageError, is_full_disk, reason_of
 from patchcore_plugin.names import as_text, to_cell
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 _PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold", "ratio"
 _REGION_COLUMNS = "regions", "small_regions", "largest_area", "largest_area_mm2", "largest_width_mm", "largest_height_mm"
 _COLUMNS = "image", *_PREDICTION_COLUMNS, *_REGION_COLUMNS, "error"
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 @click.command()
@@ -148,9 +146,8 @@ def _write_heatmap(runtime: PatchcoreRuntime, outcome: Outcome, target: Path, in
         target.parent.mkdir(parents=True, exist_ok=True)
         save_drawing(runtime.heatmap(outcome.pixels, outcome.prediction), target)
     except (OSError, ValueError, MemoryError) as error:  # a system may refuse a name by a ValueError
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+        if is_full_disk(error):
             error.filename = str(target)
             raise
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return f"Its heatmap {target} cannot be written: {reason}."
+        return f"Its heatmap {target} cannot be written: {reason_of(error)}."
     return ""

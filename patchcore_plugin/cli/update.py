@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from patchcore_plugin.bundle import IndexKind
     from patchcore_plugin.operations.teaching import SaidParts
     from patchcore_plugin.operations.update import UpdateReport
-    from patchcore_plugin.runtime import Prediction
+    from patchcore_plugin.runtime import PatchcoreRuntime, Prediction
 
 _TABLE_ROWS_LIMIT = 20
 
@@ -83,6 +83,7 @@ def update(
     from patchcore_plugin.bundle import check_outside
     from patchcore_plugin.images import find_images
     from patchcore_plugin.operations.update import update_bundle
+    from patchcore_plugin.runtime import PatchcoreRuntime
 
     if (new_normals is None) == (record is None):
         msg = "Give either NEW_NORMALS, a folder of normal images, or --from RECORD."
@@ -102,10 +103,12 @@ def update(
     spent = time.perf_counter() - started
     names = {} if parts is None else {str(image.path): image.name for image in [*parts.good, *parts.bad]}
     _print(report, "held-out" if holdout else "new", names)
+    if defects is not None or labelled is not None:
+        runtimes = [PatchcoreRuntime.load(path) for path in (bundle, output)]
     if defects is not None:
-        _print_bad(bundle, output, [image.path for image in parts.bad], names)
+        _print_bad(runtimes, [image.path for image in parts.bad], names)
     if labelled is not None:
-        _print_test(bundle, output, test, *labelled)
+        _print_test(runtimes, test, *labelled)
     click.echo(f"Updated in {spent:.1f} s. New bundle: {output}. To put it in the old one's place, rename both folders.")
 
 
@@ -184,11 +187,9 @@ def _print_answers(
     Console().print(table)
 
 
-def _print_bad(bundle: Path, output: Path, images: list[Path], names: Mapping[str, str]) -> None:
+def _print_bad(runtimes: list[PatchcoreRuntime], images: list[Path], names: Mapping[str, str]) -> None:
     """Print what became of the parts that operators called bad."""
-    from patchcore_plugin.runtime import PatchcoreRuntime
-
-    before, after = (PatchcoreRuntime.load(path).predict(images) for path in (bundle, output))
+    before, after = (runtime.predict(images) for runtime in runtimes)
     _print_answers("bad part", list(map(str, images)), before, after, names)
     normal = [sum(answer.verdict == "normal" for answer in answers) for answers in (before, after)]
     click.echo(f"Of {len(images)} bad parts, {normal[0]} were called normal before, and {normal[1]} are now.")
@@ -207,15 +208,12 @@ def _labelled(folder: Path) -> tuple[list[Path], list[bool]]:
     return images, defective
 
 
-def _print_test(bundle: Path, output: Path, test: Path, images: list[Path], defective: list[bool]) -> None:
+def _print_test(runtimes: list[PatchcoreRuntime], test: Path, images: list[Path], defective: list[bool]) -> None:
     """Print what the update changes on test images."""
     from sklearn.metrics import roc_auc_score
 
-    from patchcore_plugin.runtime import PatchcoreRuntime
-
     areas, alarms, missed = [], [], []
-    for path in (bundle, output):
-        runtime = PatchcoreRuntime.load(path)
+    for runtime in runtimes:
         with progress_bar() as bar:
             answers = list(bar.track(runtime.stream(images), total=len(images), description="Test"))
         areas.append(float(roc_auc_score(defective, [answer.score for answer in answers])))

@@ -9,6 +9,7 @@ import numpy as np
 
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.memory_bank import Defects
+from patchcore_plugin.operations.update import join_defects
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.record import read_said
 
@@ -142,9 +143,9 @@ def try_defects(
 
     Raises:
         ImageError: If an image cannot be read.
+        UsageError: If the bundle would know more than 2,000 patches of defects.
     """
-    old = [] if runtime.defects is None else [runtime.defects.vectors]
-    known = Defects(np.concatenate([*old, defects]), runtime.manifest.all_members, runtime.bank.threads)
+    known = Defects(join_defects(runtime, defects), runtime.manifest.all_members, runtime.bank.threads)
     before, after = [], []
     for done, outcome in enumerate(runtime.stream_outcomes(images), 1):
         if outcome.error is not None:

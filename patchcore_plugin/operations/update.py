@@ -123,7 +123,7 @@ def update_bundle(
     _check_output(output, path)
     old = PatchcoreRuntime.load(path)
     radii = _covering_radii(old) if added else []
-    known = _join_defects(old, defects)
+    known = join_defects(old, defects)
     if old.manifest.calibration is not None and held_out:
         check_new_session(old.manifest.calibration, len(held_out))
     with atomic_folder(output) as draft:
@@ -206,8 +206,12 @@ def recalibrate(manifest: Manifest, held_out: Scores) -> tuple[Scale, Scale, Cal
     return *set_thresholds(calibration), calibration
 
 
-def _join_defects(runtime: PatchcoreRuntime, defects: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-    """The known defects of a bundle, and new ones; None where there are neither."""
+def join_defects(runtime: PatchcoreRuntime, defects: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """The known defects of a bundle, and new ones, each once; None where there are neither.
+
+    Raises:
+        UsageError: If there are more than 2,000.
+    """
     old = None if runtime.defects is None else runtime.defects.vectors
     both = [part for part in (old, defects) if part is not None]
     if not both:

@@ -134,11 +134,11 @@ def network_inputs(image: NDArray[np.uint8], recipe: Preprocessing) -> Iterator[
     if recipe.tiles is None:
         yield [image[None]]
         return
-    (height, width), region = recipe.tiles.size, recipe.region
-    for top, left in recipe.tiles.places(recipe.size, region and region.pixels):
+    (height, width), inspected = recipe.tiles.size, recipe.region and recipe.region.pixels
+    for top, left in recipe.tiles.places(recipe.size, inspected):
         mask = np.zeros((1, 1, height, width), np.float32)
         bottom, right = min(top + height, recipe.size[0]), min(left + width, recipe.size[1])
-        inside = 1 if region is None else region.pixels[top:bottom, left:right]
+        inside = 1 if inspected is None else inspected[top:bottom, left:right]
         mask[0, 0, : bottom - top, : right - left] = inside
         yield [image[None], np.int32([top, left]), mask]
 

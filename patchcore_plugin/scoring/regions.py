@@ -98,12 +98,10 @@ def _runs(above: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 def _dilated(above: NDArray[np.bool_], count: int, axis: int) -> NDArray[np.bool_]:
     """Pixels that are set, or have one that is set among the ``count`` before them."""
-    before = np.cumsum(above, axis=axis, dtype=np.int32)
-    length = before.shape[axis] - count - 1
-    if length > 0:
-        later = (slice(None),) * axis + (slice(-length, None),)
-        before[later] -= np.cumsum(above, axis=axis, dtype=np.int32).take(range(length), axis)
-    return before > 0
+    sums = np.moveaxis(np.cumsum(above, axis=axis, dtype=np.int32), axis, 0)
+    within = sums.copy()
+    within[count + 1 :] -= sums[: max(0, len(sums) - count - 1)]
+    return np.moveaxis(within > 0, 0, axis)
 
 
 def _join_touching(rows: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray[np.int64], height: int) -> list[int]:

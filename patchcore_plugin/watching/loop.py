@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from patchcore_plugin.bundle import check_outside
 from patchcore_plugin.checks import check_number
-from patchcore_plugin.errors import UsageError
+from patchcore_plugin.errors import UsageError, is_full_disk, reason_of
 from patchcore_plugin.http_client import pause_after
 from patchcore_plugin.names import as_line, as_text
 from patchcore_plugin.watching.looks import FileId, Looks
@@ -43,7 +43,6 @@ _FORGET_SECONDS = 3600.0
 _SERVICE_PAUSES = 1.0, 60.0
 _DISK_SECONDS = 2.0
 _MOST_MOVES = 100  # in a row: a disk that is away may take seconds to say so for each
-_FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 logger = logging.getLogger(__name__)
 
@@ -307,10 +306,9 @@ class _Watch:
             try:
                 heatmap, drawn = self._draw(target or name, found, outcome.draw)
             except (OSError, ValueError, MemoryError) as problem:
-                if isinstance(problem, OSError) and problem.errno in _FULL_DISK:
+                if is_full_disk(problem):
                     raise
-                reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
-                error = f"Its heatmap cannot be written: {reason}."
+                error = f"Its heatmap cannot be written: {reason_of(problem)}."
         self._note(name, found, outcome.fields, target=target, drawn=drawn, heatmap=heatmap, error=error)
 
     def _take_failure(self, name: str, found: FileId, error: ImageError | OSError) -> None:
