@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Set before the import of the hub's client: a download must fail at once, not after a minute of retries.
@@ -30,6 +31,15 @@ CHROMIUM_SWITCHES = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+@pytest.fixture(autouse=True)
+def logs_that_reach_caplog(monkeypatch):
+    """A service that an earlier test of this process started has taken the loggers for itself."""
+    for name in ("patchcore.service", "patchcore.webhook"):
+        log = logging.getLogger(name)
+        monkeypatch.setattr(log, "propagate", True)
+        monkeypatch.setattr(log, "disabled", False)
 
 
 @pytest.fixture(scope="session")
