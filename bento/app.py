@@ -14,11 +14,13 @@ from patchcore_plugin.cpu import cores
 from patchcore_plugin.webhook import Receiver, Webhook
 
 from . import history, page, routes
+from .methods import ROUTES
 from .middleware import (
     AccessLogMiddleware,
     ApiKeyMiddleware,
     BodyMiddleware,
     HostMiddleware,
+    MethodsMiddleware,
     ProblemMiddleware,
     QueueLimitMiddleware,
     RequestIdMiddleware,
@@ -71,6 +73,7 @@ def make_app(settings: Settings, pipeline: Pipeline | None = None) -> FastAPI:
             Middleware(BodyMiddleware, mebibytes=settings.max_body, seconds=settings.receive_timeout),
             Middleware(QueueLimitMiddleware, requests=settings.queue),
             Middleware(TimeoutMiddleware, seconds=settings.timeout),
+            Middleware(MethodsMiddleware, routes=ROUTES.values()),
         ],
     )
     app.state.settings, app.state.pipeline = settings, pipeline
@@ -104,7 +107,7 @@ def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | N
         scorer = LocalScorer(repository)
         # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
         parallel = (settings.threads or cores()) if settings.mode == "throughput" else 2
-    limits = {"max_pixels": settings.max_pixels, "max_batch_pixels": settings.max_batch_pixels}
+    limits = {name: getattr(settings, name) for name in ("max_pixels", "max_images", "max_batch_pixels")}
     webhook = make_webhook(settings, metrics)
     record = None if settings.record is None else AnswerRecord(settings.record, settings, metrics)
     return Pipeline(repository, scorer, metrics, **limits, parallel=parallel, webhook=webhook, record=record)

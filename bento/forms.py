@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Literal
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -44,7 +45,7 @@ async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
         reason = "is missing" if file is None else "holds text"
         detail = f"The form's field 'image' {reason}; send a file (curl: --form image=@cell.png)."
         raise ProblemError("image_missing", detail)
-    fields = {name: text for name in _TEXT_FIELDS if (text := _text_of(form, name)) is not None}
+    fields = {name: text for name in _TEXT_FIELDS if (text := _text_of(request, form, name)) is not None}
     return await _image_file(request, file), fields
 
 
@@ -59,7 +60,9 @@ async def read_image_files(request: Request, max_files: int) -> tuple[list[Image
     files = [await _image_file(request, value) for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if not files:
         raise ProblemError("image_missing", "The form has no file 'images' (curl: --form images=@cell.png).")
-    return files, _text_of(form, "model")
+    if any(not isinstance(value, UploadFile) for value in form.getlist("images")):
+        raise ProblemError("field_invalid", "A field 'images' of the form holds text; it should be a file.")
+    return files, _text_of(request, form, "model")
 
 
 async def read_feedback(request: Request) -> tuple[dict[str, str], bytes | None]:
@@ -72,8 +75,19 @@ async def read_feedback(request: Request) -> tuple[dict[str, str], bytes | None]
     file = form.get("image")
     if file is not None and not isinstance(file, UploadFile):
         raise ProblemError("field_invalid", "The form's field 'image' holds text; it should be a file.")
-    fields = {name: _text_of(form, name) or "" for name in ("record", "word", "note")}
+    fields = {name: _text_of(request, form, name) or "" for name in ("record", "word", "note")}
     return fields, None if file is None else await file.read()
+
+
+def check_kind(kind: str) -> Literal["overlay", "map"]:
+    """Check the kind of a heatmap.
+
+    Raises:
+        ProblemError: If there is no such kind.
+    """
+    if kind not in ("overlay", "map"):
+        raise ProblemError("field_invalid", f"kind must be 'overlay' or 'map', got {str(kind)[:40]!r}.")
+    return kind
 
 
 def read_flag(text: str) -> bool:
@@ -120,8 +134,23 @@ async def _read_form(request: Request, max_files: int, advice: str) -> FormData:
         raise ProblemError("form_invalid", f"The form cannot be read: {error.detail}") from error
 
 
-def _text_of(form: FormData, name: str) -> str | None:
+def _text_of(request: Request, form: FormData, name: str) -> str | None:
     value = form.get(name)
     if isinstance(value, UploadFile):
         raise ProblemError("field_invalid", f"The form's field {name!r} is a file; it should be text.")
+    if value and request.headers.get("user-agent", "").startswith("BentoML HTTP Client/"):
+        return _text_of_json(name, value)
+    return value or None
+
+
+def _text_of_json(name: str, text: str) -> str | None:
+    """The value of a field as BentoML's clients send it: JSON, which is ``null`` for an argument that was left out."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(value, bool):
+        return text
+    if value is not None and not isinstance(value, str):
+        raise ProblemError("field_invalid", f"The form's field {name!r} should be text, got {text[:40]!r}.")
     return value or None

@@ -50,6 +50,15 @@ def is_known_host(scope: Scope, names: Sequence[str]) -> bool:
     return "*" in names or name in names or name in ("localhost", _own_name()) or _is_address_here(name, scope)
 
 
+def is_from_own_process(scope: Scope) -> bool:
+    """Whether a request came through a Unix socket, which only BentoML makes, in a folder of this service's user.
+
+    The client's address does not tell: it is also missing of a TCP connection that ended before it was taken.
+    """
+    server = scope.get("server")
+    return server is not None and server[1] is None
+
+
 def is_foreign(scope: Scope, names: Sequence[str]) -> bool:
     """Whether a script or form of another site's page sent a request; links to the service's page are not foreign.
 

@@ -22,14 +22,14 @@ class Metrics:
     Make them once in a process, after BentoML has named the folder that its processes share.
 
     Args:
-        registry: Registry to add the metrics to; by default the process's own.
+        registry: Registry to add the metrics to; a new one by default.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         # At its import, the package reads the name of the shared folder from the environment.
-        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-        self._registry = registry or REGISTRY
+        self._registry = registry or CollectorRegistry()
         add = {"registry": self._registry}
         self._answers = Counter("patchcore_requests", "Requests by route and status", ["route", "status"], **add)
         self._seconds = Histogram(

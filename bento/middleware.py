@@ -15,12 +15,12 @@ import anyio.lowlevel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
-from .hosts import is_foreign, is_known_host
+from .hosts import is_foreign, is_from_own_process, is_known_host
 from .logs import logger
-from .problems import ProblemError, problem_response
+from .problems import PROBLEMS, ProblemError, problem_response
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from pydantic import SecretStr
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
 _MAX_LOGGED_PATH = 200
+_BENTOML = "patchcore.bentoml"  # where a request keeps BentoML's own application
 _PIECE = 16_384  # bytes of a body that the form's parser takes at a time
+
+
+def new_request_id() -> str:
+    """An id for a request that has none."""
+    return uuid.uuid4().hex[:12]
 
 
 class HttpMiddleware(ABC):
@@ -84,7 +90,36 @@ class OwnRoutesMiddleware(HttpMiddleware):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
+        scope[_BENTOML] = self.app
         await self._own(scope, receive, send)
+
+
+class MethodsMiddleware(HttpMiddleware):
+    """Leaves calls of the service's methods to BentoML, if another process of the same bento makes them.
+
+    They come through a Unix socket that nobody else can reach, for BentoML unpickles what they send.
+
+    Args:
+        app: The wrapped ASGI application.
+        routes: Paths of the methods.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Collection[str]) -> None:
+        super().__init__(app)
+        self._routes = routes
+
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return (
+            super().applies_to(scope)
+            and is_from_own_process(scope)
+            and scope["path"] in self._routes
+            and Headers(scope=scope).get("content-type") == "application/vnd.bentoml+pickle"
+        )
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        await scope[_BENTOML](scope, receive, send)
 
 
 class RequestIdMiddleware(HttpMiddleware):
@@ -93,7 +128,7 @@ class RequestIdMiddleware(HttpMiddleware):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:12]
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
@@ -177,6 +212,10 @@ class HostMiddleware(HttpMiddleware):
         super().__init__(app)
         self._names = names
 
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return super().applies_to(scope) and not is_from_own_process(scope)
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         headers = Headers(scope=scope)
@@ -205,13 +244,18 @@ class ApiKeyMiddleware(HttpMiddleware):
         self._key = None if key is None else key.get_secret_value().encode()
         self._open = ("/", "/ui", *(["/metrics"] if open_metrics else []))
 
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return super().applies_to(scope) and not is_from_own_process(scope)
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         path = scope["path"]
         if self._key is not None and path not in self._open and not path.startswith("/ui/"):
-            given = Headers(scope=scope).get("x-api-key", "").encode("latin-1")
-            if not secrets.compare_digest(given, self._key):
-                raise ProblemError("unauthorized", "The header X-API-Key is missing or wrong.")
+            headers = Headers(scope=scope)
+            given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            if not secrets.compare_digest(given.encode("latin-1"), self._key):
+                raise ProblemError("unauthorized", PROBLEMS["unauthorized"][1])
         await self.app(scope, receive, send)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import math
 import time
@@ -21,7 +22,7 @@ from .drift import DriftMonitors
 from .encoding import to_base64_png, to_gray16, to_png
 from .places import Places
 from .problems import ProblemError
-from .schemas import Explanation, ImageAnswer, ImageScore, ModelList, ModelSummary
+from .schemas import BatchAnswer, BatchItem, Explanation, ImageAnswer, ImageScore, ModelList, ModelSummary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,6 +85,7 @@ class Pipeline:
         scorer: The scorer of this process or of the runner's.
         metrics: Metrics to count in.
         max_pixels: Most pixels of an image.
+        max_images: Most images of a request.
         max_batch_pixels: Most pixels of all images of a request.
         parallel: Most images that are worked on at once, of up to :data:`SMALL_IMAGE_PIXELS` pixels and of up to
             :data:`LARGE_IMAGE_PIXELS` each; beside them one larger one.
@@ -98,6 +100,7 @@ class Pipeline:
         metrics: Metrics,
         *,
         max_pixels: int,
+        max_images: int,
         max_batch_pixels: int,
         parallel: int,
         webhook: Webhook | None = None,
@@ -106,7 +109,7 @@ class Pipeline:
         self.metrics = metrics
         self.record = record
         self.parallel = parallel
-        self._max_batch_pixels = max_batch_pixels
+        self._max_images, self._max_batch_pixels = max_images, max_batch_pixels
         self.drift, self._webhook = DriftMonitors(metrics), webhook
         self._repository, self._scorer, self._max_pixels = repository, scorer, max_pixels
         self._places = {SMALL_IMAGE_PIXELS: Places(parallel), LARGE_IMAGE_PIXELS: Places(parallel), math.inf: Places(1)}
@@ -141,12 +144,42 @@ class Pipeline:
         """
         return await self._work(self._predict, file, self.resolve(model), heatmap)
 
-    def check_batch(self, files: Sequence[ImageFile]) -> None:
-        """Refuse images that have too many pixels together, by what their heads state.
+    async def predict_batch(self, files: Sequence[ImageFile], model: str | None, request_id: str) -> BatchAnswer:
+        """Score several image files. One that cannot be read does not spoil the others.
+
+        Args:
+            files: The files.
+            model: Name of the model; None takes the default.
+            request_id: Id of the request, which the problems of single images have too.
 
         Raises:
-            ProblemError: If they have.
+            ProblemError: If they are too many, or have too many pixels together.
+            UnknownModelError: If there is no such model.
+            BundleError: If the model cannot be loaded.
         """
+        self._check_batch(files)
+        chosen = self.resolve(model)
+        turns = asyncio.Semaphore(self.parallel)  # images of other requests come in between
+
+        async def answer(file: ImageFile) -> BatchItem:
+            try:
+                async with turns:
+                    return BatchItem(name=file.name, answer=await self.predict(file, chosen))
+            except ProblemError as error:
+                self.metrics.problems.labels(code=error.code).inc()
+                return BatchItem(name=file.name, problem=error.describe(request_id))
+
+        results = await asyncio.gather(*map(answer, files))
+        self.metrics.images.observe(len(files))
+        return BatchAnswer(results=results)
+
+    def _check_batch(self, files: Sequence[ImageFile]) -> None:
+        """Refuse too many images, or too many pixels, by what their heads state."""
+        if not files:
+            raise ProblemError("image_missing", "The call has no images.")
+        if len(files) > self._max_images:
+            detail = f"There are {len(files)} images; a call may have {self._max_images}: send them in several."
+            raise ProblemError("batch_too_large", detail)
         pixels = sum(map(_stated_pixels, files))
         if pixels > self._max_batch_pixels:
             detail = (

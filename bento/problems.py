@@ -31,7 +31,7 @@ PROBLEMS = {
     "field_invalid": (400, "A field has a wrong value."),
     "disconnected": (400, "The body ended before its stated length."),
     "request_invalid": (400, "The bytes are no HTTP request."),
-    "unauthorized": (401, "The header X-API-Key is missing or wrong."),
+    "unauthorized": (401, "The key is missing or wrong: X-API-Key: KEY, or Authorization: Bearer KEY."),
     "origin_foreign": (403, "The page of another site sent the request."),
     "model_unknown": (404, "No model has this name, or the request names none of several."),
     "sample_unknown": (404, "No sample image has this name."),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
-from .forms import FORM, IMAGE_TYPES, read_flag, read_image_file, read_image_files
-from .pipeline import ImageFile, Pipeline
-from .problems import PROBLEMS, ProblemError
-from .schemas import BatchAnswer, BatchItem, DriftReport, Explanation, ImageAnswer, ModelList, Problem
+from .forms import FORM, IMAGE_TYPES, check_kind, read_flag, read_image_file, read_image_files
+from .methods import describe_methods
+from .pipeline import Pipeline
+from .problems import PROBLEMS
+from .schemas import BatchAnswer, DriftReport, Explanation, ImageAnswer, ModelList, Problem
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -92,22 +92,9 @@ async def predict_batch(
 ) -> Response:
     """Score several images, the files ``images`` of a form. One that cannot be read does not spoil the others."""
     files, named = await read_image_files(request, settings.max_images)
-    pipeline.check_batch(files)
-    chosen = pipeline.resolve(named or model)
-    turns = asyncio.Semaphore(pipeline.parallel)  # images of other requests come in between
-
-    async def answer(file: ImageFile) -> BatchItem:
-        try:
-            async with turns:
-                return BatchItem(name=file.name, answer=await pipeline.predict(file, chosen))
-        except ProblemError as error:
-            pipeline.metrics.problems.labels(code=error.code).inc()
-            return BatchItem(name=file.name, problem=error.describe(request.state.request_id))
-
-    results = await asyncio.gather(*map(answer, files))
-    pipeline.metrics.images.observe(len(files))
-    request.state.log.update(model=chosen, images=len(files))
-    return _json(BatchAnswer(results=results))
+    answer = await pipeline.predict_batch(files, named or model, request.state.request_id)
+    request.state.log.update(model=pipeline.resolve(named or model), images=len(files))
+    return _json(answer)
 
 
 @router.post(
@@ -124,9 +111,7 @@ async def heatmap(
 ) -> Response:
     """Answer the heatmap of one image as PNG; the headers X-Score, X-Verdict and X-Record have what /predict answers."""
     file, fields = await read_image_file(request)
-    kind = fields.get("kind") or kind
-    if kind not in ("overlay", "map"):
-        raise ProblemError("field_invalid", f"kind must be 'overlay' or 'map', got {kind[:40]!r}.")
+    kind = check_kind(fields.get("kind") or kind)
     picture, answer = await pipeline.draw(file, fields.get("model") or model, kind)
     _log(request, answer)
     headers = {"X-Score": repr(answer.score), "X-Verdict": answer.verdict or "", "X-Version": answer.version}
@@ -144,6 +129,7 @@ async def explain(request: Request, pipeline: PipelineDependency, model: Annotat
     return _json(explanation)
 
 
+@router.post("/models", include_in_schema=False)  # as BentoML's clients ask
 @router.get("/models", responses=responses_of("unauthorized"))
 def models(pipeline: PipelineDependency) -> ModelList:
     """All models that requests may name."""
@@ -154,6 +140,12 @@ def models(pipeline: PipelineDependency) -> ModelList:
 def drift(pipeline: PipelineDependency) -> DriftReport:
     """Whether production has moved away from the images that each model was calibrated on."""
     return pipeline.drift.report()
+
+
+@router.get("/schema.json", include_in_schema=False)
+def schema() -> dict[str, Any]:
+    """The methods, as BentoML's clients read them."""
+    return describe_methods()
 
 
 @router.get("/metrics", include_in_schema=False)

@@ -165,6 +165,8 @@ def common_options(settings: Settings) -> dict[str, Any]:
     """What both of BentoML's services are configured with."""
     return {
         "traffic": {"timeout": settings.receive_timeout + settings.timeout + 5},  # our own middleware answers earlier
+        # BentoML's client replaces its connection after some requests, and ends the requests that are on the old one.
+        "runner_connection": {"max_requests": 10**12, "max_age": 1e9},
         "logging": {"access": {"enabled": False}},  # the access log middleware writes more
         # glibc gives every thread a heap of its own, and images of many sizes leave holes in each; and after a large one it
         # keeps even larger pieces for itself. FAISS takes pieces of 16 MiB for each search: were they given back, every
@@ -184,8 +186,6 @@ def make_runner(settings: Settings) -> bentoml.Service[Any]:
     @bentoml.service(
         name="patchcore-runner",
         workers=settings.runner_workers,
-        # BentoML's client replaces its connection after some requests, and ends the requests that are on the old one.
-        runner_connection={"max_requests": 10**12, "max_age": 1e9},
         **common_options(settings),
     )
     class PatchcoreRunner:

@@ -21,7 +21,8 @@ import uvicorn
 from bentoml.exceptions import BentoMLConfigException
 from starlette.responses import PlainTextResponse
 
-from .middleware import HttpMiddleware
+from .hosts import is_from_own_process
+from .middleware import HttpMiddleware, OwnRoutesMiddleware
 from .protocol import limited_protocol
 
 if TYPE_CHECKING:
@@ -52,13 +53,18 @@ def set_uvicorn_options(settings: Settings) -> None:
     ours = uvicorn_options(settings)
 
     class Config(uvicorn.Config):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            for name, value in ours.items():
+        def __init__(self, app: Any, *arguments: Any, **options: Any) -> None:
+            for name, value in ours.items() if _is_ours(app) else ():
                 if options.get(name) is None:
                     options[name] = value
-            super().__init__(*arguments, **options)
+            super().__init__(app, *arguments, **options)
 
     uvicorn.Config = Config
+
+
+def _is_ours(app: Any) -> bool:
+    """Whether an application of BentoML is that of this service or its runner, and not of another that depends on it."""
+    return any(each.cls in (OwnRoutesMiddleware, UnixSocketOnlyMiddleware) for each in getattr(app, "user_middleware", ()))
 
 
 def open_http_port_only() -> None:
@@ -93,9 +99,10 @@ def _check(sockets: Sequence[CircusSocket], options: dict[str, Any]) -> None:
     """Refuse what would open another port."""
     if sum(not socket.is_unix for socket in sockets) > 1:
         msg = (
-            "PATCHCORE_RUNNER=process needs Unix sockets. BentoML uses TCP instead on Windows, in WSL, and where "
-            "BENTOML_NO_UDS is set, and every user of this computer could run code through that port. "
-            "Set PATCHCORE_RUNNER=inside."
+            "PATCHCORE_RUNNER=process needs Unix sockets, and so does a service with bentoml.depends(PatchcoreService). "
+            "BentoML uses TCP instead on Windows, in WSL, and where BENTOML_NO_UDS is set, and every user of this computer "
+            "could run code through that port. Set PATCHCORE_RUNNER=inside. Let the other service depend on an address: "
+            "bentoml.depends(PatchcoreService, url='http://127.0.0.1:3000')."
         )
         raise BentoMLConfigException(msg)
     if options.get("plugins"):
@@ -125,7 +132,7 @@ class UnixSocketOnlyMiddleware(HttpMiddleware):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if scope["client"] is None:  # so it is with a Unix socket
+        if is_from_own_process(scope):
             await self.app(scope, receive, send)
         else:
             await PlainTextResponse("Only the service itself may use its runner.", 403)(scope, receive, send)

@@ -20,6 +20,7 @@ from patchcore_plugin.webhook import EventQueue, QueueError
 
 from .app import make_app, make_pipeline
 from .logs import start_logging
+from .methods import NAME, PatchcoreMethods
 from .metrics import Metrics
 from .middleware import OwnRoutesMiddleware
 from .repository import find_bundles
@@ -36,7 +37,7 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
     app = make_app(settings)
 
     @bentoml.service(
-        name="patchcore",
+        name=NAME,
         workers=settings.workers,
         http={"host": settings.host, "port": settings.port},
         tracing=_tracing_options(settings),
@@ -44,7 +45,7 @@ def make_service(settings: Settings) -> bentoml.Service[Any]:
         **common_options(settings),
     )
     @bentoml.asgi_app(app, path="/", name="patchcore")
-    class PatchcoreService:
+    class PatchcoreService(PatchcoreMethods):
         """Scores images with PatchCore models."""
 
         if settings.runner == "process":

@@ -110,7 +110,9 @@ class Settings(BaseSettings):
         description="Names, separated by commas, by which clients reach the service, beside those that it knows by itself "
         "([below](#who-is-answered)); `*` for any.",
     )
-    api_key: SecretStr | None = Field(None, description="Key that requests must carry in the header X-API-Key.")
+    api_key: SecretStr | None = Field(
+        None, description="Key that requests must carry, as X-API-Key or Authorization: Bearer."
+    )
     open_metrics: bool = Field(False, description="With api_key: whether /metrics is answered without the key.")
     webhook: SecretStr | None = Field(
         None, description="URL that is told of every image whose verdict is not normal ([below](#webhook))."

@@ -23,6 +23,7 @@ from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import bentoml
 import click
 import numpy as np
 import psutil
@@ -351,12 +352,55 @@ def compare_records(environment: dict[str, str], folder: Path, contents: list[by
     )
 
 
+DEPENDENT = """
+import time
+import bentoml
+from pathlib import Path
+from patchcore_plugin.bento.service import PatchcoreService
+
+@bentoml.service
+class Dependent:
+    patchcore = bentoml.depends(PatchcoreService)
+
+    @bentoml.api
+    async def times(self, path: str, count: int) -> list[float]:
+        content, spent = Path(path).read_bytes(), []
+        for _ in range(count):
+            started = time.perf_counter()
+            await self.patchcore.predict(image=content)
+            spent.append(time.perf_counter() - started)
+        return spent
+"""
+
+
+def compare_callers(environment: dict[str, str], folder: Path, image: Path, count: int) -> None:
+    """Measure one image at a time by a raw POST, by BentoML's client, and by a service that depends on this one."""
+    content = image.read_bytes()
+    times: dict[str, list[float]] = {"raw POST": [], "bentoml.SyncHTTPClient": []}
+    with bentoml_serve(SERVE, folder, **environment) as server, bentoml.SyncHTTPClient(str(server)) as client:
+        calls = [lambda: server.client.post("/predict", files={"image": content}), lambda: client.predict(image=image)]
+        for _ in track(range(count), description="Calls"):
+            for call, spent in zip(calls, times.values(), strict=True):
+                started = time.perf_counter()
+                call()
+                spent.append(time.perf_counter() - started)
+    (folder / "dependent.py").write_text(DEPENDENT)
+    with bentoml_serve([*BENTOML, "serve", "dependent:Dependent"], folder, **environment) as server:
+        asked = server.client.post("/times", json={"path": str(image), "count": count}, timeout=600)
+        times["bentoml.depends"] = asked.raise_for_status().json()
+    raw = np.median(times["raw POST"])
+    for name, spent in times.items():
+        middle = np.median(spent)
+        click.echo(f"{name}: {1000 * middle:.2f} ms, median of {count}; {middle / raw:.2f} of a raw POST")
+
+
 @click.command()
 @click.option("--count", default=1000, show_default=True, help="Requests that measure the highest rate.")
 @click.option("--seconds", default=60.0, show_default=True, help="Seconds at twice the highest rate.")
 @click.option("--soak", "soaked", default=0, help="Only send this number of requests, one in ten hostile.")
 @click.option("--record", "turns", default=0, help="Only measure what the record costs, with this number of turns.")
-def main(count: int, seconds: float, soaked: int, turns: int) -> None:
+@click.option("--callers", is_flag=True, help="Only measure a call by BentoML's client, and by bentoml.depends.")
+def main(count: int, seconds: float, soaked: int, turns: int, callers: bool) -> None:
     """Print throughput and latency, and what happens at twice the highest rate."""
     click.echo(heading("bentoml", "openvino", "faiss-cpu"))
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
@@ -368,6 +412,9 @@ def main(count: int, seconds: float, soaked: int, turns: int) -> None:
         if soaked:
             with bentoml_serve(SERVE, folder, **environment) as server:
                 soak(server, images, soaked)
+            return
+        if callers:
+            compare_callers(environment, folder, images[0], count)
             return
         if turns:
             compare_records(environment, folder, contents, count, turns)

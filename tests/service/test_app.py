@@ -145,7 +145,13 @@ def test_bug_is_a_problem_without_details(bundle, test_images, log):
     settings, registry = Settings(bundle=bundle), CollectorRegistry()
     metrics = Metrics(registry)
     pipeline = Pipeline(
-        make_repository(settings, metrics), BrokenScorer(), metrics, max_pixels=10**6, max_batch_pixels=10**7, parallel=1
+        make_repository(settings, metrics),
+        BrokenScorer(),
+        metrics,
+        max_pixels=10**6,
+        max_images=32,
+        max_batch_pixels=10**7,
+        parallel=1,
     )
     with serve_app(make_app(settings, pipeline)) as server:
         response = predict(server.client, test_images[0])
@@ -180,7 +186,13 @@ def test_work_of_requests_that_have_ended(bundle, test_images):
     settings, registry, scorer = Settings(bundle=bundle, timeout=0.5), CollectorRegistry(), WaitingScorer()
     metrics = Metrics(registry)
     pipeline = Pipeline(
-        make_repository(settings, metrics), scorer, metrics, max_pixels=10**8, max_batch_pixels=10**9, parallel=2
+        make_repository(settings, metrics),
+        scorer,
+        metrics,
+        max_pixels=10**8,
+        max_images=32,
+        max_batch_pixels=10**9,
+        parallel=2,
     )
     with serve_app(make_app(settings, pipeline)) as server:
         with ThreadPoolExecutor(2) as pool:

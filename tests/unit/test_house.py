@@ -161,7 +161,7 @@ def bento_differences(tree: Path) -> set[str]:
     """Folders that the bento lacks, or should not have."""
     include = yaml.safe_load((tree / "bento" / "bentofile.yaml").read_text())["include"]
     listed = {line.removesuffix("/*.py") for line in include if line.endswith("/*.py")}
-    folders = {path.relative_to(tree).parent.as_posix() for path in source_files(tree)}
+    folders = {path.relative_to(tree).parent.as_posix() for path in source_files(tree)} - {"bento/examples"}
     return listed ^ {folder for folder in folders if Path(folder).name not in TORCH_FOLDERS}
 
 
