@@ -203,8 +203,8 @@ class Pipeline:
 
     def models(self) -> ModelList:
         """All models that requests may name."""
-        loaded = self._repository.loaded()
-        models = [_summary(name, path, name in loaded) for name, path in self._repository.folders().items()]
+        devices = self._repository.loaded()
+        models = [_summary(name, path, devices.get(name)) for name, path in self._repository.folders().items()]
         only = models[0].name if len(models) == 1 else None
         return ModelList(models=models, default=self._repository.default or only, record=self.record is not None)
 
@@ -321,13 +321,13 @@ def describe(image: DecodedImage, scored: Scored, *, heatmap: bool = False) -> I
     )
 
 
-def _summary(name: str, path: Path, loaded: bool) -> ModelSummary:
-    """The summary of a bundle, or of what is wrong with it."""
+def _summary(name: str, path: Path, device: str | None) -> ModelSummary:
+    """The summary of a bundle, or of what is wrong with it; the device is that of a bundle in memory."""
     try:
         manifest, version = read_manifest_and_version(path)
-        return ModelSummary.of(name, loaded=loaded, manifest=manifest, version=version)
+        return ModelSummary.of(name, device=device, manifest=manifest, version=version)
     except BundleError as error:
-        return ModelSummary(name=name, loaded=loaded, problem=str(error).replace(str(path), name))
+        return ModelSummary(name=name, loaded=device is not None, device=device, problem=str(error).replace(str(path), name))
 
 
 def _milliseconds_since(started: float) -> float:

@@ -132,10 +132,10 @@ class ModelRepository:
                 self._folders, self._found_at = {**in_memory, **found}, time.monotonic()
             return self._folders
 
-    def loaded(self) -> list[str]:
-        """Names of the models in memory, the least recently used first."""
+    def loaded(self) -> dict[str, str]:
+        """Device that computes the network of each model in memory, by name, the least recently used first."""
         with self._lock:
-            return list(self._entries)
+            return {name: entry.runtime.device for name, entry in self._entries.items()}
 
     def resolve(self, name: str | None) -> str:
         """Find the name of the model that a request asks for.
@@ -227,7 +227,8 @@ class ModelRepository:
                 del self._entries[oldest]  # requests that hold its runtime finish
                 self._on_load(oldest, "dropped")
         self._on_load(name, "loaded")
-        logger.info("The bundle %s is loaded, version %s", name, entry.runtime.version)
+        loaded = entry.runtime
+        logger.info("The bundle %s is loaded, version %s, network on %s", name, loaded.version, loaded.device)
         return entry.runtime
 
     def _reload_if_changed(self, name: str, entry: _Entry) -> None:
@@ -262,7 +263,13 @@ class ModelRepository:
 def make_repository(settings: Settings, metrics: Metrics) -> ModelRepository:
     """The model repository of a process, as the settings describe it."""
     in_store = settings.bundle is None and settings.bundles is None  # where a cache's folder would look like a model
-    load = partial(PatchcoreRuntime.load, mode=settings.mode, threads=settings.threads, cache=settings.cache or not in_store)
+    load = partial(
+        PatchcoreRuntime.load,
+        mode=settings.mode,
+        threads=settings.threads,
+        cache=settings.cache or not in_store,
+        device=settings.device,
+    )
     return ModelRepository(
         partial(find_bundles, settings),
         load,

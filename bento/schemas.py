@@ -273,6 +273,7 @@ class ModelSummary(BaseModel):
             "index": "hnsw",
             "storage": "float32",
             "precision": "f32",
+            "device": "CPU",
             "bytes": 6_600_000,
             "sha256": {"features.xml": "9b1c"},
             "problem": None,
@@ -301,24 +302,27 @@ class ModelSummary(BaseModel):
     index: str | None = Field(None, description="Kind of the (first) memory bank's index, such as flat or hnsw.")
     storage: str | None = Field(None, description="Number format of the memory bank's vectors, such as float32.")
     precision: str | None = Field(None, description="Arithmetic of the network, such as f32.")
+    device: str | None = Field(
+        None, description="Device of OpenVINO that computes the network, such as CPU; null unless loaded."
+    )
     bytes: int | None = Field(None, description="Size of the bundle's files.")
     sha256: dict[str, str] | None = Field(None, description="Checksum of each file of the bundle.")
     problem: str | None = Field(None, description="Why the model cannot be served.")
 
     @classmethod
-    def of(cls, name: str, *, loaded: bool, manifest: Manifest, version: str) -> ModelSummary:
+    def of(cls, name: str, *, device: str | None, manifest: Manifest, version: str) -> ModelSummary:
         """The summary of a bundle.
 
         Args:
             name: Name of the model in requests.
-            loaded: Whether the model is in memory.
+            device: Device that computes the network; None unless the model is in memory.
             manifest: Manifest of the bundle.
             version: Version of the bundle.
         """
         return cls(
             name=name,
             version=version,
-            loaded=loaded,
+            loaded=device is not None,
             title=manifest.name,
             created=manifest.created.isoformat(),
             backbone=manifest.backbones,
@@ -331,6 +335,7 @@ class ModelSummary(BaseModel):
             index=manifest.index.kind,
             storage=manifest.index.storage,
             precision=manifest.precision,
+            device=device,
             bytes=manifest.total_bytes,
             sha256={file: about.sha256 for file, about in manifest.files.items()},
         )

@@ -20,6 +20,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from patchcore_plugin.runtime.device import CPU, check_device
 from patchcore_plugin.webhook import Receiver
 
 from .hosts import split_host
@@ -62,6 +63,11 @@ class Settings(BaseSettings):
         description="latency: one image at a time, with all threads. throughput: as many images at once as threads.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads for scoring; if not set, one for each core.")
+    device: str = Field(
+        CPU,
+        description="Device of OpenVINO that computes networks: CPU, GPU, GPU.1, NPU, AUTO, AUTO:GPU,CPU or HETERO:GPU,CPU. "
+        "Another one than the CPU must give the scores of a bundle's self-test, or the bundle is refused.",
+    )
     workers: int = Field(1, ge=1, le=256, description="Processes that answer requests.")
     runner: Literal["inside", "process"] = Field(
         "inside",
@@ -139,6 +145,12 @@ class Settings(BaseSettings):
             msg = f"set either this or bundle, which is {info.data['bundle']}"
             raise ValueError(msg)
         return bundles
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        check_device(device)
+        return device
 
     @field_validator("hosts", mode="before")
     @classmethod

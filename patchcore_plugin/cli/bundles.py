@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from patchcore_plugin.cli.common import as_cell, print_trials, step_bars
+from patchcore_plugin.cli.common import as_cell, device, print_trials, step_bars
 from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
@@ -138,8 +138,9 @@ def _threshold(scale: Scale) -> str:
 @click.command()
 @_bundle
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of sample images to give a verdict on.")
+@device
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def validate(bundle: Path, images: Path | None, as_json: bool) -> None:
+def validate(bundle: Path, images: Path | None, device: str, as_json: bool) -> None:
     """Check a BUNDLE before it is used on this machine.
 
     Checks manifest, checksums, network and memory bank; compares the scores of the self-test with those of the machine
@@ -154,7 +155,7 @@ def validate(bundle: Path, images: Path | None, as_json: bool) -> None:
 
     samples = () if images is None else find_images(images)
     with step_bars() as progress:
-        report = validate_bundle(bundle, samples, progress)
+        report = validate_bundle(bundle, samples, progress, device)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "ok": report.ok, **asdict(report)}, indent=2))
     else:
@@ -239,7 +240,8 @@ def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Re
 @_folder
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to work with.  [default: all cores]")
 @click.option("--limit", type=click.IntRange(min=2), default=200, show_default=True, help="Largest number of images.")
-def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> None:
+@device
+def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int, device: str) -> None:
     """Measure where the time of a BUNDLE goes.
 
     Scores the images below FOLDER on this machine, and prints the time of each stage and the images per second.
@@ -250,14 +252,17 @@ def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> No
 
     images = find_images(folder)[:limit]
     images *= -(-30 // len(images))  # the median of fewer says little
-    runtime = PatchcoreRuntime.load(bundle, threads=threads)
+    runtime = PatchcoreRuntime.load(bundle, threads=threads, device=device)
     manifest = runtime.manifest
     parts = " + ".join(
         f"{member.backbone}, {member.bank_size:,} x {member.embedding_dimension} bank ({member.index.kind}, "
         f"{member.index.storage})"
         for member in manifest.all_members
     )
-    click.echo(f"{manifest.name}: {parts}; network in {manifest.precision}, {runtime.threads} threads, {len(images)} images")
+    click.echo(
+        f"{manifest.name}: {parts}; network in {manifest.precision} on {runtime.device}, {runtime.threads} threads, "
+        f"{len(images)} images"
+    )
     times = measure.stages(runtime, images)
     table = Table("stage", "median ms", "90 % below")
     for stage, spent in {**times, "all": list(map(sum, zip(*times.values(), strict=True)))}.items():
@@ -265,7 +270,7 @@ def benchmark(bundle: Path, folder: Path, threads: int | None, limit: int) -> No
         table.add_row(stage, f"{median:.2f}", f"{high:.2f}")
     Console().print(table)
     for mode in ("latency", "throughput"):
-        runtime = PatchcoreRuntime.load(bundle, mode=mode, threads=threads)
+        runtime = PatchcoreRuntime.load(bundle, mode=mode, threads=threads, device=device)
         click.echo(f"{measure.images_per_second(runtime, images):.0f} images/s in mode {mode}")
 
 

@@ -39,6 +39,16 @@ fail_on = click.option(
 """The option whose value :func:`found_code` takes."""
 
 
+device = click.option(
+    "--device",
+    default="CPU",
+    show_default=True,
+    help="Device of OpenVINO that computes the network: CPU, GPU, GPU.1, NPU, AUTO, AUTO:GPU,CPU or HETERO:GPU,CPU. Another "
+    "one than the CPU must give the scores of the bundle's self-test, or is refused.",
+)
+"""The option for the device of a runtime."""
+
+
 def found_code(fail_on: str | None, verdicts: Counter[str | None]) -> int:
     """The exit code for what was found.
 

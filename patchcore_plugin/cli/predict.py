@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patchcore_plugin.cli.common import fail_on, found_code, progress_bar
+from patchcore_plugin.cli.common import device, fail_on, found_code, progress_bar
 from patchcore_plugin.drawings import save_drawing
 from patchcore_plugin.errors import UsageError, is_full_disk, reason_of
 from patchcore_plugin.names import as_text, to_cell
@@ -40,8 +40,9 @@ _COLUMNS = "image", *_PREDICTION_COLUMNS, *_REGION_COLUMNS, "error"
     help="Folder for results.csv and heatmaps.",
 )
 @click.option("--heatmaps/--no-heatmaps", default=True, show_default=True, help="Write a heatmap PNG per image.")
+@device
 @fail_on
-def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool, fail_on: str | None) -> None:
+def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool, device: str, fail_on: str | None) -> None:
     r"""Score every image below FOLDER with a BUNDLE.
 
     Writes results.csv (one row per image) and heatmaps/*.png, named as the images with .png added. An image that cannot be
@@ -56,7 +57,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool, fail_on: s
     from patchcore_plugin.images import find_images
     from patchcore_plugin.runtime import PatchcoreRuntime
 
-    runtime = PatchcoreRuntime.load(bundle)
+    runtime = PatchcoreRuntime.load(bundle, device=device)
     check_outside(output, bundle)
     images = find_images(folder)
     inputs = {os.path.realpath(path) for path in images}

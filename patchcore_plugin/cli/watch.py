@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchcore_plugin.cli.common import fail_on, found_code
+from patchcore_plugin.cli.common import device, fail_on, found_code
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.names import as_line
 
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     help="Seconds until a file that cannot be read counts as unreadable.",
 )
 @click.option("--once", is_flag=True, help="Answer what is there now, and end.")
+@device
 @fail_on
 def watch(
     bundle: Path,
@@ -84,6 +85,7 @@ def watch(
     poll: float,
     patience: float,
     once: bool,
+    device: str,
     fail_on: str | None,
 ) -> None:
     r"""Answer each new image in FOLDER once, until Ctrl+C.
@@ -111,6 +113,9 @@ def watch(
     if fail_on is not None and not once:
         msg = "--fail-on tells by the exit code of --once; without it, a watch goes on. --webhook tells of each image."
         raise UsageError(msg)
+    if url is not None and device != "CPU":
+        msg = f"--device {device} has no effect with --url: the service computes, on the device of its PATCHCORE_DEVICE."
+        raise UsageError(msg)
     secret = os.environ.get("PATCHCORE_WEBHOOK_SECRET") or None
     if output is None:
         output = folder.resolve().with_name(f"{folder.resolve().name}.watch")
@@ -122,7 +127,7 @@ def watch(
         for other in (output, move):
             if other is not None:
                 check_outside(other, bundle)
-        scorer = RuntimeScorer(bundle)
+        scorer = RuntimeScorer(bundle, device)
     else:
         scorer = ServiceScorer(url, str(bundle), os.environ.get("PATCHCORE_API_KEY") or None)
     with _end_by_signals() as end:

@@ -42,7 +42,7 @@ from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.model.spade import COMPARISON_ONLY, SpadeModel
 from patchcore_plugin.model.torch_model import MemoryBankError
 from patchcore_plugin.progress import no_progress
-from patchcore_plugin.runtime import self_test
+from patchcore_plugin.runtime import PatchcoreRuntime, self_test
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,7 +166,8 @@ def export_bundle(
         )
         write_manifest(draft, manifest)
         progress("self-test", 0, 1)
-        self_test.record(draft)
+        written = PatchcoreRuntime.load(draft, cache=False)  # which refuses files that do not fit together
+        self_test.record(draft, written.manifest, written.self_test_scores())
     return path
 
 

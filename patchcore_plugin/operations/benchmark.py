@@ -10,6 +10,7 @@ import openvino as ov
 from patchcore_plugin.bundle import FEATURES
 from patchcore_plugin.cpu import compile_options
 from patchcore_plugin.images import read_image
+from patchcore_plugin.runtime.device import CPU
 from patchcore_plugin.runtime.network import NetworkFiles, read_preprocessing
 from patchcore_plugin.scoring import anomaly_map
 
@@ -35,7 +36,7 @@ def stages(runtime: PatchcoreRuntime, images: Sequence[Path]) -> dict[str, list[
     """
     core = ov.Core()
     options = {**compile_options("latency", runtime.threads), "INFERENCE_PRECISION_HINT": "f32"}
-    steps = core.compile_model(read_preprocessing(core, NetworkFiles.read(runtime.path / FEATURES)), "CPU", options)
+    steps = core.compile_model(read_preprocessing(core, NetworkFiles.read(runtime.path / FEATURES)), CPU, options)
     times = [_image_stages(runtime, steps, image) for image in images][1:]
     return {stage: [spent[number] for spent in times] for number, stage in enumerate(STAGES)}
 

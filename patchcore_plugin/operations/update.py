@@ -176,7 +176,8 @@ def update_bundle(
         )
         write_manifest(draft, manifest)
         progress("self-test", 0, 1)
-        self_test.record(draft)
+        written = PatchcoreRuntime.load(draft, cache=False)  # which refuses files that do not fit together
+        self_test.record(draft, written.manifest, written.self_test_scores())
     after = [Prediction.of(scores, 0, answer.size, manifest) for scores, answer in zip(found, before, strict=True)]
     indexes = [(was.index, now.index) for was, now in zip(old.manifest.all_members, members, strict=True)]
     return UpdateReport(step, len(bank), radii, indexes, [str(image) for image in measured_images], before, after)

@@ -14,6 +14,7 @@ from patchcore_plugin.bundle import BundleError, read_manifest_and_version, veri
 from patchcore_plugin.errors import PatchcoreError
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, self_test
+from patchcore_plugin.runtime.device import CPU, check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ class ValidationReport:
 
 
 def validate_bundle(
-    path: str | Path, images: Sequence[str | Path] = (), progress: Progress = no_progress
+    path: str | Path, images: Sequence[str | Path] = (), progress: Progress = no_progress, device: str = CPU
 ) -> ValidationReport:
     """Check a bundle from its manifest to its answers.
 
@@ -75,10 +76,15 @@ def validate_bundle(
         path: The bundle's folder.
         images: Sample images to give a verdict on.
         progress: Called as each check begins.
+        device: Device that computes the network.
 
     Returns:
         The report. A damaged bundle raises nothing: the report says what is wrong with it.
+
+    Raises:
+        UsageError: If there is no such device.
     """
+    check_device(device)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[..., _Finding], *needed: Any) -> Any:
@@ -91,7 +97,7 @@ def validate_bundle(
     path = Path(path)
     manifest, version = run("manifest", _check_manifest, path) or (None, None)
     intact = run("files", _check_files, path, manifest)
-    runtime = run("network and bank", _check_loading, path, version, intact)
+    runtime = run("network and bank", _check_loading, path, version, intact, device)
     deviations = run("self-test", _check_self_test, runtime)
     milliseconds = run("latency", _check_latency, runtime)
     rows = run("images", _check_images, runtime, images)
@@ -133,17 +139,23 @@ def _check_files(path: Path, manifest: Manifest) -> _Finding:
     return _Finding(f"{len(manifest.files)} files, {size:.1f} MiB, match their checksums", manifest)
 
 
-def _check_loading(path: Path, version: str, manifest: Manifest) -> _Finding:
-    runtime = PatchcoreRuntime.load(path, cache=False)  # a compiled network that is kept beside the bundle is no part of it
+def _check_loading(path: Path, version: str, manifest: Manifest, device: str) -> _Finding:
+    # a compiled network that is kept beside the bundle is no part of it
+    runtime = PatchcoreRuntime.load(path, cache=False, device=device)
     if runtime.version != version:
         msg = f"{path} was replaced by version {runtime.version} meanwhile; validate it again."
         raise BundleError(msg)
     shape = " and ".join(f"{member.bank_size:,} x {member.embedding_dimension}" for member in manifest.all_members)
-    return _Finding(f"network in {manifest.precision}, bank of {shape}", runtime)
+    return _Finding(f"network in {_arithmetic(runtime)} on {runtime.device}, bank of {shape}", runtime)
+
+
+def _arithmetic(runtime: PatchcoreRuntime) -> str:
+    wanted, taken = runtime.manifest.precision, runtime.arithmetic
+    return wanted if taken == wanted else f"{wanted} (computed in {taken}, as {runtime.device} has no {wanted})"
 
 
 def _check_self_test(runtime: PatchcoreRuntime) -> _Finding:
-    deviations = self_test.deviations(runtime)
+    deviations = self_test.deviations(runtime.manifest, runtime.self_test_scores())
     if deviations is None:
         detail = "an older version wrote the bundle, without a self-test; export the model again to have one"
         return _Finding(detail, result="skipped")

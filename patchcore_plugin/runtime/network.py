@@ -9,7 +9,8 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from patchcore_plugin.bundle import BundleError, FileContent, read_file
-from patchcore_plugin.cpu import compile_options, cores, keep_after_fork
+from patchcore_plugin.cpu import cores, keep_after_fork
+from patchcore_plugin.runtime.device import CPU, choose, computed_in, device_facts, device_options
 from patchcore_plugin.runtime.network_cache import cache_file, compile_or_restore
 
 if TYPE_CHECKING:
@@ -63,8 +64,11 @@ class Network:
         cache: Folder that keeps the compiled network; see :mod:`patchcore_plugin.runtime.network_cache`. None keeps nothing.
         recipe: Pre-processing that the file must have; None, for a network without tiles, checks nothing. A network from
             the cache was checked before.
+        device: Device that computes the backbone; see :func:`patchcore_plugin.runtime.device.check_device`.
 
     Attributes:
+        device: The device that computes it: of AUTO, the one that OpenVINO chose.
+        arithmetic: What the device computes in: the precision, or another one where it lacks that.
         shape: Rows and columns of the patch grid, and values of an embedding; None where the file leaves one of them open.
 
     Raises:
@@ -80,22 +84,27 @@ class Network:
         threads: int | None = None,
         cache: Path | None = None,
         recipe: Preprocessing | None = None,
+        device: str = CPU,
     ) -> None:
-        options = compile_options(mode, threads or cores())
         core = ov.Core()
-        # Without a hint, OpenVINO computes in bfloat16 where the CPU can, and scores would depend on the machine.
-        parts = {"f32": lambda: _read_checked(core, files, recipe, _read)}
-        if precision == "bf16":
-            parts = {
-                "f32": lambda: _read_checked(core, files, recipe, read_preprocessing),
-                "bf16": lambda: _read_backbone(core, files),
-            }
-        checksums, facts = [file.sha256 for file in files], {"parts": len(parts), "recipe": recipe}
+        self.device = choose(core, device, lambda: _read_backbone(core, files))
+        hint = "bf16" if precision == "bf16" else "f32"
+        if (self.device, hint) == (CPU, "f32"):
+            parts = [_Part(CPU, "f32", lambda: _read_checked(core, files, recipe, _read))]
+        else:
+            parts = [
+                _Part(CPU, "f32", lambda: _read_checked(core, files, recipe, read_preprocessing)),
+                _Part(self.device, hint, lambda: _read_backbone(core, files)),
+            ]
+        checksums, about = [file.sha256 for file in files], {"parts": len(parts), "recipe": recipe}
         self._parts = []
-        for hint, read in parts.items():
-            hinted = {**options, "INFERENCE_PRECISION_HINT": hint}
-            kept = None if cache is None else cache_file(cache, checksums, {**hinted, **facts}, core)
-            self._parts.append(compile_or_restore(core, read, hinted, kept))
+        for part in parts:
+            options = device_options(core, part.device, part.precision, mode, threads or cores())
+            kept = None
+            if cache is not None:
+                kept = cache_file(cache, checksums, {**options, **about}, device_facts(core, part.device))
+            self._parts.append(compile_or_restore(core, part.read, part.device, options, kept))
+        self.arithmetic = precision if precision == "int8" else computed_in(self._parts[-1], self.device, hint)
         shape = self._parts[-1].output(0).partial_shape
         fixed = len(shape) == 4 and all(size.is_static for size in list(shape)[1:])
         self.shape = tuple(size.get_length() for size in list(shape)[1:]) if fixed else None
@@ -113,6 +122,12 @@ class Network:
     def embedder(self) -> Embedder:
         """Make the buffers for one image at a time. Each thread that embeds needs its own."""
         return Embedder(self._parts, self._tiled)
+
+
+class _Part(NamedTuple):
+    device: str
+    precision: Precision
+    read: Callable[[], ov.Model]
 
 
 class _Tiled(NamedTuple):
@@ -155,8 +170,7 @@ class Embedder:
         """Patch embeddings (1, h, w, D), float32, of an RGB image (H, W, 3), u8, of any size."""
         embedding = self._run([image[None]]).copy() if self._tiled is None else self._embed_tiles(image, *self._tiled)
         if image.size > _LARGE_IMAGE_VALUES:
-            for part in self._parts:
-                part.release_memory()
+            self._parts[0].release_memory()  # the one that takes images of any size, on the CPU
         return embedding
 
     def _embed_tiles(self, image: NDArray[np.uint8], recipe: Preprocessing, layout: TileLayout) -> NDArray[np.float32]:

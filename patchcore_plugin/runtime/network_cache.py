@@ -32,22 +32,21 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _DRAFT_SECONDS_LIMIT = 3600  # age from which a draft counts as left behind by a process that was killed
 
 
-def cache_file(folder: Path, checksums: Sequence[str], options: dict[str, object], core: ov.Core) -> Path:
-    """Name the file that keeps a network, compiled for this machine with these options.
+def cache_file(folder: Path, checksums: Sequence[str], options: dict[str, object], facts: Sequence[object]) -> Path:
+    """Name the file that keeps a network, compiled for a device of this machine with these options.
 
     Args:
         folder: Folder of the cache.
         checksums: Checksums of the network's files.
         options: OpenVINO's properties to compile with.
-        core: OpenVINO.
+        facts: What tells the device from others.
     """
-    machine = [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-    digest = hashlib.sha256(repr([*checksums, ov.__version__, machine, sorted(options.items())]).encode())
+    digest = hashlib.sha256(repr([*checksums, ov.__version__, *facts, sorted(options.items())]).encode())
     return folder / f"{digest.hexdigest()[:32]}.blob"
 
 
 def compile_or_restore(
-    core: ov.Core, read: Callable[[], ov.Model], options: dict[str, object], file: Path | None
+    core: ov.Core, read: Callable[[], ov.Model], device: str, options: dict[str, object], file: Path | None
 ) -> ov.CompiledModel:
     """Restore the compiled network from ``file``, or compile it and keep it there.
 
@@ -56,6 +55,7 @@ def compile_or_restore(
     Args:
         core: OpenVINO.
         read: Reads the network; called only where it has to be compiled.
+        device: Device to compile it for.
         options: OpenVINO's properties to compile with.
         file: File that keeps the compiled network; its folder is made. None keeps nothing.
 
@@ -69,9 +69,9 @@ def compile_or_restore(
             file.parent,
         )
         file = None
-    compiled = None if file is None else _restore(core, file, options)
+    compiled = None if file is None else _restore(core, file, device, options)
     if compiled is None:
-        compiled = core.compile_model(read(), "CPU", options)
+        compiled = core.compile_model(read(), device, options)
         if file is not None:
             _keep(compiled, file)
     return compiled
@@ -92,7 +92,7 @@ def _is_own(status: os.stat_result) -> bool:
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _restore(core: ov.Core, file: Path, options: dict[str, object]) -> ov.CompiledModel | None:
+def _restore(core: ov.Core, file: Path, device: str, options: dict[str, object]) -> ov.CompiledModel | None:
     try:
         content = _read_own(file)
     except OSError:
@@ -104,7 +104,7 @@ def _restore(core: ov.Core, file: Path, options: dict[str, object]) -> ov.Compil
         logger.warning("%s is damaged: the network is compiled again.", file)
         return None
     try:
-        return core.import_model(bytes(content[_DIGEST_BYTES:]), "CPU", options)
+        return core.import_model(bytes(content[_DIGEST_BYTES:]), device, options)
     except RuntimeError as error:
         logger.warning("%s cannot be used, the network is compiled again: %s", file, error)
         return None
@@ -146,7 +146,7 @@ def _keep(compiled: ov.CompiledModel, file: Path) -> None:
             stream.write(_digest(file, content))
             stream.write(content)
         draft.replace(file)
-    except (OSError, RuntimeError) as error:  # a read-only folder, a full disk
+    except (OSError, RuntimeError) as error:  # a read-only folder, a full disk, a device that gives nothing out
         logger.info("The compiled network is not kept in %s: %s", file.parent, error)
     finally:
         with contextlib.suppress(OSError):

@@ -22,6 +22,8 @@ from patchcore_plugin.depth import to_pixels
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.images import ImageError, decode_image, read_image
 from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, read_defects
+from patchcore_plugin.runtime import self_test
+from patchcore_plugin.runtime.device import CPU, check_device
 from patchcore_plugin.runtime.explain import Reason, explain
 from patchcore_plugin.runtime.heatmap import overlay
 from patchcore_plugin.runtime.network import Embedder, Network, NetworkFiles
@@ -43,7 +45,7 @@ class OtherProcessError(PatchcoreError, RuntimeError):
 
 
 class PatchcoreRuntime:
-    """Scores images with a bundle, on the CPU. Several threads may share a runtime.
+    """Scores images with a bundle. Several threads may share a runtime.
 
     Processes may not share it: threads do not survive a fork. A forked process (``multiprocessing`` with ``fork``,
     ``gunicorn --preload``, celery, workers of a data loader) loads a runtime of its own, even if its parent has one. Fork
@@ -58,6 +60,8 @@ class PatchcoreRuntime:
             ``<bundle>.cache`` beside the bundle, False keeps nothing. Where the folder cannot be written, the network is
             compiled at every start. The folder may be deleted at any time. Its files are trusted, so a folder that others
             own or can write is not used; see :mod:`patchcore_plugin.runtime.network_cache`.
+        device: Device that computes the network; see :func:`patchcore_plugin.runtime.device.check_device`. All else is
+            computed on the CPU. On any other device, the bundle's self-test must give the scores of its manifest.
 
     Attributes:
         path: Folder of the bundle.
@@ -71,9 +75,12 @@ class PatchcoreRuntime:
         origins: Where the bank's vectors come from; None where the bundle does not say.
         mode: Mode of work.
         threads: Number of threads.
+        device: The device that computes the network: of AUTO, the one that OpenVINO chose.
+        arithmetic: What it computes in: the manifest's precision, or another one where the device lacks that.
 
     Raises:
-        BundleError: If the bundle is missing, damaged, or of another format; the message names the file.
+        BundleError: If the bundle is missing, damaged, or of another format, and the message names the file; or if the
+            device gives other scores than those of the self-test.
         UsageError: If another argument is out of range.
 
     Example:
@@ -88,12 +95,14 @@ class PatchcoreRuntime:
         mode: Mode = "latency",
         threads: int | None = None,
         cache: str | Path | bool = True,
+        device: str = CPU,
     ) -> None:
         if mode not in get_args(Mode):
             msg = f"mode must be 'latency' or 'throughput', got {mode!r}."
             raise UsageError(msg)
         if threads is not None:
             check_number("threads", threads, 1, whole=True)
+        check_device(device)
         path = self.path = Path(path)
         bundle = read_bundle(path)
         self.manifest, self.version, self.states = bundle.manifest, bundle.version, bundle.states
@@ -102,7 +111,8 @@ class PatchcoreRuntime:
         self.intensity_range = self.manifest.preprocessing.intensity_range
         self.mode, self.threads = mode, threads or cores()
         self.bank = _load_bank(bundle)
-        network = _load_network(bundle, mode, self.threads, _cache_folder(path, cache))
+        network = _load_network(bundle, mode, self.threads, _cache_folder(path, cache), device)
+        self.device, self.arithmetic = network.device, network.arithmetic
         self.origins = read_origins(bundle)
         self._workers = 1 if mode == "latency" else self.threads
         self.bank.threads = self.threads if mode == "latency" else None
@@ -112,6 +122,8 @@ class PatchcoreRuntime:
             self._embedders.put(network.embedder())
         # in mode throughput an image keeps to its thread, in FAISS too
         self._pool = ThreadPoolExecutor(self._workers, "patchcore", initializer=faiss.omp_set_num_threads, initargs=(1,))
+        if device != CPU:
+            self._check_device(device if device == self.device else f"{device} ({self.device})")
 
     @classmethod
     def load(
@@ -120,9 +132,10 @@ class PatchcoreRuntime:
         mode: Mode = "latency",
         threads: int | None = None,
         cache: str | Path | bool = True,
+        device: str = CPU,
     ) -> Self:
         """Load a bundle. Arguments and errors are those of the class."""
-        return cls(path, mode, threads, cache)
+        return cls(path, mode, threads, cache, device)
 
     def predict(self, images: Iterable[Source]) -> list[Prediction]:
         """Score images of any size.
@@ -211,6 +224,15 @@ class PatchcoreRuntime:
         finally:
             self._embedders.put(embedder)
 
+    def _check_device(self, name: str) -> None:
+        """Refuse a device that fails at the self-test, or gives other scores."""
+        try:
+            scores = self.self_test_scores()
+        except (UsageError, RuntimeError) as error:  # the bank's, of embeddings that are NaN; and OpenVINO's
+            msg = f"The device {name} is not used: it fails at the self-test: {error}"
+            raise BundleError(msg) from error
+        self_test.check_device_scores(self.manifest, scores, name)
+
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             msg = (
@@ -218,6 +240,10 @@ class PatchcoreRuntime:
                 f"not copy: call PatchcoreRuntime.load in this one ({os.getpid()}), or start it by spawn instead of fork."
             )
             raise OtherProcessError(msg)
+
+    def self_test_scores(self) -> list[float]:
+        """Raw image score of each picture of the self-test; see :mod:`patchcore_plugin.runtime.self_test`."""
+        return [prediction.score for prediction in self.stream(self_test.pictures(self.intensity_range))]
 
     def explain(self, image: Source) -> tuple[Prediction, list[Reason]]:
         """Score an image, and find the normal patches that its anomalous patches are nearest to.
@@ -314,14 +340,15 @@ def _load_member(bundle: BundleContent, member: Member, bank_name: str, neighbor
     return bank
 
 
-def _load_network(bundle: BundleContent, mode: Mode, threads: int, cache: Path | None) -> Network:
+def _load_network(bundle: BundleContent, mode: Mode, threads: int, cache: Path | None, device: str) -> Network:
     files, manifest = NetworkFiles(bundle.files[FEATURES], bundle.files[WEIGHTS]), bundle.manifest
     try:
-        network = Network(files, manifest.precision, mode, threads, cache, manifest.preprocessing)
+        network = Network(files, manifest.precision, mode, threads, cache, manifest.preprocessing, device)
     except BundleError:
         raise
     except Exception as error:  # OpenVINO raises nearly any on a file that is made to harm
-        msg = f"{files.model.path} cannot be compiled by OpenVINO: {error}"
+        on = "" if device == CPU else f" for the device {device}"
+        msg = f"{files.model.path} cannot be compiled by OpenVINO{on}: {error}"
         raise BundleError(msg) from error
     expected = (*manifest.grid, manifest.values)
     if network.shape != expected:

@@ -1,7 +1,8 @@
 """The self-test of a bundle: does it give the same scores on this machine as on the machine that wrote it?
 
-Writing a bundle records the scores of a few pictures in its manifest; validating it computes them again. The pictures are
-made by integer arithmetic alone, without random numbers or a file: every machine has the same bytes.
+Writing a bundle records the scores of a few pictures in its manifest. Validating it computes them again, and so does
+loading it for another device than the CPU. The pictures are made by integer arithmetic alone, without random numbers or a
+file: every machine has the same bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import numpy as np
 
 from patchcore_plugin.bundle import BundleError, SelfTest, write_manifest
 from patchcore_plugin.depth import from_pixels
-from patchcore_plugin.runtime.runtime import PatchcoreRuntime
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from patchcore_plugin.bundle import Manifest
     from patchcore_plugin.depth import IntensityRange
 
 TOLERANCE = {"f32": 2e-3, "bf16": 5e-2, "int8": 5e-2}
@@ -54,37 +55,62 @@ def _noise(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.int6
     return (mixed >> 16) % 256
 
 
-def scores(runtime: PatchcoreRuntime) -> list[float]:
-    """Raw image score of each test picture."""
-    return [prediction.score for prediction in runtime.stream(pictures(runtime.intensity_range))]
-
-
-def record(folder: Path) -> None:
+def record(folder: Path, manifest: Manifest, scores: list[float]) -> None:
     """Add the self-test's scores to the manifest of a bundle whose files are all written.
-
-    The bundle is loaded as for serving, which refuses files that do not fit together.
 
     Args:
         folder: Folder of the bundle.
-
-    Raises:
-        BundleError: If the bundle cannot be loaded.
+        manifest: Its manifest.
+        scores: Raw image score of each of :func:`pictures`, computed on the CPU.
     """
-    runtime = PatchcoreRuntime.load(folder, cache=False)
-    write_manifest(folder, runtime.manifest.model_copy(update={"self_test": SelfTest(scores=scores(runtime))}))
+    write_manifest(folder, manifest.model_copy(update={"self_test": SelfTest(scores=scores)}))
 
 
-def deviations(runtime: PatchcoreRuntime) -> list[float] | None:
-    """Relative difference of each picture's score from the manifest's; None where the manifest has none.
+def deviations(manifest: Manifest, scores: list[float]) -> list[float] | None:
+    """Compare the scores of this machine with those of a manifest.
+
+    Args:
+        manifest: Manifest of the bundle.
+        scores: Raw image score of each of :func:`pictures`.
+
+    Returns:
+        Relative difference of each score from the manifest's; None where the manifest has none.
 
     Raises:
         BundleError: If the manifest has another number of scores than there are pictures.
     """
-    if runtime.manifest.self_test is None:
+    if manifest.self_test is None:
         return None
-    expected = np.array(runtime.manifest.self_test.scores)
-    found = np.array(scores(runtime))
+    expected, found = np.array(manifest.self_test.scores), np.array(scores)
     if len(found) != len(expected):
         msg = f"The manifest has {len(expected)} self-test scores, and there are {len(found)} pictures."
         raise BundleError(msg)
     return (np.abs(found - expected) / np.maximum(expected, 1e-12)).tolist()
+
+
+def check_device_scores(manifest: Manifest, scores: list[float], device: str) -> None:
+    """Refuse a device that gives other scores than the CPU of the machine that wrote the bundle.
+
+    Args:
+        manifest: Manifest of the bundle.
+        scores: Raw image score of each of :func:`pictures`, computed by the device.
+        device: The device.
+
+    Raises:
+        BundleError: If a score differs by more than :data:`TOLERANCE`, or the manifest has no self-test.
+    """
+    differences = deviations(manifest, scores)
+    if differences is None:
+        msg = (
+            f"The device {device} is not used: an older version wrote the bundle, without a self-test, so nothing would "
+            "show whether it gives the right scores. Export the model again, or use the device CPU."
+        )
+        raise BundleError(msg)
+    worst, tolerance = int(np.argmax(differences)), TOLERANCE[manifest.precision]
+    if not differences[worst] <= tolerance:  # NaN too
+        msg = (
+            f"The device {device} is not used: its score of picture {worst + 1} of the self-test is {scores[worst]:.6g}, "
+            f"expected {manifest.self_test.scores[worst]:.6g} ({differences[worst]:.2%} off, tolerance {tolerance:.1%}). "
+            "Try the device CPU with `patchcore validate`."
+        )
+        raise BundleError(msg)

@@ -21,6 +21,7 @@ from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.http_client import HttpError, Reply, check_url, send
 from patchcore_plugin.images import ImageError
 from patchcore_plugin.runtime import PatchcoreRuntime
+from patchcore_plugin.runtime.device import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -98,14 +99,16 @@ class RuntimeScorer:
 
     Args:
         bundle: Folder of the bundle.
+        device: Device that computes the network.
 
     Raises:
         BundleError: If it cannot be loaded.
+        UsageError: If there is no such device.
     """
 
-    def __init__(self, bundle: Path) -> None:
-        self._bundle = bundle
-        self._runtime = PatchcoreRuntime.load(bundle)
+    def __init__(self, bundle: Path, device: str = CPU) -> None:
+        self._bundle, self._device = bundle, device
+        self._runtime = PatchcoreRuntime.load(bundle, device=device)
         self._states, self._look_at = self._runtime.states, 0.0
 
     def check(self) -> None:
@@ -136,7 +139,7 @@ class RuntimeScorer:
         if MANIFEST not in states or states == self._states:  # absent for the moment, or unchanged, or refused before
             return
         try:
-            self._runtime = PatchcoreRuntime.load(self._bundle)
+            self._runtime = PatchcoreRuntime.load(self._bundle, device=self._device)
         except (BundleError, OSError, MemoryError) as error:
             logger.error("The new bundle cannot be loaded, version %s goes on: %s", self._runtime.version, error)
             self._states = states

@@ -56,6 +56,8 @@ def test_bundle_is_the_model(tiled, tiled_bundle, test_images):
         assert found.score == pytest.approx(float(expected.pred_score), rel=1e-3)
         np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map[0, 0].numpy(), atol=1e-3 * found.score)
         assert not found.patch_distances[:, 22:].any()
+    (found,) = PatchcoreRuntime.load(tiled_bundle, device="HETERO:CPU").predict([random])
+    assert found.score == pytest.approx(runtime.predict([random])[0].score, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("int8", marks=pytest.mark.slow)])

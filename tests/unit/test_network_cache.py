@@ -9,9 +9,11 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 
+from patchcore_plugin.runtime.device import device_facts
 from patchcore_plugin.runtime.network_cache import cache_file, compile_or_restore
 
 OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+FACTS = device_facts(ov.Core(), "CPU")
 
 
 def network(factor: float) -> ov.Model:
@@ -32,7 +34,7 @@ def core():
 @pytest.fixture
 def file(core, tmp_path):
     ov.save_model(network(2), tmp_path / "network.xml")
-    return cache_file(tmp_path / "cache", checksums(tmp_path), OPTIONS, core)
+    return cache_file(tmp_path / "cache", checksums(tmp_path), OPTIONS, FACTS)
 
 
 def checksums(folder) -> list[str]:
@@ -44,15 +46,15 @@ def answer(compiled: ov.CompiledModel) -> float:
 
 
 def test_found_again(core, file):
-    assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+    assert answer(compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)) == 8
     assert [kept.name for kept in file.parent.iterdir()] == [file.name]
-    assert answer(compile_or_restore(core, unread, OPTIONS, file)) == 8
-    assert answer(compile_or_restore(core, lambda: network(3), OPTIONS, None)) == 12
+    assert answer(compile_or_restore(core, unread, "CPU", OPTIONS, file)) == 8
+    assert answer(compile_or_restore(core, lambda: network(3), "CPU", OPTIONS, None)) == 12
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "half", "one byte less", "flipped", "checksum alone", "foreign"])
 def test_damaged(core, file, damage, caplog):
-    compile_or_restore(core, lambda: network(2), OPTIONS, file)
+    compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)
     content = file.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
@@ -69,31 +71,31 @@ def test_damaged(core, file, damage, caplog):
         }[damage]
     )
     with caplog.at_level(logging.WARNING):
-        assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+        assert answer(compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)) == 8
     assert "compiled again" in caplog.text
-    assert answer(compile_or_restore(core, unread, OPTIONS, file)) == 8, "it was not mended"
+    assert answer(compile_or_restore(core, unread, "CPU", OPTIONS, file)) == 8, "it was not mended"
 
 
 def test_folder_that_cannot_be_written(core, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for _ in range(2):
-        assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, tmp_path / "file" / "x.blob")) == 8
+        assert answer(compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, tmp_path / "file" / "x.blob")) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_another_network_or_option_is_another_file(core, file, tmp_path):
     path = checksums(tmp_path)
-    files = {file, cache_file(tmp_path / "cache", path, {**OPTIONS, "NUM_STREAMS": 2}, core)}
-    assert cache_file(tmp_path / "cache", path, dict(OPTIONS), core) == file
+    files = {file, cache_file(tmp_path / "cache", path, {**OPTIONS, "NUM_STREAMS": 2}, FACTS)}
+    assert cache_file(tmp_path / "cache", path, dict(OPTIONS), FACTS) == file
     ov.save_model(network(3), tmp_path / "network.xml")
-    files.add(cache_file(tmp_path / "cache", checksums(tmp_path), OPTIONS, core))
+    files.add(cache_file(tmp_path / "cache", checksums(tmp_path), OPTIONS, FACTS))
     assert len(files) == 3
 
 
 def plant(core, file) -> None:
     """A sound file in the cache, but of another network."""
-    compile_or_restore(core, lambda: network(3), OPTIONS, file)
-    assert answer(compile_or_restore(core, unread, OPTIONS, file)) == 12
+    compile_or_restore(core, lambda: network(3), "CPU", OPTIONS, file)
+    assert answer(compile_or_restore(core, unread, "CPU", OPTIONS, file)) == 12
 
 
 needs_owners = pytest.mark.skipif(os.name == "nt", reason="Windows has access control lists instead")
@@ -113,7 +115,7 @@ def test_planted_by_others(core, file, target, harm, caplog):
         os.chown(planted, 65534, -1)
     content = file.read_bytes()
     with caplog.at_level(logging.WARNING):
-        assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+        assert answer(compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)) == 8
     assert "others own it or can write it" in caplog.text
     assert (file.read_bytes() == content) == (target == "folder"), "a folder of others is left as it is"
 
@@ -128,14 +130,14 @@ def test_file_of_another_network_under_this_name(core, file):
     other = file.with_name("other.blob")
     plant(core, other)
     other.replace(file)
-    assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+    assert answer(compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)) == 8
 
 
 @needs_owners
 def test_pipe_in_the_place_of_a_file(core, file):
     file.parent.mkdir(mode=0o700)
     os.mkfifo(file)
-    assert answer(compile_or_restore(core, lambda: network(2), OPTIONS, file)) == 8
+    assert answer(compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)) == 8
 
 
 def test_draft_of_a_killed_process_is_removed(core, file):
@@ -144,5 +146,5 @@ def test_draft_of_a_killed_process_is_removed(core, file):
     for draft in (old, new):
         draft.write_bytes(b"half")
     os.utime(old, (0, 0))
-    compile_or_restore(core, lambda: network(2), OPTIONS, file)
+    compile_or_restore(core, lambda: network(2), "CPU", OPTIONS, file)
     assert {path.name for path in file.parent.iterdir()} == {file.name, new.name}

@@ -63,7 +63,7 @@ def rename(folder, name):
 
 
 def test_loaded_on_demand(repository, folder, events, test_images):
-    assert repository.loaded() == []
+    assert repository.loaded() == {}
     model = repository.get(repository.resolve("left"))
     assert model.predict(test_images[:1])[0].score > 0
     assert model.version == version_of(folder / "left")
@@ -88,7 +88,7 @@ def test_least_recently_used_is_dropped(make, folder, events):
     repository = make(max_bytes=2 * read_manifest(folder / "left").total_bytes)
     for name in ("left", "right", "left", "top"):
         repository.get(name)
-    assert repository.loaded() == ["left", "top"]
+    assert list(repository.loaded().items()) == [("left", "CPU"), ("top", "CPU")]
     assert ("right", "dropped") in events
 
 
@@ -96,13 +96,13 @@ def test_one_model_is_kept_whatever_the_limit(make):
     repository = make(max_bytes=1)
     repository.get("left")
     repository.get("right")
-    assert repository.loaded() == ["right"]
+    assert list(repository.loaded()) == ["right"]
 
 
 def test_preload(make, folder):
     repository = make(default="right")
     assert repository.preload()
-    assert repository.loaded() == ["right"]
+    assert list(repository.loaded()) == ["right"]
     assert make().preload(), "requests that name no model have none to wait for"
     (folder / "right" / "bank.faiss").write_bytes(b"")
     assert not make(default="right").preload()
@@ -173,7 +173,7 @@ def test_damaged_from_the_start(repository, folder):
     (folder / "right" / "bank.faiss").write_bytes(b"")
     with pytest.raises(BundleError, match=r"bank\.faiss has 0 bytes"):
         repository.get("right")
-    assert repository.loaded() == []
+    assert repository.loaded() == {}
     assert repository.get("left").manifest.name == "cells"
 
 
