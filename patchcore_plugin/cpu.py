@@ -1,12 +1,16 @@
-"""The CPU of this machine: its cores, its arithmetic, OpenVINO's options for it, and native threads after a fork."""
+"""The CPU of this machine: its cores and instructions, OpenVINO's options for it, and native threads after a fork."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -21,11 +25,60 @@ Mode = Literal["latency", "throughput"]
 """How work is spread over threads: one image with all threads, or as many images at once as threads."""
 
 
+_INSTRUCTION_SETS = {
+    "x86": {
+        "AVX2": {"avx2"},
+        "AVX-512": {"avx512bw", "avx512skx"},
+        "VNNI": {"avx512vnni", "avxvnni", "avx512clx", "avx512icl", "avx512spr"},
+        "bfloat16": {"avx512bf16", "amxbf16", "avx512spr"},
+        "AMX": {"amxtile"},
+    },
+    "ARM": {
+        "NEON": {"asimd", "neon"},
+        "float16": {"asimdhp"},
+        "dot products": {"asimddp"},
+        "bfloat16": {"bf16"},
+        "SVE": {"sve"},
+    },
+}
+"""Instruction sets that the speed of scoring depends on, each with its names in Linux and in NumPy."""
+
+
 def cores() -> int:
     """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def core_limit() -> float | None:
+    """Number of cores that a Linux container may use, which :func:`cores` does not count; None without a limit."""
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return int(quota) / int(period)  # an error where the quota is the word max
+    return None
+
+
+def instruction_sets() -> dict[str, bool | None]:
+    """Whether this CPU has the instruction sets that the speed of scoring depends on; None where the system does not say.
+
+    Linux says it. Elsewhere NumPy, which has to know it for itself, says most.
+    """
+    kind = "ARM" if platform.machine().lower().startswith(("arm", "aarch")) else "x86"
+    here: dict[str, bool] = {}
+    with suppress(ImportError):
+        from numpy._core._multiarray_umath import __cpu_features__
+
+        here = {name.lower().replace("_", ""): has for name, has in __cpu_features__.items()}
+    with suppress(OSError):
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        all_names = set().union(*_INSTRUCTION_SETS[kind].values())
+        if flags:
+            here = dict.fromkeys(all_names, False) | dict.fromkeys(flags[1].replace("_", "").split(), True)
+    return {
+        title: (any(here.get(name) for name in names) if names & here.keys() else None)
+        for title, names in _INSTRUCTION_SETS[kind].items()
+    }
 
 
 def has_bfloat16() -> bool:

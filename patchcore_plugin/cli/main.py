@@ -13,6 +13,7 @@ from patchcore_plugin import __version__
 from patchcore_plugin.cli import bundles, training
 from patchcore_plugin.cli.check import check
 from patchcore_plugin.cli.common import PlainGroup
+from patchcore_plugin.cli.doctor import doctor
 from patchcore_plugin.cli.evaluate import evaluate
 from patchcore_plugin.cli.predict import predict
 from patchcore_plugin.cli.tune import tune
@@ -33,6 +34,7 @@ def main(debug: bool) -> None:
 
 
 for command in (
+    doctor,
     check,
     tune,
     training.train,

@@ -62,7 +62,7 @@ def compile_or_restore(
     Raises:
         RuntimeError: If OpenVINO cannot read or compile the network.
     """
-    if file is not None and not _is_trusted(file.parent):
+    if file is not None and not is_trusted(file.parent):
         logger.warning(
             "%s is not used to keep compiled networks: others own it or can write it. Delete it, or name a folder that does "
             "not exist yet.",
@@ -77,7 +77,7 @@ def compile_or_restore(
     return compiled
 
 
-def _is_trusted(folder: Path) -> bool:
+def is_trusted(folder: Path) -> bool:
     """Whether nobody but this user and root can write a folder; also where there is none yet."""
     try:
         status = folder.stat()
