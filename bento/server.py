@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 
+_SUPERVISOR = "BENTO_SUPERVISOR"
+"""Environment variable with the number of the supervisor's process. In a virtual environment on Windows it is not the
+parent: that is a process which waits for Python."""
+
+
 def uvicorn_options(settings: Settings) -> dict[str, Any]:
     """Options of uvicorn for the processes of the service; add one here, and it is used.
 
@@ -89,6 +94,7 @@ def open_http_port_only() -> None:
         arbiter.metrics_folder = TemporaryDirectory(prefix="patchcore-metrics-", ignore_cleanup_errors=True)
         for watcher in watchers:
             watcher.env["PROMETHEUS_MULTIPROC_DIR"] = arbiter.metrics_folder.name
+            watcher.env[_SUPERVISOR] = str(os.getpid())
         options.update(endpoint="inproc://commands", pubsub_endpoint="inproc://events")
         make(arbiter, watchers, sockets=sockets, **options)
 
@@ -112,10 +118,11 @@ def _check(sockets: Sequence[CircusSocket], options: dict[str, Any]) -> None:
 
 def end_with_supervisor() -> None:
     """End this process once its supervisor has ended, even if that was killed: else it would keep the port for ever."""
-    supervisor = psutil.Process(os.getppid())
+    number = int(os.environ.get(_SUPERVISOR) or os.getppid())
 
     def watch() -> None:
         with suppress(psutil.NoSuchProcess):
+            supervisor = psutil.Process(number)
             while supervisor.is_running() and supervisor.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The arguments, then the environment, then the file."""
         path = os.environ.get(FILE_VARIABLE)
-        file = (YamlConfigSettingsSource(settings_cls, yaml_file=path),) if path else ()
+        file = (YamlConfigSettingsSource(settings_cls, path, "utf-8"),) if path else ()
         return (init_settings, env_settings, *file)
 
 

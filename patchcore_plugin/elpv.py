@@ -58,7 +58,9 @@ def split(kind: Literal["mono", "poly"] = "mono", seed: int = SEED) -> dict[str,
     except ModuleNotFoundError as error:
         msg = "The demo's images come with the package elpv-dataset, which is not installed: pip install elpv-dataset"
         raise MissingPackageError(msg) from error
-    rows = list(csv.reader((data / "labels.csv").read_text().splitlines(), delimiter=" ", skipinitialspace=True))
+    rows = list(
+        csv.reader((data / "labels.csv").read_text(encoding="ascii").splitlines(), delimiter=" ", skipinitialspace=True)
+    )
     cells = [(Path(str(data / path)), float(probability)) for path, probability, crystal, *_ in rows if crystal == kind]
     sound = sorted(path for path, probability in cells if probability == 0)
     random.Random(seed).shuffle(sound)  # noqa: S311

@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import stat
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-MAPPED_FILE_BYTES = 2**28
-"""Size from which a file is mapped into memory instead of read."""
+MAPPED_FILE_BYTES = 2**28 if os.name != "nt" else sys.maxsize
+"""Size from which a file is mapped into memory instead of read; on Windows none is, as nothing could replace it."""
 
 _ARRAY_HEADER_LIMIT = 1000  # bytes; np.save writes 118 for our arrays
 _ARRAY_HEADER = re.compile(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from patchcore_plugin.bundle.content import read_file
 from patchcore_plugin.bundle.manifest import FILES, MANIFEST, BundleError
+from patchcore_plugin.moving import rename
 
 try:
     import fcntl
@@ -132,7 +133,7 @@ def _move_into_place(draft: Path, path: Path, replaced: _Replaced | None) -> Non
     old = draft.with_suffix(".old")
     try:
         if replaced is not None:
-            path.rename(old)
+            rename(path, old)
             if _Replaced.of(old) != replaced:
                 msg = f"{path} has changed since the writing of the new bundle began; it is not overwritten."
                 raise BundleError(msg)
@@ -161,7 +162,7 @@ def _move(folder: Path, target: Path) -> None:
         FileExistsError: If something is there.
     """
     if os.name == "nt":  # where a rename replaces nothing
-        folder.rename(target)
+        rename(folder, target)
         return
     target.mkdir()  # a rename replaces an empty folder, and this one is ours
     try:
@@ -181,7 +182,7 @@ def _put_back(old: Path, path: Path) -> None:
     except OSError as error:
         kept = old.with_name(old.name.removeprefix("."))
         with suppress(OSError):
-            old.rename(kept)
+            rename(old, kept)
         msg = f"{path} has appeared since the writing of the bundle began. The bundle that was there before lies in {kept}."
         raise BundleError(msg) from error
 
@@ -263,7 +264,7 @@ def ended_by_signals() -> Iterator[None]:
     """
     numbers = []
     if threading.current_thread() is threading.main_thread():
-        known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGBREAK"))
         numbers = [number for number in known if number is not None and signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:

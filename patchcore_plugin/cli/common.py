@@ -71,8 +71,12 @@ class PlainGroup(click.Group):
     """A group whose commands end with one sentence and exit code 1 on any error that a user can mend.
 
     A bug keeps its traceback, and so does every error with ``--debug``. Help lists the commands in the order of their
-    addition.
+    addition. On Windows, arguments stay as they are: click would replace a text such as ``part[1]`` by names of files.
     """
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run the command line."""
+        return super().main(*arguments, **{"windows_expand_args": False, **options})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands."""

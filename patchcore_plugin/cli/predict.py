@@ -15,6 +15,7 @@ import click
 from patchcore_plugin.cli.common import device, fail_on, found_code, progress_bar
 from patchcore_plugin.drawings import save_drawing
 from patchcore_plugin.errors import UsageError, is_full_disk, reason_of
+from patchcore_plugin.moving import replace
 from patchcore_plugin.names import as_text, to_cell
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _open_results(file: Path) -> Iterator[csv.DictWriter[str]]:
     except OSError as error:
         error.filename = error.filename or str(part)
         raise
-    part.replace(file)
+    replace(part, file)
 
 
 def _check_replaceable(file: Path) -> None:

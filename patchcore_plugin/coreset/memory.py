@@ -46,9 +46,11 @@ def free_memory(
     free = psutil.virtual_memory().available
     for limit, used in container_files:
         with suppress(OSError, ValueError):  # another system has no such file, or the word "max" in it
-            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            left = int(Path(limit).read_text("ascii")) - int(Path(used).read_text("ascii"))
             # files that were read count as used, but make room when it is needed
-            cached = re.findall(r"^(?:in)?active_file (\d+)$", Path(used).with_name("memory.stat").read_text(), re.MULTILINE)
+            cached = re.findall(
+                r"^(?:in)?active_file (\d+)$", Path(used).with_name("memory.stat").read_text("ascii"), re.MULTILINE
+            )
             free = min(free, left + sum(map(int, cached)))
     return max(0, free) // processes
 

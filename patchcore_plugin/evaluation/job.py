@@ -38,6 +38,7 @@ from patchcore_plugin.model.backbone import Backbone
 from patchcore_plugin.model.lightning_model import FaissPatchcore
 from patchcore_plugin.model.spade import Spade
 from patchcore_plugin.model.weights import PACKAGED
+from patchcore_plugin.moving import rename
 from patchcore_plugin.names import as_text, to_cell
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def main() -> None:
     except Exception as error:
         result.with_name(f"{result.name}.error").write_text(_reason(error), encoding="utf-8")
         raise
-    partial.rename(result)
+    rename(partial, result)
 
 
 def _reason(error: Exception) -> str:

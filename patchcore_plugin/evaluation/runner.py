@@ -134,7 +134,13 @@ def _run(job: Job, output: Path) -> None:
     command = [sys.executable, "-m", "patchcore_plugin.evaluation.job", definition, folder, output / "data"]
     with log.open("wb") as file:
         # The job ends when its standard input closes, which happens whenever this process ends, even if it is killed.
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUTF8": "1"},  # on Windows, the packages that train could not print every name
+        )
         try:
             process.wait()
         finally:

@@ -17,6 +17,7 @@ from sklearn.metrics import auc, roc_curve
 from patchcore_plugin.errors import writing
 from patchcore_plugin.evaluation.metrics import METRICS
 from patchcore_plugin.evaluation.plan import MEAN
+from patchcore_plugin.moving import replace
 from patchcore_plugin.names import to_cell
 
 if TYPE_CHECKING:
@@ -205,4 +206,4 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     with writing(partial):
         partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(file)
+    replace(partial, file)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import openvino as ov
 
+from patchcore_plugin import moving
 from patchcore_plugin.bundle import BundleError, PrecisionTrial
 from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export.network import save_network
@@ -171,7 +172,8 @@ def _quantized(path: Path, recipe: Preprocessing, images: Sequence[NDArray[np.ui
     inputs = inputs[:: -(-len(inputs) // _QUANTIZATION_INPUTS_LIMIT)]
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level would change everybody's handlers
     network = nncf.quantize(
-        ov.Core().read_model(path),
+        # of a path, OpenVINO maps the weights, and Windows replaces no file that is mapped
+        ov.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
         nncf.Dataset(inputs),
         subset_size=len(inputs),
         ignored_scope=nncf.IgnoredScope(
@@ -190,6 +192,6 @@ def _replace_or_delete(path: Path, candidate: Path, *, replace: bool) -> None:
     """Put the candidate's network in place of the one at ``path``, or delete it."""
     for suffix in (".xml", ".bin"):
         if replace:
-            candidate.with_suffix(suffix).replace(path.with_suffix(suffix))
+            moving.replace(candidate.with_suffix(suffix), path.with_suffix(suffix))
         else:
             candidate.with_suffix(suffix).unlink()

@@ -16,6 +16,7 @@ from patchcore_plugin.cpu import outside_fork
 from patchcore_plugin.errors import UsageError, writing
 from patchcore_plugin.memory_bank.indexes import KINDS
 from patchcore_plugin.memory_bank.layout import IndexFile, check, is_finite
+from patchcore_plugin.moving import replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +48,7 @@ def write_bank(path: Path, index: faiss.Index, neighbors: NDArray[np.int32] | No
                 faiss.write_index(index, str(draft))
             else:  # not every system lets FAISS open such a name
                 draft.write_bytes(faiss.serialize_index(index).tobytes())
-        draft.replace(path)
+        replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
     beside = path.with_suffix(".npy")

@@ -204,7 +204,7 @@ def warn_of_one_session(trainer: Trainer) -> None:
     if recorded := len(times) == len(paths):
         found = "the camera's times lie within half a day: they seem to be of one recording session"
     else:
-        times = [datetime.fromtimestamp(path.stat().st_mtime) for path in paths]
+        times = [timedelta(seconds=path.stat().st_mtime) for path in paths]  # not every time is one of datetime
         found = "their files' times lie within half a day: they may be of one recording session, or copied together"
     if max(times) - min(times) <= _SHORT_TIME:
         logger.warning(

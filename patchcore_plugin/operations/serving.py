@@ -92,7 +92,7 @@ def _wait_until_ready(server: Server) -> None:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+    tail = "\n".join(server.log.read_text("locale", "replace").splitlines()[-_LOG_TAIL_LINES:])
     msg = f"The service did not start. The end of {server.log}:\n{tail}"
     raise ServerStartError(msg)
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import openvino as ov
 
+from patchcore_plugin.moving import replace
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
@@ -145,7 +147,7 @@ def _keep(compiled: ov.CompiledModel, file: Path) -> None:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(_digest(file, content))
             stream.write(content)
-        draft.replace(file)
+        replace(draft, file)
     except (OSError, RuntimeError) as error:  # a read-only folder, a full disk, a device that gives nothing out
         logger.info("The compiled network is not kept in %s: %s", file.parent, error)
     finally:

@@ -8,13 +8,15 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml
 from omegaconf import OmegaConf
 
 from patchcore_plugin import __version__
 from patchcore_plugin.depth import IntensityRange, check_intensity_range
 from patchcore_plugin.errors import UsageError, writing
 from patchcore_plugin.model.exclusion import read_list
-from patchcore_plugin.names import as_line, as_text
+from patchcore_plugin.moving import replace
+from patchcore_plugin.names import as_line
 from patchcore_plugin.tuning.images import MIN_DEFECTIVE
 from patchcore_plugin.tuning.tune import FOLDS, REAL_MARGIN
 
@@ -267,8 +269,10 @@ def write_config(content: dict[str, Any], report: TuneReport, output: Path) -> N
         "",
         *describe(report),
     ]
-    comments = "".join(f"# {line}".rstrip() + "\n" for line in head)
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in head).replace("±", "+/-")
     part = output.with_name(f"{output.name}.part")
     with writing(part):
-        part.write_text(as_text(f"{comments}\n{OmegaConf.to_yaml(content)}"), encoding="utf-8", newline="\n")
-    part.replace(output)
+        # anomalib reads a config in the system's encoding, which on Windows is rarely UTF-8; ASCII is the same in all
+        text = f"{comments}\n{yaml.safe_dump(content, sort_keys=False)}"
+        part.write_bytes(text.encode("ascii", "backslashreplace"))
+    replace(part, output)

@@ -6,7 +6,8 @@ import errno
 import filecmp
 import os
 import shutil
-from datetime import datetime, timezone
+import stat
+from datetime import datetime, timedelta, timezone
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,12 @@ from patchcore_plugin.watching.looks import FileId
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)  # Windows knows no time before it, and a camera's clock may
+_FIRST, _LAST = (
+    (end.replace(tzinfo=timezone.utc) - _EPOCH) // timedelta(microseconds=1) for end in (datetime.min, datetime.max)
+)
 
 
 def free_name(folder: Path, name: str, changed: int, is_taken: Callable[[str], bool] = lambda name: False) -> str:
@@ -27,7 +34,7 @@ def free_name(folder: Path, name: str, changed: int, is_taken: Callable[[str], b
         is_taken: Whether a name is meant for another file.
     """
     path = PurePosixPath(name)
-    moment = datetime.fromtimestamp(changed / 1e9, timezone.utc)
+    moment = _EPOCH + timedelta(microseconds=min(max(changed // 1000, _FIRST), _LAST))
     stamped = path.with_name(f"{path.stem}.{moment:%Y%m%dT%H%M%S}{path.suffix}")
     candidate, number = path, 1
     while is_taken(str(candidate)) or os.path.lexists(folder / candidate):
@@ -66,7 +73,7 @@ def move_file(source: Path, found: FileId, target: Path) -> bool:
         if target.stat().st_size and not filecmp.cmp(source, target, shallow=False):
             return False
         if target.stat().st_size:  # a copy to this disk was whole when the process was killed
-            source.unlink()
+            _remove(source)
             return True
     try:
         source.replace(target)
@@ -81,15 +88,27 @@ def move_file(source: Path, found: FileId, target: Path) -> bool:
 def _move_to_other_disk(source: Path, target: Path) -> None:
     part = target.with_name(f".{target.name}.part")
     try:
-        shutil.copy2(source, part)
+        shutil.copyfile(source, part)
         with part.open("r+b") as copy:
             os.fsync(copy.fileno())
+        shutil.copystat(source, part)  # last: what is read-only cannot be opened so
         part.replace(target)
     except BaseException:
         part.unlink(missing_ok=True)
         _remove_reservation(target, FileId.of(source.stat()))
         raise
-    source.unlink()
+    _remove(source)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file, on Windows one that is read-only too."""
+    try:
+        file.unlink()
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        file.chmod(stat.S_IWRITE)
+        file.unlink()
 
 
 def _remove_reservation(target: Path, found: FileId) -> None:

@@ -1,4 +1,4 @@
-"""Write the files of earlier versions that tests/integration/test_old_files.py reads. Run this with the earlier code:
+"""Write the files of earlier versions that tests/helpers/old_files.py names. Run this with the earlier code:
 
     git worktree add /tmp/old 5a87ed5 && PYTHONPATH=/tmp/old python tests/helpers/make_old_files.py tests/data/old
     git worktree add /tmp/older 7b5e6ff && PYTHONPATH=/tmp/older python tests/helpers/make_old_files.py tests/data/old

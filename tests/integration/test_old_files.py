@@ -1,24 +1,19 @@
-"""Files that earlier versions wrote are read, and score images as those versions did.
+"""Checkpoints and models that earlier versions wrote are read, and score images as those versions did.
 
 tests/helpers/make_old_files.py wrote them.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from anomalib.data.utils import read_image
-from helpers.training import ROOT
+from helpers.old_files import EXPECTED, IMAGES, OLD, assert_bundle_scores
 from lightning.pytorch import Trainer
 
-from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
+from patchcore_plugin import FaissPatchcore
 from patchcore_plugin.export import export_bundle
 
-OLD = ROOT / "tests/data/old"
-EXPECTED = json.loads((OLD / "expected.json").read_text())
-IMAGES = sorted((OLD / "images").iterdir())
 CHECKPOINTS = ["model.ckpt", "position_weight.ckpt"]
 
 
@@ -32,13 +27,6 @@ def assert_model_scores(model: FaissPatchcore, name: str) -> None:
         found = {"raw": model.model(model.pre_processor(batch)), "normalized": model(batch)}
     for kind, answer in found.items():
         assert answer.pred_score.flatten().tolist() == pytest.approx(EXPECTED[name][kind], rel=1e-5)
-
-
-def assert_bundle_scores(bundle: Path, name: str) -> None:
-    predictions = PatchcoreRuntime(bundle, cache=False).predict(IMAGES)
-    for kind, attribute in {"raw": "score", "normalized": "normalized_score"}.items():
-        scores = [getattr(prediction, attribute) for prediction in predictions]
-        assert scores == pytest.approx(EXPECTED[name][kind], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -63,15 +51,3 @@ def test_position_weight_survives_saving(tmp_path):
 def test_torch_export():
     model = torch.load(OLD / "model.pt", weights_only=False)["model"].eval()
     assert_model_scores(model, "model.pt")
-
-
-@pytest.mark.parametrize(
-    ("name", "format_version", "kind", "width"),
-    [("bundle-format-2", 2, "flat", 0), ("bundle-bfloat16", 3, "bfloat16", 2), ("bundle-hnsw", 3, "hnsw", None)],
-)
-def test_bundle(name, format_version, kind, width, tmp_path):
-    bundle = Path(shutil.copytree(OLD / name, tmp_path / name))
-    manifest = PatchcoreRuntime(bundle, cache=False).manifest
-    assert (manifest.format_version, manifest.index.kind) == (format_version, kind)
-    assert width is None or manifest.index.width == width
-    assert_bundle_scores(bundle, name)

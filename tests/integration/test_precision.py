@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.windows import obey_windows
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
@@ -40,8 +41,9 @@ def test_bfloat16(trained, runtime, test_images, tmp_path):
         assert (scores != expected).any()
 
 
-def test_int8(trained, runtime, test_images, tmp_path):
-    """A quarter of the weights; embeddings near f32's, at the image's border as within."""
+def test_int8(trained, runtime, test_images, tmp_path, monkeypatch):
+    """A quarter of the weights; embeddings near f32's, at the image's border as within. It is written on Windows too."""
+    obey_windows(monkeypatch)
     path = export_bundle(trained.model, tmp_path / "bundle", precision="int8")
     plain = export_bundle(trained.model, tmp_path / "plain", index="flat")
     assert (path / "features.bin").stat().st_size < 0.5 * (plain / "features.bin").stat().st_size

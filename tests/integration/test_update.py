@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.bundles import change_manifest, renew_checksums
+from helpers.windows import obey_windows
 from PIL import Image, ImageEnhance
 
 from patchcore_plugin import PatchcoreRuntime
@@ -113,7 +114,8 @@ def test_successor(parent, bright, tmp_path, request):
     ]
 
 
-def test_command(bundle, bright, cells, tmp_path):
+def test_command(bundle, bright, cells, tmp_path, monkeypatch):
+    obey_windows(monkeypatch)
     new = tmp_path / "new"
     arguments = ["update", str(bundle), str(bright), "--output", str(new), "--test", str(cells / "test")]
     result = CliRunner().invoke(main, arguments)

@@ -355,7 +355,7 @@ def test_config_of_the_users_folders(report, tmp_path):
     assert yaml.safe_load(file.read_text(encoding="utf-8")) == content
     text = file.read_text(encoding="utf-8")
     assert "larger" in text
-    assert "+0.0500 ± 0.0100" in text
+    assert "+0.0500 +/- 0.0100" in text
     assert list(tmp_path.iterdir()) == [file]
 
 
