@@ -225,7 +225,12 @@ def read_settings() -> Settings:
     known = {FILE_VARIABLE, *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     if unknown:
-        msg = f"There is no setting {', '.join(unknown)}. Settings: {', '.join(sorted(known))}."
+        hint = f"Settings: {', '.join(sorted(known))}."
+        if "PATCHCORE_SERVICE_HOST" in unknown:
+            hint = (
+                "Kubernetes sets them where a Service is called patchcore, unless the pod has `enableServiceLinks: false`."
+            )
+        msg = f"There is no setting {', '.join(unknown)}. {hint}"
         raise BentoMLConfigException(msg)
     path = os.environ.get(FILE_VARIABLE)
     if path and not Path(path).is_file():

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.bundles import change_manifest
+from helpers.container import DOCKERFILE, ContainerImage, instructions
 from helpers.http import predict, wait_for, without_times
 from helpers.pictures import encoded
 from helpers.server import BENTOML, SERVE, SERVICE, bentoml_serve
@@ -23,6 +24,12 @@ from helpers.training import ROOT
 from PIL import Image
 
 PYTHON = sys.executable
+BUILD = (*BENTOML, "build", "--bentofile", "bento/bentofile.yaml", ".")
+ENGINE = """#!/bin/sh
+[ "$1" = version ] && echo '"28.2.2"' && exit
+for last; do :; done
+cp -r "$last" "$CONTEXT"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -254,22 +261,45 @@ def differing(found: filecmp.dircmp) -> list[str]:
     return [*found.left_only, *found.right_only, *found.diff_files, *below]
 
 
-def test_built_bento_serves(store, runtime, bundle_copy, test_images, tmp_path):
-    """``bentoml build`` from a clean copy of the repository; the bento has model and code inside."""
-    source = tmp_path / "clone"
+@pytest.fixture(scope="module")
+def bento(store, tmp_path_factory):
+    """Folder of the bento that ``bentoml build`` makes of a clean copy of the repository, and the copy."""
+    source = tmp_path_factory.mktemp("clone")
     for folder in ("bento", "patchcore_plugin"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**os.environ, **store}
-    build = [*BENTOML, "build", "--bentofile", "bento/bentofile.yaml", "."]
-    result = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        BUILD, cwd=source, env={**os.environ, **store}, capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (bento,) = (path.parent for path in Path(store["BENTOML_HOME"], "bentos").rglob("bento.yaml"))
+    return bento, source
+
+
+@pytest.fixture(scope="module")
+def context(bento, store, tmp_path_factory):
+    """What ``bentoml containerize`` gives to the container engine, whose place is taken by a program that copies it."""
+    folder = tmp_path_factory.mktemp("engine")
+    engine = folder / "docker"
+    engine.write_text(ENGINE)
+    engine.chmod(0o755)
+    environment = {**os.environ, **store, "PATH": f"{folder}:{os.environ['PATH']}", "CONTEXT": str(folder / "context")}
+    command = [*BENTOML, "containerize", f"patchcore:{bento[0].name}", "--image-tag", "patchcore:latest"]
+    # from /, as bento/README.md says
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (folder / "context").is_dir(), done.stdout + done.stderr
+    return folder / "context"
+
+
+def test_built_bento_serves(bento, context, store, runtime, bundle_copy, test_images, tmp_path):
+    """The bento has model and code inside, and serves them in a container; its packages are here those of the tests."""
+    bento, source = bento
+    environment = {**os.environ, **store}
     names = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*.py")}
     assert {"bento/service.py", "patchcore_plugin/runtime/runtime.py", "patchcore_plugin/memory_bank/bank.py"} <= names
     without_torch = {"bundle", "cli", "memory_bank", "operations", "record", "runtime", "scoring", "watching", "webhook"}
     folders = {"bento", "patchcore_plugin", *(f"patchcore_plugin/{name}" for name in without_torch)}
     assert {Path(name).parent.as_posix() for name in names} == folders
-    again = [*build, "--version", "again"]
+    again = [*BUILD, "--version", "again"]
     subprocess.run(again, cwd=source, env=environment, capture_output=True, timeout=300, check=True)
     differ = differing(filecmp.dircmp(bento, bento.with_name("again")))
     assert differ == ["README.md", "bento.yaml"], "which BentoML writes: version and time"
@@ -277,13 +307,50 @@ def test_built_bento_serves(store, runtime, bundle_copy, test_images, tmp_path):
     change_manifest(bundle_copy, name="newer")
     subprocess.run([str(Path(PYTHON).parent / "patchcore"), "pack", str(bundle_copy)], env=environment, check=True)
     assert (bento / "src" / "bento" / "ui" / "index.html").is_file()
-    locked = re.findall(r"^([\w.-]+)==", (bento / "env" / "python" / "requirements.txt").read_text(), re.MULTILINE)
+    locked = re.findall(r"^([\w.-]+)==", (bento / "env" / "python" / "requirements.lock.txt").read_text(), re.MULTILINE)
     assert {"openvino", "faiss-cpu", "bentoml", "fastapi"} <= set(locked)
     assert {"torch", "anomalib"}.isdisjoint(locked)
-    with bentoml_serve([*BENTOML, "serve", "patchcore:latest"], tmp_path, **store, PATCHCORE_BUNDLE="") as server:
+    check_image(ContainerImage(context, tmp_path / "image", install=False), runtime, test_images, tmp_path)
+
+
+def check_image(image, runtime, test_images, folder):
+    """The image's entrypoint serves the model in it, and the health check tells when."""
+    with bentoml_serve(image.entrypoint, folder, **image.environment, PATCHCORE_BUNDLE="") as server:
         answer = predict(server.client, test_images[0]).json()
+        environment = {**image.environment, "PATCHCORE_PORT": server.rpartition(":")[2]}
+        assert subprocess.run(image.health_check, env=environment, check=False).returncode == 0
+    assert subprocess.run(image.health_check, env=environment, capture_output=True, check=False).returncode != 0
     assert answer["model"] == "cells"
     assert answer["score"] == pytest.approx(runtime.predict(test_images[:1])[0].score, rel=1e-6)
+
+
+def test_dockerfile(context):
+    steps = instructions((context / DOCKERFILE).read_text())
+    words = dict(steps)
+    assert words["FROM"] == "python:3.11-slim AS base-container"
+    assert words["USER"] == "1034", "a number, which Kubernetes' runAsNonRoot can check"
+    assert words["EXPOSE"] == "3000", "the service's only port"
+    assert words["ENTRYPOINT"] == '[ "/home/bentoml/bento/env/docker/entrypoint.sh" ]'
+    assert "BENTOML_CONTAINERIZED=true" in [rest for name, rest in steps if name == "ENV"]
+    names = [name for name, _ in steps]
+    assert names.index("USER") > max(number for number, name in enumerate(names) if name in ("RUN", "COPY")), "owned by root"
+    commands = [rest for name, rest in steps if name == "RUN"]
+    assert not [command for command in commands if re.search(r"apt|uv|curl|build-essential", command)]
+    (install,) = (command for command in commands if "install" in command)
+    assert "--no-cache-dir" in install
+    assert "--no-deps -r ./env/python/requirements.lock.txt" in install
+
+
+@pytest.mark.slow
+def test_steps_of_the_dockerfile(context, runtime, test_images, tmp_path):
+    """They are run in a folder of their own: the packages of the lock, the code and the model of the bento serve there."""
+    image = ContainerImage(context, tmp_path / "image", install=True)
+    packages = tmp_path / "image" / "app"
+    size = sum(path.lstat().st_size for path in packages.rglob("*") if path.is_file())
+    print(f"packages in the image: {size / 2**20:.0f} MiB")
+    assert size < 600 << 20
+    assert (packages / ".venv" / "bin" / "bentoml").is_file()
+    check_image(image, runtime, test_images, tmp_path)
 
 
 @pytest.mark.slow
