@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import stat
 from pathlib import Path
 
@@ -40,4 +41,7 @@ def obey_windows(monkeypatch) -> None:
         return call
 
     for name in ("rename", "replace", "unlink", "remove", "rmdir"):
-        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+        guard = guarded(getattr(os, name))
+        monkeypatch.setattr(os, name, guard)
+        if hasattr(pathlib, "_NormalAccessor") and name != "remove":  # Python 3.10's paths have functions of their own
+            monkeypatch.setattr(pathlib._NormalAccessor, name, staticmethod(guard))
