@@ -40,6 +40,7 @@ for command in (
     training.train,
     training.fit,
     training.test,
+    training.anomalib_command,
     training.export,
     bundles.info,
     bundles.validate,

@@ -58,6 +58,18 @@ def _anomalib_command(name: str, summary: str) -> click.Command:
     return command
 
 
+@click.command("anomalib", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def anomalib_command(arguments: tuple[str, ...]) -> None:
+    """Run any command of anomalib's with the models of plugins, such as `anomalib benchmark --config FILE`.
+
+    anomalib's own command line takes a plugin's model by its class_path to train, and refuses it in a benchmark.
+    """
+    from patchcore_plugin.registry import run_anomalib
+
+    run_anomalib(list(arguments))
+
+
 def _is_raised_by_the_model(error: Exception) -> bool:
     """Whether an error came out of this package's model or sampler, rather than out of anomalib around them."""
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))

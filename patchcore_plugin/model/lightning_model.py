@@ -45,6 +45,7 @@ from patchcore_plugin.model.conversion import check_conversion
 from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
 from patchcore_plugin.model.exclusion import leave_out
+from patchcore_plugin.model.graph_info import add_model_info
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
 from patchcore_plugin.model.pre_processing import (
     Normalization,
@@ -619,6 +620,16 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self._warn_of_export()
         kwargs.setdefault("opset_version", 18)
         return super().to_onnx(*args, **kwargs)
+
+    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to OpenVINO, with what model_api needs to know; see anomalib's ``ExportMixin.to_openvino``.
+
+        Raises:
+            MemoryBankError: As :meth:`to_onnx` does.
+        """
+        path = super().to_openvino(*args, **kwargs)
+        add_model_info(path)
+        return path
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> FaissPatchcore:

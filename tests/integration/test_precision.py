@@ -50,7 +50,7 @@ def test_int8(trained, runtime, test_images, tmp_path, monkeypatch):
     images = [read_image(image) for image in test_images[::10]]
     expected, found = runtime.embed(images), PatchcoreRuntime.load(path).embed(images)
     error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    assert np.median(error) < 0.3
+    assert np.median(error) < 0.45  # below 0.3 on CPUs with 8-bit products (VNNI), 0.37 on one without
     assert error[:, [0, -1]].mean() < 2 * error[:, 1:-1, 1:-1].mean()
     assert error[:, :, [0, -1]].mean() < 2 * error[:, 1:-1, 1:-1].mean()
 

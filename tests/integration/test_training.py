@@ -230,16 +230,6 @@ def test_held_out_images(trained, cells, tmp_path, caplog):
     )  # fmt: skip
 
 
-def test_anomalibs_openvino_inferencer(trained, test_images, tmp_path, monkeypatch):
-    from anomalib.deploy import OpenVINOInferencer
-
-    monkeypatch.chdir(tmp_path)
-    path = make_engine(tmp_path).export(trained.model, "openvino", export_root=tmp_path, input_size=(300, 300))
-    inferencer = OpenVINOInferencer(path, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
-    expected = trained.model(read_image(test_images[0], as_tensor=True)[None]).pred_score
-    assert float(inferencer.predict(test_images[0]).pred_score[0]) == pytest.approx(float(expected), rel=1e-3)
-
-
 def test_torch_export(trained, test_images, tmp_path):
     path = make_engine(tmp_path).export(trained.model, "torch", export_root=tmp_path)
     code = f"""
