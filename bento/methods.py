@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 import anyio.to_thread
 import bentoml
 import numpy as np
-from _bentoml_sdk.method import APIMethod
 from bentoml.exceptions import BentoMLException
 from PIL import Image
 from pydantic import BaseModel, create_model
@@ -217,7 +216,7 @@ class PatchcoreMethods:
         return await anyio.to_thread.run_sync(self.pipeline.models)
 
 
-ROUTES = {name: member.route for name, member in vars(PatchcoreMethods).items() if isinstance(member, APIMethod)}
+ROUTES = {name: member.route for name, member in vars(PatchcoreMethods).items() if hasattr(member, "route")}
 """Path of each method."""
 
 

@@ -3,9 +3,13 @@
     PATCHCORE_BUNDLE=bundle bentoml serve bento.examples.parts:Parts
     curl --form images=@top.png --form images=@left.png http://127.0.0.1:3000/inspect
 
-BentoML starts PatchcoreService in a process of its own, which only this service can reach; /metrics shows those of both. The
-page and the record's routes have no address then. Where they are needed, run PatchcoreService by itself, and let this
-service depend on its URL: ``bentoml.depends(PatchcoreService, url="http://127.0.0.1:3001")``.
+BentoML starts PatchcoreService in a process of its own, which only this service can reach; /metrics shows those of both.
+This service answers this computer alone, by ``http`` below. PATCHCORE_HOST, PATCHCORE_API_KEY and the like guard
+PatchcoreService, not this service, whose requests BentoML reads: put a proxy before it where others are to reach it.
+
+The page and the record's routes of PatchcoreService have no address then. Where they are needed, run PatchcoreService by
+itself, and let this service depend on its URL, ``bentoml.depends(PatchcoreService, url="http://127.0.0.1:3001")``, with its
+key in the environment variable BENTO_CLOUD_API_KEY.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ class Part(BaseModel):
     reasons: list[str]
 
 
-@bentoml.service(name="parts")
+@bentoml.service(name="parts", http={"host": "127.0.0.1"})
 class Parts:
     """Accepts a part if PatchCore calls the pictures of all its sides normal."""
 

@@ -61,9 +61,10 @@ def _anomalib_command(name: str, summary: str) -> click.Command:
 @click.command("anomalib", add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def anomalib_command(arguments: tuple[str, ...]) -> None:
-    """Run any command of anomalib's with the models of plugins, such as `anomalib benchmark --config FILE`.
+    """Run any command of anomalib's with plugins' models.
 
-    anomalib's own command line takes a plugin's model by its class_path to train, and refuses it in a benchmark.
+    Such as `patchcore anomalib benchmark --config FILE`: anomalib's own command line takes a plugin's model by its
+    class_path to train, and refuses it in a benchmark.
     """
     from patchcore_plugin.registry import run_anomalib
 

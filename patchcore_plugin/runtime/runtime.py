@@ -220,7 +220,8 @@ class PatchcoreRuntime:
         self._check_process()
         embedder = self._embedders.get()
         try:
-            return np.concatenate([embedder.embed(image) for image in images])
+            embeddings = [embedder.embed(image) for image in images]
+            return embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
         finally:
             self._embedders.put(embedder)
 

@@ -275,7 +275,5 @@ def _axis_matrix(patches: int, pixels: int, upsampling: str, sigma: float) -> ND
     kernel /= kernel.sum()
     # the image is mirrored at its border: np.pad says which pixel stands outside
     source = np.pad(np.arange(pixels), reach, mode="reflect" if pixels > 1 else "edge")
-    smooth = np.zeros((pixels, pixels))
-    for tap, weight in enumerate(kernel):
-        smooth[np.arange(pixels), source[tap : tap + pixels]] += weight
-    return (smooth @ upsample).astype(np.float32)
+    smoothed = sum(weight * upsample[source[tap : tap + pixels]] for tap, weight in enumerate(kernel))
+    return smoothed.astype(np.float32)

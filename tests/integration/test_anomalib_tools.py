@@ -79,6 +79,7 @@ def test_model_api_of_a_graph_for_any_size(trained, tmp_path, colored):
     assert model(np.asarray(Image.open(colored))).pred_score == pytest.approx(score, abs=1e-3)
 
 
+@pytest.mark.slow  # its small twin is test_registry.py::test_models_are_usable_wherever_anomalib_takes_one
 def test_benchmark(cells, tmp_path):
     """anomalib's own command refuses models of other packages."""
     folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/defective"}

@@ -212,6 +212,7 @@ def test_copies_within_a_budget(three_cells, tmp_path, trained, caplog):
     assert_copies(model.origins, model.model.memory_bank, trained, COPIES, missing=2)
 
 
+@pytest.mark.slow  # its small twins: test_two_processes_end_with_the_bank_of_one, and the copies of one process
 def test_two_processes_with_copies(three_cells, tmp_path, trained):
     (one,) = train_by(1, three_cells, tmp_path / "one", {"augmentations": ["mirror", "small_turns"]})
     first, second = train_by(2, three_cells, tmp_path / "two", {"augmentations": ["mirror", "small_turns"]})
@@ -371,6 +372,7 @@ def test_outliers_are_left_out(dirty, dirty_cells, trained, tmp_path, caplog, ar
         assert (stay.diff() > 0).all()
 
 
+@pytest.mark.slow  # its small twin is unit/test_outliers.py::test_two_processes_find_what_one_finds
 def test_outliers_by_two_processes(dirty_cells, tmp_path):
     root, _ = dirty_cells
     (one,) = train_by(1, root, tmp_path / "one", {"outlier_rejection": 2})

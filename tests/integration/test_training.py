@@ -510,11 +510,12 @@ def test_backbone_weights_of_a_file(trained, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
-def test_trainer_in_bfloat16(trained, cells, tmp_path, precision):
-    """The trainer's precision may lower the features', never the distances'."""
+def test_trainer_in_bfloat16(few, tmp_path, precision):
+    """The trainer's precision may lower the features', never the distances'. A CPU without bfloat16 takes long."""
+    expected = make_engine(tmp_path).train(make_model(), datamodule=folder_datamodule(few))
     model = make_model()
-    metrics = make_engine(tmp_path, precision=precision).train(model, datamodule=folder_datamodule(cells))
-    assert metrics[0]["image_AUROC"] == pytest.approx(trained.metrics["image_AUROC"], abs=0.03)
+    metrics = make_engine(tmp_path, precision=precision).train(model, datamodule=folder_datamodule(few))
+    assert metrics[0]["image_AUROC"] == pytest.approx(expected[0]["image_AUROC"], abs=0.07)
     answer = model.eval()(torch.rand(1, 3, 300, 300))
     assert answer.anomaly_map.dtype == answer.pred_score.dtype == torch.float32
 

@@ -15,7 +15,7 @@ import uvicorn
 from bentoml.exceptions import BentoMLException, InvalidArgument, NotFound
 from helpers.bundles import change_manifest
 from helpers.http import without_times
-from helpers.server import BENTOML, app_server, bentoml_serve
+from helpers.server import BENTOML, SERVE, app_server, bentoml_serve
 from helpers.training import ROOT
 from patchcore_plugin.bento.methods import ROUTES, ImageStream, PatchcoreMethods, describe_methods
 from patchcore_plugin.bento.server import UnixSocketOnlyMiddleware
@@ -214,10 +214,15 @@ def test_second_service(bundle, test_images, tmp_path):
     assert server.log.read_text(errors="replace").count('path="/predict_batch"') == 2
 
 
-def test_service_that_depends_on_an_address(server, test_images, expected, tmp_path):
+def test_service_that_depends_on_an_address(bundle, test_images, expected, tmp_path):
     """Over HTTP, by methods that know the types: of bytes, streams and arrays too, and of answers that are objects."""
     (tmp_path / "second.py").write_text(SECOND)
-    with bentoml_serve((*BENTOML, "serve", "second:Second"), tmp_path, FIRST=str(server)) as second:
+    with (
+        bentoml_serve(SERVE, tmp_path, PATCHCORE_BUNDLE=str(bundle), PATCHCORE_API_KEY="line-7") as first,
+        bentoml_serve(
+            (*BENTOML, "serve", "second:Second"), tmp_path, FIRST=str(first), BENTO_CLOUD_API_KEY="line-7"
+        ) as second,
+    ):
         answer = second.client.post("/ask", json={"path": str(test_images[0])})
     assert answer.status_code == 200, second.log.read_text()
     assert answer.json()["scores"] == [expected["score"]] * 12
