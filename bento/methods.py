@@ -149,6 +149,11 @@ class ImageInput(PurePath):
 class WithoutExamples(BaseModel):
     """Base class of the methods' answers. `bentoml build` knows no examples in a schema."""
 
+    @staticmethod
+    def of(answer: type[BaseModel]) -> type[BaseModel]:
+        """The class of an answer, without examples."""
+        return create_model(answer.__name__, __base__=(WithoutExamples, answer))
+
     @classmethod
     def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
         """The schema."""
@@ -167,7 +172,7 @@ class PatchcoreMethods:
 
     pipeline: Pipeline
 
-    @bentoml.api(output_spec=create_model("ImageAnswer", __base__=(WithoutExamples, ImageAnswer)))
+    @bentoml.api(output_spec=WithoutExamples.of(ImageAnswer))
     async def predict(
         self, image: ImageInput, model: str | None = None, heatmap: bool = False, ctx: bentoml.Context = None
     ) -> ImageAnswer:
@@ -181,14 +186,17 @@ class PatchcoreMethods:
         """
         return await _answer(ctx, lambda id_: self.pipeline.predict(_file(image, id_), model, heatmap=heatmap))
 
-    @bentoml.api(output_spec=create_model("BatchAnswer", __base__=(WithoutExamples, BatchAnswer)))
+    @bentoml.api(output_spec=WithoutExamples.of(BatchAnswer))
     async def predict_batch(
         self, images: list[ImageInput], model: str | None = None, ctx: bentoml.Context = None
     ) -> BatchAnswer:
         """Score several images, as :meth:`predict` does. One that cannot be read does not spoil the others."""
-        return await _answer(
-            ctx, lambda id_: self.pipeline.predict_batch([_file(image, id_) for image in images], model, id_)
-        )
+
+        async def work(id_: str) -> BatchAnswer:
+            files = [_file(image, id_) for image in images]
+            return await self.pipeline.predict_batch(files, self.pipeline.accept_batch(files, model), id_)
+
+        return await _answer(ctx, work)
 
     @bentoml.api
     async def heatmap(
@@ -205,12 +213,12 @@ class PatchcoreMethods:
         png, _ = drawn
         return Image.open(io.BytesIO(png)) if ctx is None else Response(png, media_type="image/png")
 
-    @bentoml.api(output_spec=create_model("Explanation", __base__=(WithoutExamples, Explanation)))
+    @bentoml.api(output_spec=WithoutExamples.of(Explanation))
     async def explain(self, image: ImageInput, model: str | None = None, ctx: bentoml.Context = None) -> Explanation:
         """Score one image, and name the nearest normal patch of each anomalous region."""
         return await _answer(ctx, lambda id_: self.pipeline.explain(_file(image, id_), model))
 
-    @bentoml.api(output_spec=create_model("ModelList", __base__=(WithoutExamples, ModelList)))
+    @bentoml.api(output_spec=WithoutExamples.of(ModelList))
     async def models(self) -> ModelList:
         """All models that calls may name."""
         return await anyio.to_thread.run_sync(self.pipeline.models)

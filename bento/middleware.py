@@ -61,6 +61,14 @@ class HttpMiddleware(ABC):
         """Handle a request."""
 
 
+class OutsideMiddleware(HttpMiddleware):
+    """Base class of middleware that handles requests from outside, and not those of this service's own processes."""
+
+    def applies_to(self, scope: Scope) -> bool:
+        """Whether the middleware handles a request."""
+        return super().applies_to(scope) and not is_from_own_process(scope)
+
+
 class PostMiddleware(HttpMiddleware):
     """Base class of middleware that handles POST requests alone, which are those that score images."""
 
@@ -200,7 +208,7 @@ class ProblemMiddleware(HttpMiddleware):
             await response(scope, receive, send)
 
 
-class HostMiddleware(HttpMiddleware):
+class HostMiddleware(OutsideMiddleware):
     """Refuses a request that is for another host, or comes from a page of another site.
 
     Args:
@@ -211,10 +219,6 @@ class HostMiddleware(HttpMiddleware):
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         super().__init__(app)
         self._names = names
-
-    def applies_to(self, scope: Scope) -> bool:
-        """Whether the middleware handles a request."""
-        return super().applies_to(scope) and not is_from_own_process(scope)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -230,7 +234,7 @@ class HostMiddleware(HttpMiddleware):
         await self.app(scope, receive, send)
 
 
-class ApiKeyMiddleware(HttpMiddleware):
+class ApiKeyMiddleware(OutsideMiddleware):
     """Refuses a request without the API key, except for the page, which asks its user for the key.
 
     Args:
@@ -243,10 +247,6 @@ class ApiKeyMiddleware(HttpMiddleware):
         super().__init__(app)
         self._key = None if key is None else key.get_secret_value().encode()
         self._open = ("/", "/ui", *(["/metrics"] if open_metrics else []))
-
-    def applies_to(self, scope: Scope) -> bool:
-        """Whether the middleware handles a request."""
-        return super().applies_to(scope) and not is_from_own_process(scope)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""

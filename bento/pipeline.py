@@ -144,27 +144,24 @@ class Pipeline:
         """
         return await self._work(self._predict, file, self.resolve(model), heatmap)
 
-    async def predict_batch(self, files: Sequence[ImageFile], model: str | None, request_id: str) -> BatchAnswer:
+    async def predict_batch(self, files: Sequence[ImageFile], model: str, request_id: str) -> BatchAnswer:
         """Score several image files. One that cannot be read does not spoil the others.
 
         Args:
             files: The files.
-            model: Name of the model; None takes the default.
+            model: Name of the model, from :meth:`accept_batch`.
             request_id: Id of the request, which the problems of single images have too.
 
         Raises:
-            ProblemError: If they are too many, or have too many pixels together.
-            UnknownModelError: If there is no such model.
+            UnknownModelError: If the model is gone.
             BundleError: If the model cannot be loaded.
         """
-        self._check_batch(files)
-        chosen = self.resolve(model)
         turns = asyncio.Semaphore(self.parallel)  # images of other requests come in between
 
         async def answer(file: ImageFile) -> BatchItem:
             try:
                 async with turns:
-                    return BatchItem(name=file.name, answer=await self.predict(file, chosen))
+                    return BatchItem(name=file.name, answer=await self.predict(file, model))
             except ProblemError as error:
                 self.metrics.problems.labels(code=error.code).inc()
                 return BatchItem(name=file.name, problem=error.describe(request_id))
@@ -173,8 +170,20 @@ class Pipeline:
         self.metrics.images.observe(len(files))
         return BatchAnswer(results=results)
 
-    def _check_batch(self, files: Sequence[ImageFile]) -> None:
-        """Refuse too many images, or too many pixels, by what their heads state."""
+    def accept_batch(self, files: Sequence[ImageFile], model: str | None) -> str:
+        """Check a batch, by what the heads of its images state.
+
+        Args:
+            files: The files.
+            model: Name of the model; None takes the default.
+
+        Returns:
+            Name of the model.
+
+        Raises:
+            ProblemError: If there are no images, too many, or too many pixels together.
+            UnknownModelError: If there is no such model.
+        """
         if not files:
             raise ProblemError("image_missing", "The call has no images.")
         if len(files) > self._max_images:
@@ -187,6 +196,7 @@ class Pipeline:
                 f"{self._max_batch_pixels:,}: send them in several requests."
             )
             raise ProblemError("batch_too_large", detail)
+        return self.resolve(model)
 
     async def draw(self, file: ImageFile, model: str | None, kind: Literal["overlay", "map"]) -> tuple[bytes, ImageAnswer]:
         """Draw the heatmap of an image file as PNG; returns the answer too. Errors are those of :meth:`predict`."""

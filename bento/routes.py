@@ -92,8 +92,9 @@ async def predict_batch(
 ) -> Response:
     """Score several images, the files ``images`` of a form. One that cannot be read does not spoil the others."""
     files, named = await read_image_files(request, settings.max_images)
-    answer = await pipeline.predict_batch(files, named or model, request.state.request_id)
-    request.state.log.update(model=pipeline.resolve(named or model), images=len(files))
+    chosen = pipeline.accept_batch(files, named or model)
+    answer = await pipeline.predict_batch(files, chosen, request.state.request_id)
+    request.state.log.update(model=chosen, images=len(files))
     return _json(answer)
 
 
