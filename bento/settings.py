@@ -20,7 +20,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from patchcore_plugin.runtime.device import CPU, check_device
+from patchcore_plugin.runtime.device import CPU, EXAMPLES, check_device
 from patchcore_plugin.webhook import Receiver
 
 from .hosts import split_host
@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024, description="Threads for scoring; if not set, one for each core.")
     device: str = Field(
         CPU,
-        description="Device of OpenVINO that computes networks: CPU, GPU, GPU.1, NPU, AUTO, AUTO:GPU,CPU or HETERO:GPU,CPU. "
+        description=f"Device of OpenVINO that computes networks: {EXAMPLES}. "
         "Another one than the CPU must give the scores of a bundle's self-test, or the bundle is refused.",
     )
     workers: int = Field(1, ge=1, le=256, description="Processes that answer requests.")
