@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
-_BLOCK_ROWS = 4096
+BLOCK_ROWS = 4096
+"""Number of queries that are searched at once: it bounds the memory of a search."""
+
 _PARTS_PER_THREAD = 2  # some parts of the queries take longer than others
 _QUANTIZERS = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
 _QUANTIZED_STORAGES: dict[int, Storage] = {quantizer: storage for storage, quantizer in _QUANTIZERS.items()}
@@ -144,8 +146,8 @@ class FaissIndex(ABC):
             Distances (N, k) in ascending order, and bank indices (N, k).
         """
         distances, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        for start in range(0, len(queries), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
+        for start in range(0, len(queries), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
             distances[rows], indices[rows] = self._search_block(queries[rows], k, width)
         return distances, indices
 
@@ -201,10 +203,12 @@ class ApproximateIndex(FaissIndex):
         distances, indices = super().nearest(queries, grid, width)
         for axis, step in _ADJACENT_PATCHES:
             adjacent = np.roll(indices.reshape(grid), step, axis).reshape(-1)
-            rows = np.flatnonzero(adjacent != indices)
-            tried = exact_distances(queries[rows], self.take(adjacent[rows])[:, None])[:, 0]
-            nearer = tried < distances[rows]
-            distances[rows[nearer]], indices[rows[nearer]] = tried[nearer], adjacent[rows[nearer]]
+            others = np.flatnonzero(adjacent != indices)
+            for start in range(0, len(others), BLOCK_ROWS):
+                rows = others[start : start + BLOCK_ROWS]
+                tried = exact_distances(queries[rows], self.take(adjacent[rows])[:, None])[:, 0]
+                nearer = tried < distances[rows]
+                distances[rows[nearer]], indices[rows[nearer]] = tried[nearer], adjacent[rows[nearer]]
         return distances, indices
 
     def _search_block(self, queries: NDArray[np.float32], k: int, width: int) -> Found:

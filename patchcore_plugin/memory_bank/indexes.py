@@ -15,7 +15,7 @@ import numpy as np
 
 from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.memory_bank.bfloat16 import CANDIDATES_LIMIT, BFloat16Candidates
-from patchcore_plugin.memory_bank.faiss_index import ApproximateIndex, FaissIndex, exact_distances, plain_storage
+from patchcore_plugin.memory_bank.faiss_index import BLOCK_ROWS, ApproximateIndex, FaissIndex, exact_distances, plain_storage
 from patchcore_plugin.memory_bank.layout import check, check_graph, check_lists, is_finite
 
 if TYPE_CHECKING:
@@ -93,10 +93,17 @@ class BFloat16Index(FlatIndex):
 
     def nearest(self, queries: NDArray[np.float32], grid: tuple[int, int], width: int) -> Found:
         """Find the nearest vector of each patch among its candidates; see :meth:`FaissIndex.nearest`."""
-        candidates = self._candidates_of(width).find(queries)
-        distances = exact_distances(queries, self.take(candidates))
-        best = distances.argmin(1)[:, None]
-        return np.take_along_axis(distances, best, 1)[:, 0], np.take_along_axis(candidates, best, 1)[:, 0]
+        distances, indices = np.empty(len(queries), np.float32), np.empty(len(queries), np.int64)
+        last = max(0, len(queries) - BLOCK_ROWS)
+        for start in range(0, len(queries), BLOCK_ROWS):
+            first = min(start, last)  # blocks of one size: each size is a network to compile
+            rows = slice(first, first + BLOCK_ROWS)
+            candidates = self._candidates_of(width).find(queries[rows])
+            tried = exact_distances(queries[rows], self.take(candidates))
+            best = tried.argmin(1)[:, None]
+            distances[rows] = np.take_along_axis(tried, best, 1)[:, 0]
+            indices[rows] = np.take_along_axis(candidates, best, 1)[:, 0]
+        return distances, indices
 
     def _candidates_of(self, width: int) -> BFloat16Candidates:
         with self._lock:

@@ -210,8 +210,9 @@ def anomaly_map(
     if isinstance(patch, np.ndarray):
         # in products so small that BLAS uses one thread: more would wait actively afterwards, and slow what runs next
         step = max(1, _SINGLE_THREAD_MULTIPLICATIONS // (patch.shape[2] * max(patch.shape[1], size[1])))
-        parts = [rows[first : first + step] @ patch @ columns for first in range(0, size[0], step)]
-        smoothed = np.concatenate(parts, axis=1)
+        smoothed = np.empty((len(patch), *size), np.float32)
+        for first in range(0, size[0], step):
+            np.matmul(rows[first : first + step] @ patch, columns, out=smoothed[:, first : first + step])
     else:
         smoothed = patch.new_tensor(rows) @ patch @ patch.new_tensor(columns)
     if region is None:

@@ -1,5 +1,6 @@
 """The kinds of index: whatever one overlooks, its distances are exact, and an image's score is that of exact search."""
 
+import tracemalloc
 from typing import get_args
 
 import numpy as np
@@ -107,3 +108,21 @@ def test_own_threads(index, threads, real_embeddings):
         np.testing.assert_array_equal(ours, theirs)
     bank.threads = None
     assert bank.search(real_embeddings[:5])[0].shape == (5, 1)
+
+
+@pytest.mark.parametrize("index", ["bfloat16", "hnsw"])
+def test_memory_of_an_image_of_many_patches(index):
+    """A search takes no more memory for many patches than for some, and gives the answers of fewer at once."""
+    rng = np.random.default_rng(0)
+    bank = MemoryBank(rng.normal(size=(600, 8)).astype(np.float32), index)
+    patches = rng.normal(size=(1, 150, 300, 8)).astype(np.float32)
+    parts = [bank.nearest(part) for part in np.split(patches, 15, axis=1)]
+    tracemalloc.start()
+    distances, indices = bank.nearest(patches)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * patches.nbytes
+    recomputed = np.linalg.norm(patches.reshape(-1, 8) - bank.vectors[indices], axis=1)
+    np.testing.assert_allclose(distances, recomputed, rtol=1e-5)
+    if index == "bfloat16":  # it knows no adjacent patches
+        np.testing.assert_allclose(distances, np.concatenate([part[0] for part in parts]), rtol=1e-5)
