@@ -8,6 +8,7 @@ import torch
 
 from patchcore_plugin.coreset.memory import free_memory
 from patchcore_plugin.images import read_image
+from patchcore_plugin.model.embedding_engine import EmbeddingEngine
 from patchcore_plugin.model.pre_processing import build_pre_processor
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel
 
@@ -43,13 +44,15 @@ class Embedder:
         self._model = FaissPatchcoreModel(network.layers, network.backbone).eval().to(self._device)
         pre_processor = build_pre_processor(network.image_size, normalization="backbone", backbone=network.backbone)
         self._transform = pre_processor.transform
+        self._engine = EmbeddingEngine("auto")
 
     @torch.inference_mode()
     def stream(self, paths: Sequence[Path], span: IntensityRange | None) -> Iterator[torch.Tensor]:
         """Patch embeddings (h, w, D) of each image."""
         for path in paths:
             pixels = torch.tensor(read_image(path, intensity_range=span)).permute(2, 0, 1)[None]
-            yield self._model.embed(self._transform(pixels.to(self._device).float() / 255))[0]
+            images = self._transform(pixels.to(self._device).float() / 255)
+            yield self._model.embed(images, self._engine.network(self._model, images, len(paths)))[0]
 
 
 class Held:

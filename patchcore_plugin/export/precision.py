@@ -15,6 +15,7 @@ from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export.network import save_network
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network, NetworkFiles, network_inputs
+from patchcore_plugin.telemetry import without_telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,18 +172,19 @@ def _quantized(path: Path, recipe: Preprocessing, images: Sequence[NDArray[np.ui
     inputs = [values for image in images for values in network_inputs(image, recipe)]
     inputs = inputs[:: -(-len(inputs) // _QUANTIZATION_INPUTS_LIMIT)]
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level would change everybody's handlers
-    network = nncf.quantize(
-        # of a path, OpenVINO maps the weights, and Windows replaces no file that is mapped
-        ov.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
-        nncf.Dataset(inputs),
-        subset_size=len(inputs),
-        ignored_scope=nncf.IgnoredScope(
-            # OpenVINO's int8 pooling of neighborhoods does not pad with zeros, which spoils the patches at the border.
-            types=["AvgPool"],
-            subgraphs=[nncf.Subgraph(inputs=[INPUT], outputs=[NORMALIZED])],
-            validate=False,
-        ),
-    )
+    with without_telemetry():
+        network = nncf.quantize(
+            # of a path, OpenVINO maps the weights, and Windows replaces no file that is mapped
+            ov.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),
+            nncf.Dataset(inputs),
+            subset_size=len(inputs),
+            ignored_scope=nncf.IgnoredScope(
+                # OpenVINO's int8 pooling of neighborhoods does not pad with zeros, which spoils the patches at the border.
+                types=["AvgPool"],
+                subgraphs=[nncf.Subgraph(inputs=[INPUT], outputs=[NORMALIZED])],
+                validate=False,
+            ),
+        )
     file = path.with_name(f"int8_{path.name}")
     save_network(network, file)
     return file

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
+import torch
 from torch import nn
 
 from patchcore_plugin.errors import UsageError
@@ -22,8 +23,6 @@ from patchcore_plugin.model.weights import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ class Backbone(nn.Module):
         # timm returns features in the network's order; ``layers`` may be in another.
         self._order = [sorted(indices).index(index) for index in indices]
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.to(memory_format=torch.channels_last)  # by which a CPU convolves faster
         self.eval().requires_grad_(requires_grad=False)
 
     @property
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
             UsageError: If the backbone cannot take images of this size.
         """
         try:
-            features = self.net(images)
+            features = self.net(images.contiguous(memory_format=torch.channels_last))
         except AssertionError as error:  # timm's transformers
             raise UsageError(_unfit(self.net, *images.shape[-2:], error)) from error
         if self._channels_last:

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType, PrecisionType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -44,6 +44,7 @@ from patchcore_plugin.model.collector import PatchCollector
 from patchcore_plugin.model.conversion import check_conversion
 from patchcore_plugin.model.data_checks import check_data, set_up
 from patchcore_plugin.model.deep_images import check_dataset, find_intensity_range, read_again
+from patchcore_plugin.model.embedding_engine import EmbeddingEngine
 from patchcore_plugin.model.exclusion import leave_out
 from patchcore_plugin.model.graph_info import add_model_info
 from patchcore_plugin.model.post_processing import ConformalPostProcessor
@@ -54,11 +55,14 @@ from patchcore_plugin.model.pre_processing import (
     renormalization,
 )
 from patchcore_plugin.model.region import build_region, check_region, mask_size
+from patchcore_plugin.model.scored_images import ScoredImages
 from patchcore_plugin.model.spade import refuse_spade
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, MemoryBankError, make_tiler, read_tiles
-from patchcore_plugin.model.training_images import expected_images, hold_out, no_normal_image
+from patchcore_plugin.model.training_images import expected_images, hold_out, images_of, no_normal_image
+from patchcore_plugin.model.visualizer import ParallelImageVisualizer
 from patchcore_plugin.model.weights import weights_follow, weights_from_checkpoint
 from patchcore_plugin.scoring import ScoreRule
+from patchcore_plugin.telemetry import without_telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +143,9 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             embeds the image at once.
         tile_stride: Pixels from one tile to the next, down and across. Below ``tile_size``, tiles overlap, and patches in
             several tiles are averaged, which hides the tiles' edges and takes more time. ``None`` is the tile size.
+        embedding_engine: What computes embeddings in training, validation and test on a CPU: ``"torch"``; ``"openvino"``,
+            by the network that a bundle serves, many times as fast; or ``"auto"``: OpenVINO where it can, and where the
+            images are enough (64) to be worth the conversion of some seconds. On an accelerator torch does.
 
     Raises:
         UsageError: If an argument is out of range, the backbone is unknown, or it has no such layer.
@@ -154,6 +161,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     model: FaissPatchcoreModel
     _patches: PatchCollector | None = None  # from the start of training to the memory bank
     _finds_range = False
+    _images: int | None = None  # of the present pass, copies included; None if unknown
+    _scored: ScoredImages | None = None  # from the first validation or test on
 
     intensity_range: IntensityRange | None = None
     """Values that become 0 and 255 when an image is read; None for 8-bit images, and with ``"auto"`` until fitted."""
@@ -193,6 +202,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         region_of_interest: str | Path | Sequence[dict[str, Any]] | None = None,
         tile_size: int | tuple[int, int] | None = None,
         tile_stride: int | tuple[int, int] | None = None,
+        embedding_engine: str = "auto",
     ) -> None:
         check_numbers(
             coreset_sampling_ratio=coreset_sampling_ratio,
@@ -235,6 +245,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             raise UsageError(msg)
         if not isinstance(layers, str):
             layers = list(layers)  # plain: a checkpoint with the list type of get_model's omegaconf could not be loaded
+        self._engine = EmbeddingEngine(embedding_engine)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -277,8 +288,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.intensity_range = None if intensity_range in (None, "auto") else check_intensity_range(intensity_range)
         self.exclude = exclude
         self.augmentations = augmentations
-        self.held_out = None
-        self.origins = None
+        self.held_out = self.origins = None
 
     @classmethod
     def configure_pre_processor(
@@ -309,6 +319,11 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
     def configure_post_processor() -> PostProcessor:
         """Thresholds and normalization by anomalib's default post-processor."""
         return PostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Pictures as anomalib draws them, saved beside the work."""
+        return ParallelImageVisualizer()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -390,6 +405,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.held_out = self.origins = None
         self._is_fitted = torch.tensor([False], device=self.device)
         radius, images = self.coreset_radius, expected_images(self.trainer)
+        images = images and images * (1 + len(changes_of(self.augmentations)))
+        self._images = images
         self._patches = PatchCollector(
             GreedyCoreset(
                 ratio=self.coreset_sampling_ratio if radius is None else None,
@@ -398,7 +415,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 projection=self.coreset_projection,
             ),
             dtype=self.embedding_dtype,
-            expected_images=images and images * (1 + len(changes_of(self.augmentations))),
+            expected_images=images,
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
             outlier_rejection=self.outlier_rejection,
@@ -420,18 +437,30 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
             raise MemoryBankError(msg)
         images, paths = self._patches.select(batch, self.trainer.train_dataloader)
         if len(images):
-            embeddings, first = self.model.embed(images), not self._patches.patches
+            embeddings, first = self.embed(images, self._images), not self._patches.patches
             self._patches.add(embeddings, paths)
             if first:
                 check_conversion(self.model, images)
             scale = PixelScale.of(getattr(self.pre_processor, "transform", None))
             for change in changes_of(self.augmentations):
-                self._patches.add_copies(self.model.embed(change.apply(images, scale)), paths, change)
+                self._patches.add_copies(self.embed(change.apply(images, scale), self._images), paths, change)
         # Lightning wants a loss. Nothing is learned from it: there is no optimizer.
         parameter = next(self.model.feature_extractor.parameters())
         if parameter.requires_grad:
             return parameter.sum() * 0
         return torch.zeros((), requires_grad=True, device=self.device)
+
+    def embed(self, images: torch.Tensor, count: int | None = None) -> torch.Tensor:
+        """Embed images by the ``embedding_engine``.
+
+        Args:
+            images: Pre-processed images (B, 3, H, W).
+            count: Number of images that are to be embedded, these among them; None if unknown.
+
+        Returns:
+            Patch embeddings (B, h, w, D).
+        """
+        return self.model.embed(images, self._engine.network(self.model, images, count))
 
     def fit(self) -> None:
         """Reduce the collected embeddings to the coreset and make it the memory bank.
@@ -494,6 +523,12 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         super().on_validation_start()
         if self._is_fitting() and not fitted:
             self._keep_bank()
+        self._begin_to_score(self.trainer.val_dataloaders)
+
+    def _begin_to_score(self, loaders: Any) -> None:
+        self._images = images_of(loaders)
+        self._scored = self._scored or ScoredImages()
+        self._scored.begin(self.model)
 
     def _keep_bank(self) -> None:
         """Write a checkpoint before the validation, which may fail; the one after it replaces it."""
@@ -511,11 +546,13 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         """Refuse to test with an unfinished memory bank."""
         self._refuse_half_filled()
         self._check_loaders(self.trainer.test_dataloaders)
+        self._begin_to_score(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
         """Refuse to predict with an unfinished memory bank."""
         self._refuse_half_filled()
         self._check_loaders(self.trainer.predict_dataloaders)
+        self._begin_to_score(self.trainer.predict_dataloaders)
 
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
@@ -533,7 +570,22 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         del args, kwargs
         if self._is_fitting() and batch.gt_label is not None:
             self.held_out = hold_out(self.held_out, batch.image[(batch.gt_label == 0).to(batch.image.device)])
-        return batch.update(**self.model(batch.image)._asdict())
+        return batch.update(**self._score(batch.image)._asdict())
+
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score the images of a batch."""
+        del args, kwargs
+        return batch.update(**self._score(batch.image)._asdict())
+
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score the images of a batch."""
+        del args, kwargs
+        return batch.update(**self._score(batch.image)._asdict())
+
+    def _score(self, images: torch.Tensor) -> InferenceBatch:
+        """Score pre-processed images (B, 3, H, W); one that comes again is not embedded again."""
+        scores = self._scored.score(images, lambda new: self.model.raw_scores(self.embed(new, self._images)))
+        return self.model.with_maps(scores, images.shape[-2:])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the intensity range, region of interest, tiles, held-out images and the bank's origins too."""
@@ -627,7 +679,8 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             MemoryBankError: As :meth:`to_onnx` does.
         """
-        path = super().to_openvino(*args, **kwargs)
+        with without_telemetry():
+            path = super().to_openvino(*args, **kwargs)
         add_model_info(path)
         return path
 

@@ -18,10 +18,19 @@ from patchcore_plugin.bundle import Tiles
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.model.backbone import Backbone
-from patchcore_plugin.scoring.scores import ScoreRule, anomaly_map, farthest_patches, image_score, reweight, weighted_mean
+from patchcore_plugin.scoring.scores import (
+    ScoreRule,
+    Scores,
+    anomaly_map,
+    farthest_patches,
+    image_score,
+    reweight,
+    weighted_mean,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -167,14 +176,24 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             return embedding
         return self.score(embedding, images.shape[-2:])
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch embeddings (B, h, w, D) of normalized images (B, 3, H, W), in the memory bank's type.
+    def embed(self, images: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """Embed images.
 
-        D counts the values of all members, on the patch grid of the first.
+        Args:
+            images: Normalized images (B, 3, H, W).
+            network: Function from images or tiles to their embeddings; None computes them here.
+
+        Returns:
+            Patch embeddings (B, h, w, D), in the memory bank's type. D counts the values of all members, on the patch grid
+            of the first.
         """
+        network = network or self._embed
         if self.rule.region is not None:  # patches inside would see what lies outside
             images = images * images.new_tensor(self.rule.region.pixels)
-        embedding = self._embed(images) if self.tiler is None else self._embed_tiles(images, read_tiles(self.tiler))
+        if self.tiler is None:
+            embedding = network(images).to(self.memory_bank.dtype)
+        else:
+            embedding = self._embed_tiles(images, read_tiles(self.tiler), network)
         if self.position_weight:
             embedding = torch.cat([embedding, self._positions(embedding)], dim=-1)
         return embedding
@@ -206,7 +225,9 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             embedding = torch.cat(features, dim=1)
         return embedding.permute(0, 2, 3, 1).to(self.memory_bank.dtype)
 
-    def _embed_tiles(self, images: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    def _embed_tiles(
+        self, images: torch.Tensor, tiles: Tiles, network: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """What :meth:`embed` gives, put together from the embeddings of tiles, of which a few are computed at a time.
 
         Raises:
@@ -221,7 +242,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             joined, count = None, max(1, _TILE_PIXELS // (len(images) * height * width))
             for start in range(0, len(places), count):
                 cut = [images[..., top : top + height, left : left + width] for top, left in places[start : start + count]]
-                found = self._embed(torch.cat(cut)).float()
+                found = network(torch.cat(cut)).float()
                 if joined is None:
                     layout = tiles.layout(size, (int(found.shape[1]), int(found.shape[2])), inspected)
                     joined = found.new_zeros(len(images), *layout.grid, found.shape[-1])
@@ -255,6 +276,10 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
             MemoryBankError: If the bank is empty or was built with other features.
             UsageError: If the embeddings hold NaN or infinite values.
         """
+        return self.with_maps(self.raw_scores(embedding), size, upsampling)
+
+    def raw_scores(self, embedding: torch.Tensor) -> Scores:
+        """Score patch embeddings (B, h, w, D), without maps; see :meth:`score`."""
         self._check_bank(embedding)
         if not _is_traced() and not bool(embedding.isfinite().all()):
             msg = (
@@ -262,9 +287,7 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
                 "use float32. Otherwise check the images, and the backbone's weights for NaN."
             )
             raise UsageError(msg)
-        autocast = torch.is_autocast_enabled(embedding.device.type)
-        # Distances are float32 whatever the trainer's precision: bf16 has three digits.
-        with torch.autocast(embedding.device.type, enabled=False) if autocast else nullcontext():
+        with _without_autocast(embedding):
             embedding = embedding.float()
             inspected = self.rule.inspected(embedding)
             queries = self.split(inspected.reshape(-1, embedding.shape[-1]))
@@ -278,9 +301,13 @@ class FaissPatchcoreModel(DynamicBufferMixin, nn.Module):
                 member._support(own[rows], indices[rows, 0], neighbors)
                 for member, own, (_, indices) in zip(self.members, queries, found, strict=True)
             ]
-            scores = reweight(image_score(patch, self.rule), weighted_mean(support, self.weights))
-            maps = anomaly_map(patch, (size[0], size[1]), upsampling, region=self.rule.region)
-        return InferenceBatch(pred_score=scores, anomaly_map=maps[:, None])
+            return Scores(reweight(image_score(patch, self.rule), weighted_mean(support, self.weights)), patch)
+
+    def with_maps(self, scores: Scores, size: Sequence[int], upsampling: str = "bilinear") -> InferenceBatch:
+        """Add the anomaly maps to scores; see :meth:`score`."""
+        with _without_autocast(scores.patch):
+            maps = anomaly_map(scores.patch, (size[0], size[1]), upsampling, region=self.rule.region)
+        return InferenceBatch(pred_score=scores.image, anomaly_map=maps[:, None])
 
     def _check_bank(self, embedding: torch.Tensor) -> None:
         """Refuse banks that are empty or do not go with embeddings (B, h, w, D)."""
@@ -387,6 +414,12 @@ def _resized(embedding: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         return embedding
     resized = F.interpolate(embedding.permute(0, 3, 1, 2).float(), size=grid, mode="bilinear")
     return resized.permute(0, 2, 3, 1).to(embedding.dtype)
+
+
+def _without_autocast(values: torch.Tensor) -> AbstractContextManager[Any]:
+    """Compute in float32 whatever the trainer's precision: bf16 has three digits."""
+    device = values.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _is_traced() -> bool:

@@ -27,6 +27,14 @@ def expected_images(trainer: Trainer) -> int | None:
     return min(images, int(min(trainer.num_training_batches, images)) * (loader.batch_size or images))
 
 
+def images_of(loaders: Any) -> int | None:
+    """Number of images that data loaders hold, at most; None if unknown."""
+    try:
+        return sum(len(loader.dataset) for loader in (loaders if isinstance(loaders, list | tuple) else [loaders]))
+    except (AttributeError, TypeError):
+        return None
+
+
 def own_images(loader: Any, seen: int, size: int) -> int:
     """How many of this process's next images are its own.
 

@@ -38,12 +38,13 @@ class Embedder:
 
     Args:
         arguments: Arguments of FaissPatchcore.
+        count: Number of images that it will embed.
 
     Raises:
         UsageError: If FaissPatchcore does not take them.
     """
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, Any], count: int) -> None:
         known = inspect.signature(FaissPatchcore).parameters
         unknown = [name for name in arguments if name not in known]
         if unknown:
@@ -51,13 +52,13 @@ class Embedder:
             raise UsageError(msg)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._module = FaissPatchcore(**{**arguments, **_PARTS}).eval().to(device)
-        self._device = device
+        self._device, self._count = device, count
 
     @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         """Patch embeddings (h, w, D) of an image (H, W, 3)."""
         image = torch.tensor(pixels).permute(2, 0, 1)[None].to(self._device)
-        return self._module.model.embed(self._module.pre_processor.transform(image.float() / 255))[0]
+        return self._module.embed(self._module.pre_processor.transform(image.float() / 255), self._count)[0]
 
 
 def read(image: Path | SyntheticDefect, intensity_range: IntensityRange | None = None) -> NDArray[np.uint8]:

@@ -141,7 +141,7 @@ class _Trial(NamedTuple):
 
 def _try_out(group: Group, images: Images) -> _Trial:
     """Embed an image, and search in a bank of the size that is to be expected."""
-    embedder = Embedder(group.settings[0].arguments)
+    embedder = Embedder(group.settings[0].arguments, len(images.normal) + len(images.defective))
     for _ in range(2):  # the first run takes longer
         started = time.perf_counter()
         embedding = embedder.embed(read(images.normal[0], images.intensity_range))
@@ -186,10 +186,11 @@ def run_plan(plan: Plan, seed: int = 0, progress: Progress = no_progress) -> Tun
 def _cross_fit(group: Group, plan: Plan, seed: int, progress: Progress) -> list[FoldScores]:
     """Scores of a group's settings."""
     step, normal = f"compare {', '.join(setting.name for setting in group.settings)}", plan.images.normal
-    embedder, embeddings = Embedder(group.settings[0].arguments), []
-    for image in [*normal, *plan.defects]:
+    every = [*normal, *plan.defects]
+    embedder, embeddings = Embedder(group.settings[0].arguments, len(every)), []
+    for image in every:
         embeddings.append(embedder.embed(read(image, plan.images.intensity_range)))
-        progress(step, len(embeddings), len(normal) + len(plan.defects))
+        progress(step, len(embeddings), len(every))
     parents = None if plan.images.defective else np.array([defect.parent for defect in plan.defects])
     fold = draw_folds(len(normal), FOLDS, seed)
     return cross_fit(group.rules, embeddings[: len(normal)], embeddings[len(normal) :], fold, parents, seed)

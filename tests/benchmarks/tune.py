@@ -121,7 +121,7 @@ def main(data: tuple[str, ...], seeds: int, first_seed: int, count: int, embeddi
             images = draw(root)
             splits: list[dict[str, Split]] = [{} for _ in range(seeds)]
             for group in tune.group_settings(settings):
-                embedder = Embedder(group.settings[0].arguments)
+                embedder = Embedder(group.settings[0].arguments, len(images.normal) + len(images.defective))
                 file = "" if embeddings is None else str(embeddings / f"{Path(name).name}-{group.settings[0].name}")
                 found = embed(images, embedder, file)
                 for number, kept in enumerate(track(splits, "Score")):

@@ -26,6 +26,7 @@ EVERY_ARGUMENT = {
     "region_of_interest": [{"rectangle": [0.1, 0.1, 0.9, 0.8]}],
     "tile_size": 96,
     "tile_stride": 64,
+    "embedding_engine": "openvino",
 }
 
 

@@ -67,7 +67,8 @@ def test_bundle_in_other_precisions(tiled, tiled_bundle, test_images, tmp_path, 
     bundle = export_bundle(tiled, tmp_path / "bundle", index="flat", precision=precision, images=test_images[:4])
     for found, expected in zip(*(PatchcoreRuntime.load(path).predict(test_images[:3]) for path in (bundle, tiled_bundle)),
                                strict=True):  # fmt: skip
-        assert found.score == pytest.approx(expected.score, rel=0.1)
+        # int8 without VNNI is off by a tenth
+        assert found.score == pytest.approx(expected.score, rel=0.1 if precision == "bf16" else 0.2)
 
 
 def test_explained_and_updated(tiled_bundle, test_images, tmp_path):

@@ -75,6 +75,7 @@ def test_is_an_anomalib_model_with_patchcores_arguments():
         "region_of_interest",
         "tile_size",
         "tile_stride",
+        "embedding_engine",
     }
 
 

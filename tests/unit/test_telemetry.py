@@ -1,0 +1,50 @@
+"""Nothing is reported to others, and what others do afterwards is left as it was."""
+
+import pytest
+import torch
+
+from patchcore_plugin.model.conversion import convert
+from patchcore_plugin.model.torch_model import FaissPatchcoreModel
+from patchcore_plugin.telemetry import without_telemetry
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Messages that telemetry sends, in place of sending them; it has the user's consent."""
+    backend = pytest.importorskip("openvino_telemetry.backend.backend_ga4", reason="openvino-telemetry is not installed")
+    messages = []
+    monkeypatch.setattr(backend.GA4Backend, "send", lambda _, message: messages.append(message))
+    for name in ("CI", "TF_BUILD", "JENKINS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return messages
+
+
+def test_a_conversion_reports_nothing(sent):
+    model = FaissPatchcoreModel(["layer2"], "test_resnet", pre_trained=False)
+    convert(model, 64, 64)
+    assert not sent
+
+
+def test_sending_is_as_before_afterwards(sent):
+    from openvino_telemetry.backend.backend_ga4 import GA4Backend
+    from openvino_telemetry.utils.sender import TelemetrySender
+
+    sender, backend = TelemetrySender(), GA4Backend("tid", "app", "1")
+    with without_telemetry():
+        sender.send(backend, "no")
+    with pytest.raises(ZeroDivisionError), without_telemetry():
+        raise ZeroDivisionError
+    sender.send(backend, "yes")
+    sender.executor.shutdown()
+    assert sent == ["yes"]
+
+
+def test_telemetry_is_what_would_have_reported(sent):
+    """The first test would fail without the guard."""
+    import openvino as ov
+
+    ov.convert_model(torch.nn.Linear(2, 2), example_input=torch.zeros(1, 2))
+    from openvino_telemetry import Telemetry
+
+    Telemetry().sender.executor.shutdown()
+    assert sent
