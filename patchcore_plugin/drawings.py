@@ -23,7 +23,7 @@ def save_drawing(picture: Image.Image, path: Path) -> None:
     """
     texts = PngInfo()
     texts.add_text(_KEYWORD, _PROGRAM)
-    picture.save(path, "PNG", pnginfo=texts)
+    picture.save(path, "PNG", pnginfo=texts, compress_level=1)  # in less than half of the time, a fifth larger
 
 
 def is_drawing(path: Path) -> bool:

@@ -58,7 +58,7 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool, device: st
     from patchcore_plugin.images import find_images
     from patchcore_plugin.runtime import PatchcoreRuntime
 
-    runtime = PatchcoreRuntime.load(bundle, device=device)
+    runtime = PatchcoreRuntime.load(bundle, mode="throughput", device=device)
     check_outside(output, bundle)
     images = find_images(folder)
     inputs = {os.path.realpath(path) for path in images}

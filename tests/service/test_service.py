@@ -13,6 +13,7 @@ import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bentoml
 import numpy as np
 import pytest
 from helpers.bundles import change_manifest
@@ -317,6 +318,12 @@ def check_image(image, runtime, test_images, folder):
     """The image's entrypoint serves the model in it, and the health check tells when."""
     with bentoml_serve(image.entrypoint, folder, **image.environment, PATCHCORE_BUNDLE="") as server:
         answer = predict(server.client, test_images[0]).json()
+        with bentoml.SyncHTTPClient(str(server)) as client:  # it calls the methods that the built service describes
+            assert client.predict(image=test_images[0])["score"] == answer["score"]
+            (item,) = client.predict_batch(images=[test_images[0]])["results"]
+            assert item["answer"]["score"] == client.explain(image=test_images[0])["score"] == answer["score"]
+            assert client.heatmap(image=test_images[0]).size == (300, 300)
+            assert [model["name"] for model in client.models()["models"]] == ["cells"]
         environment = {**image.environment, "PATCHCORE_PORT": server.rpartition(":")[2]}
         assert subprocess.run(image.health_check, env=environment, check=False).returncode == 0
     assert subprocess.run(image.health_check, env=environment, capture_output=True, check=False).returncode != 0
