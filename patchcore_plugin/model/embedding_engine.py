@@ -87,6 +87,8 @@ class EmbeddingEngine:
         if size not in self._networks:
             try:
                 self._networks[size] = EmbeddingNetwork(model, *size)
+            except UsageError:  # the backbone takes no images of this size
+                raise
             except Exception as error:  # a trace runs the backbone's own code, and OpenVINO raises nearly any
                 reason = shorten(f"{type(error).__name__}: {error}", 300)
                 if self.name == "openvino":

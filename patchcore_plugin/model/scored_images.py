@@ -31,9 +31,11 @@ class ScoredImages:
 
     def begin(self, model: FaissPatchcoreModel) -> None:
         """Begin to score by a model: scores of another one are forgotten."""
-        checksum = hashlib.sha256(
-            repr((model.rule, model.tiler and read_tiles(model.tiler), model.position_weight)).encode()
-        )
+        if model.memory_bank.device.type != "cpu":  # an accelerator embeds sooner than pixels are compared
+            self._model = b""
+            return
+        settings = model.rule, model.tiler and read_tiles(model.tiler), model.position_weight
+        checksum = hashlib.sha256(repr(settings).encode())
         for name, tensor in model.state_dict().items():
             checksum.update(name.encode())
             checksum.update(_content(tensor))

@@ -35,6 +35,7 @@ from patchcore_plugin.elpv import lay_out
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "torch": {"embedding_engine": "torch"},
+    "outlier_rejection: 2": {"outlier_rejection": 2},
 }
 BEFORE, ANOMALIB = "before", "anomalib Patchcore"
 STAGES = ("embed", "coreset", "validate", "test", "whole")
@@ -146,7 +147,7 @@ def network_alone(backbone: str, data: Path) -> float:
 @click.command()
 @click.option("--backbone", type=click.Choice(list(SETTINGS)), default="efficientnet_lite0", show_default=True)
 @click.option("--before", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout, for a first row.")
-@click.option("--row", "rows", multiple=True, help=f"default, torch or '{ANOMALIB}'; may be repeated.  [default: all]")
+@click.option("--row", "rows", multiple=True, help=f"{', '.join([*ROWS, ANOMALIB])}; may be repeated.  [default: all]")
 @click.option("--kind", type=click.Choice(["mono", "poly"]), default="mono", show_default=True, help="Cells of ELPV.")
 @click.option("--every", default=1, show_default=True, help="Take every N-th image alone.")
 @click.option("--one", nargs=2, hidden=True, help="A row and the folder of its data: measured in this process.")

@@ -108,9 +108,13 @@ def test_client(server, test_images, expected):
 
 
 def test_asynchronous_client(server, test_images, expected):
-    async def ask():
+    async def predict(image):  # a client closes the files of all its calls when one ends, so that each call has its own
         async with bentoml.AsyncHTTPClient(str(server)) as client:
-            answers = await asyncio.gather(*(client.predict(image=image) for image in pictures(test_images[0])))
+            return await client.predict(image=image)
+
+    async def ask():
+        answers = await asyncio.gather(*map(predict, pictures(test_images[0])))
+        async with bentoml.AsyncHTTPClient(str(server)) as client:
             return answers, await client.models(), await client.heatmap(image=test_images[0])
 
     answers, models, drawn = asyncio.run(ask())

@@ -134,3 +134,10 @@ def test_copies_and_pickles():
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert other.name == "openvino"
         np.testing.assert_array_equal(other.network(model, images, None)(images), expected)
+
+
+def test_a_size_that_the_backbone_refuses_is_no_failure_of_openvino(caplog):
+    model = make(backbone="test_vit", layers=["blocks.3"])
+    with pytest.raises(UsageError, match="The backbone takes images of"):
+        EmbeddingEngine("auto").network(model, pictures(1, 50, 70), None)
+    assert "OpenVINO cannot embed" not in caplog.text
