@@ -132,7 +132,7 @@ def check_images(
         return CheckReport(list(images), findings, [], [], [], 0, None)
     span = _range(compared) if deep else None
     paths = [image.path for image in compared]
-    embed = Held(lambda start: embedder.stream(paths[start:], span))
+    embed = Held(lambda start: embedder.stream(paths, span, start))
     evidence = find_evidence(embed, len(paths), seed, progress)
     middle, deviation = robust_scale(largest_mean(evidence.maps.reshape(len(paths), -1)))
     order = np.argsort(-evidence.scores, kind="stable")

@@ -47,9 +47,9 @@ class Embedder:
         self._engine = EmbeddingEngine("auto")
 
     @torch.inference_mode()
-    def stream(self, paths: Sequence[Path], span: IntensityRange | None) -> Iterator[torch.Tensor]:
-        """Patch embeddings (h, w, D) of each image."""
-        for path in paths:
+    def stream(self, paths: Sequence[Path], span: IntensityRange | None, start: int = 0) -> Iterator[torch.Tensor]:
+        """Patch embeddings (h, w, D) of each image from a number on: to the bit the same, wherever that begins."""
+        for path in paths[start:]:
             pixels = torch.tensor(read_image(path, intensity_range=span)).permute(2, 0, 1)[None]
             images = self._transform(pixels.to(self._device).float() / 255)
             yield self._model.embed(images, self._engine.network(self._model, images, len(paths)))[0]

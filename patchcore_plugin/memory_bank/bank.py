@@ -11,7 +11,7 @@ import numpy as np
 from patchcore_plugin.bundle import MAPPED_FILE_BYTES, MAX_WIDTH, read_file
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
-from patchcore_plugin.memory_bank.faiss_index import exact_distances
+from patchcore_plugin.memory_bank.faiss_index import BLOCK_ROWS, exact_distances
 from patchcore_plugin.memory_bank.file import read_bank, write_bank
 from patchcore_plugin.memory_bank.indexes import KINDS
 from patchcore_plugin.memory_bank.layout import is_finite
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from patchcore_plugin.memory_bank.faiss_index import FaissIndex, Found
     from patchcore_plugin.scoring import ScoreRule
 
-_BLOCK_ROWS = 4096
 _PAIRWISE_LIMIT = 2**40  # M * M * D up to which each bank vector is compared with every other one
 _NEIGHBORS_WIDTH_FACTOR = 4  # width of a search for neighbors, as a multiple of their number
 
@@ -155,12 +154,12 @@ class MemoryBank:
         if count < 1 or (self._index.exhaustive and not pairwise):
             return
         found, vectors = np.empty((len(self), count), np.int32), self.vectors
-        for start in range(0, len(self), _BLOCK_ROWS):
-            rows = vectors[start : start + _BLOCK_ROWS]
+        for start in range(0, len(self), BLOCK_ROWS):
+            rows = vectors[start : start + BLOCK_ROWS]
             if pairwise:
-                found[start : start + _BLOCK_ROWS] = self._index.threads.together(faiss.knn, rows, vectors, count)[1]
+                found[start : start + BLOCK_ROWS] = self._index.threads.together(faiss.knn, rows, vectors, count)[1]
             else:
-                found[start : start + _BLOCK_ROWS] = self._index.search(rows, count, _NEIGHBORS_WIDTH_FACTOR * count)[1]
+                found[start : start + BLOCK_ROWS] = self._index.search(rows, count, _NEIGHBORS_WIDTH_FACTOR * count)[1]
         self.neighbors = _own_first(found)
 
     def search(self, queries: ArrayLike, k: int = 1, width: int | None = None) -> Found:

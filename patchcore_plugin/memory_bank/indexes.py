@@ -94,11 +94,11 @@ class BFloat16Index(FlatIndex):
     def nearest(self, queries: NDArray[np.float32], grid: tuple[int, int], width: int) -> Found:
         """Find the nearest vector of each patch among its candidates; see :meth:`FaissIndex.nearest`."""
         distances, indices = np.empty(len(queries), np.float32), np.empty(len(queries), np.int64)
-        last = max(0, len(queries) - BLOCK_ROWS)
+        candidates_of, last = self._candidates_of(width), max(0, len(queries) - BLOCK_ROWS)
         for start in range(0, len(queries), BLOCK_ROWS):
             first = min(start, last)  # blocks of one size: each size is a network to compile
             rows = slice(first, first + BLOCK_ROWS)
-            candidates = self._candidates_of(width).find(queries[rows])
+            candidates = candidates_of.find(queries[rows])
             tried = exact_distances(queries[rows], self.take(candidates))
             best = tried.argmin(1)[:, None]
             distances[rows] = np.take_along_axis(tried, best, 1)[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +17,10 @@ from patchcore_plugin.model.conversion import TOLERANCE, Embedding, convert, dif
 from patchcore_plugin.model.torch_model import read_tiles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
     from patchcore_plugin.model.torch_model import FaissPatchcoreModel
 
 logger = logging.getLogger(__name__)
@@ -69,13 +74,14 @@ class EmbeddingEngine:
         """
         if self.name == "torch" or self._failed:
             return None
-        hindrance = _hindrance(model, images)
+        tensors = [images, *(tensor for part in model.members for tensor in _weights(part.feature_extractor))]
+        hindrance = _hindrance(tensors)
         if hindrance is not None:
             if self.name == "openvino":
                 msg = f"embedding_engine='openvino' embeds on a CPU in float32, but {hindrance}: leave it at 'auto'."
                 raise UsageError(msg)
             return None
-        weights = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in _weights(model)]
+        weights = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in tensors[1:]]
         if weights != self._weights:
             self._networks, self._weights = {}, weights
         whole = (int(images.shape[2]), int(images.shape[3]))
@@ -143,17 +149,17 @@ def _keep(request: ov.InferRequest, place: tuple[list[np.ndarray | None], int]) 
     found[number] = request.get_output_tensor().data.copy()
 
 
-def _weights(model: FaissPatchcoreModel) -> list[torch.Tensor]:
-    return [tensor for member in model.members for tensor in member.feature_extractor.state_dict().values()]
+def _weights(backbone: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(backbone.parameters(), backbone.buffers())
 
 
-def _hindrance(model: FaissPatchcoreModel, images: torch.Tensor) -> str | None:
-    """Why OpenVINO does not embed these images; None where it does."""
-    if images.device.type != "cpu":
-        return f"the images are on {images.device.type}"
+def _hindrance(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Why OpenVINO does not embed images, the first of the tensors, by the weights that follow; None where it does."""
+    if tensors[0].device.type != "cpu":
+        return f"the images are on {tensors[0].device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "the trainer computes in mixed precision"
-    dtypes = {tensor.dtype for tensor in (images, *_weights(model)) if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if dtypes != {torch.float32}:
         return f"backbone or images are of type {', '.join(str(dtype) for dtype in dtypes - {torch.float32})}"
     return None

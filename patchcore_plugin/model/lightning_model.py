@@ -405,8 +405,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         self.held_out = self.origins = None
         self._is_fitted = torch.tensor([False], device=self.device)
         radius, images = self.coreset_radius, expected_images(self.trainer)
-        images = images and images * (1 + len(changes_of(self.augmentations)))
-        self._images = images
+        self._images = images and images * (1 + len(changes_of(self.augmentations)))
         self._patches = PatchCollector(
             GreedyCoreset(
                 ratio=self.coreset_sampling_ratio if radius is None else None,
@@ -415,7 +414,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
                 projection=self.coreset_projection,
             ),
             dtype=self.embedding_dtype,
-            expected_images=images,
+            expected_images=self._images,
             budget=None if self.memory_budget is None else self.memory_budget * GIB,
             processes=self.trainer.num_devices,
             outlier_rejection=self.outlier_rejection,
@@ -577,10 +576,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         del args, kwargs
         return batch.update(**self._score(batch.image)._asdict())
 
-    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score the images of a batch."""
-        del args, kwargs
-        return batch.update(**self._score(batch.image)._asdict())
+    predict_step = test_step
 
     def _score(self, images: torch.Tensor) -> InferenceBatch:
         """Score pre-processed images (B, 3, H, W); one that comes again is not embedded again."""

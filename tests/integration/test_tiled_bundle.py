@@ -13,6 +13,7 @@ from helpers.training import folder_datamodule, make_engine, make_model
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import MANIFEST, BundleError, Tiles, read_manifest
+from patchcore_plugin.cpu import instruction_sets
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.operations.update import update_bundle
@@ -67,8 +68,8 @@ def test_bundle_in_other_precisions(tiled, tiled_bundle, test_images, tmp_path, 
     bundle = export_bundle(tiled, tmp_path / "bundle", index="flat", precision=precision, images=test_images[:4])
     for found, expected in zip(*(PatchcoreRuntime.load(path).predict(test_images[:3]) for path in (bundle, tiled_bundle)),
                                strict=True):  # fmt: skip
-        # int8 without VNNI is off by a tenth
-        assert found.score == pytest.approx(expected.score, rel=0.1 if precision == "bf16" else 0.2)
+        coarse = precision == "int8" and not instruction_sets()["VNNI"]  # off by a tenth without 8-bit products
+        assert found.score == pytest.approx(expected.score, rel=0.2 if coarse else 0.1)
 
 
 def test_explained_and_updated(tiled_bundle, test_images, tmp_path):
