@@ -15,7 +15,7 @@ from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export.network import save_network
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime.network import INPUT, NORMALIZED, Network, NetworkFiles, network_inputs
-from patchcore_plugin.telemetry import without_telemetry
+from patchcore_plugin.side_effects import without_side_effects
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -172,7 +172,7 @@ def _quantized(path: Path, recipe: Preprocessing, images: Sequence[NDArray[np.ui
     inputs = [values for image in images for values in network_inputs(image, recipe)]
     inputs = inputs[:: -(-len(inputs) // _QUANTIZATION_INPUTS_LIMIT)]
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level would change everybody's handlers
-    with without_telemetry():
+    with without_side_effects():
         network = nncf.quantize(
             # of a path, OpenVINO maps the weights, and Windows replaces no file that is mapped
             ov.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes()),

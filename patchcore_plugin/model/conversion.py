@@ -15,7 +15,7 @@ from torch import nn
 
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.torch_model import read_tiles
-from patchcore_plugin.telemetry import without_telemetry
+from patchcore_plugin.side_effects import without_side_effects
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def convert(model: FaissPatchcoreModel, height: int, width: int) -> ov.Model:
         member.feature_extractor.fix_image_size(height, width)
     example = torch.zeros(2, 3, height, width)
     # OpenVINO's own trace checks itself, which takes several times as long; here, the network is compared with the model.
-    with torch.no_grad(), warnings.catch_warnings(), without_telemetry():
+    with torch.no_grad(), warnings.catch_warnings(), without_side_effects():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(embedding, example, strict=False, check_trace=False)
         return ov.convert_model(traced, example_input=example, input=[-1, 3, height, width])

@@ -62,7 +62,7 @@ from patchcore_plugin.model.training_images import expected_images, hold_out, im
 from patchcore_plugin.model.visualizer import ParallelImageVisualizer
 from patchcore_plugin.model.weights import weights_follow, weights_from_checkpoint
 from patchcore_plugin.scoring import ScoreRule
-from patchcore_plugin.telemetry import without_telemetry
+from patchcore_plugin.side_effects import without_side_effects
 
 logger = logging.getLogger(__name__)
 
@@ -675,7 +675,7 @@ class FaissPatchcore(MemoryBankMixin, AnomalibModule):
         Raises:
             MemoryBankError: As :meth:`to_onnx` does.
         """
-        with without_telemetry():
+        with without_side_effects():
             path = super().to_openvino(*args, **kwargs)
         add_model_info(path)
         return path

@@ -29,7 +29,7 @@ LEVELS = (
     {"checks", "cpu", "depth", "drawings", "elpv", "folders", "image_checks", "jpeg", "progress", "record", "registry"},
     {"webhook"},
     {"http_client", "locks"},
-    {"errors", "moving", "telemetry", "names"},
+    {"errors", "moving", "side_effects", "names"},
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 

@@ -1,5 +1,6 @@
 """Nothing is reported to others, and what others do afterwards is left as it was."""
 
+import logging
 import time
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from patchcore_plugin.model.conversion import convert
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel
-from patchcore_plugin.telemetry import without_telemetry
+from patchcore_plugin.side_effects import without_side_effects
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def test_sending_is_as_before_afterwards(sent):
     from openvino_telemetry.utils.sender import TelemetrySender
 
     sender, backend = TelemetrySender(), GA4Backend("tid", "app", "1")
-    with without_telemetry():
+    with without_side_effects():
         sender.send(backend, "no")
-    with pytest.raises(ZeroDivisionError), without_telemetry():
+    with pytest.raises(ZeroDivisionError), without_side_effects():
         raise ZeroDivisionError
     sender.send(backend, "yes")
     sender.executor.shutdown()
@@ -51,3 +52,20 @@ def test_telemetry_is_what_would_have_reported(sent):
     while not sent and time.monotonic() < deadline:
         time.sleep(0.05)
     assert sent
+
+
+class Refused(torch.nn.Module):
+    """A network with an operation that OpenVINO does not have."""
+
+    def forward(self, images):
+        return torch.linalg.svd(images)[0]
+
+
+def test_a_conversion_that_fails_leaves_the_logs_alone():
+    import openvino as ov
+
+    root = logging.getLogger()
+    before = root.level, root.filters[:], root.handlers[:]
+    with pytest.raises(Exception, match="svd"), without_side_effects():
+        ov.convert_model(Refused(), example_input=torch.rand(2, 3, 8, 8))
+    assert (root.level, root.filters, root.handlers) == before
