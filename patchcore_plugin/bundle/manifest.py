@@ -83,7 +83,7 @@ FILES = {
 }
 """Every file that a bundle may hold beside its manifest. Reading, writing, ``info`` and ``update`` go by this table."""
 
-IndexKind = Literal["flat", "bfloat16", "ivf", "hnsw"]
+IndexKind = Literal["flat", "bfloat16", "ivf", "reduced", "hnsw"]
 Storage = Literal["float32", "float16", "int8"]
 Precision = Literal["f32", "bf16", "int8"]
 
@@ -104,6 +104,9 @@ REGIONS_FORMAT = 10
 
 DEFECTS_FORMAT = 11
 """Lowest version of the bundle format that has known defects."""
+
+REDUCED_FORMAT = 12
+"""Lowest version of the bundle format that has the index of reduced vectors."""
 
 MAX_WIDTH = 65_536
 """Greatest width of a search in the memory bank."""
@@ -478,6 +481,11 @@ class Index(_Record):
     width: Annotated[int, Field(ge=0, le=MAX_WIDTH)] = 0
     trials: list[IndexTrial] = []
 
+    @property
+    def format_version(self) -> int:
+        """Lowest version of the bundle format that has these kinds of index."""
+        return REDUCED_FORMAT if "reduced" in (self.kind, *(trial.index for trial in self.trials)) else 2
+
     @model_validator(mode="before")
     @classmethod
     def _name_bfloat16(cls, content: Any) -> Any:
@@ -594,10 +602,10 @@ class Manifest(_Record):
     The fields of backbone, bank and index are those of a single model, or of the first member of an ensemble.
 
     Attributes:
-        format_version: Version of the bundle format. Version 11 added known defects, version 10 the rule for regions,
-            version 9 tiles, version 8 the review band, version 7 the region of interest, version 6 further members, version
-            5 the calibration's sessions, version 4 the intensity range, and only bundles that have them are of these
-            versions; what version 3 added has a default, so version 2 can be read.
+        format_version: Version of the bundle format. Version 12 added the index of reduced vectors, version 11 known
+            defects, version 10 the rule for regions, version 9 tiles, version 8 the review band, version 7 the region of
+            interest, version 6 further members, version 5 the calibration's sessions, version 4 the intensity range, and
+            only bundles that have them are of these versions; what version 3 added has a default, so version 2 can be read.
         name: Name of the model.
         created: Time at which the bundle was written.
         backbone: Name of the network that computes the features.
@@ -627,7 +635,7 @@ class Manifest(_Record):
 
     later_fields = ("members", "regions")
 
-    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    format_version: Literal[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     created: datetime
     backbone: Text
@@ -665,6 +673,10 @@ class Manifest(_Record):
             "regions": (self.regions, REGIONS_FORMAT),
             DEFECTS: (self.files.get(DEFECTS), DEFECTS_FORMAT),
             "review_rate": (self.calibration and self.calibration.review_rate, REVIEW_FORMAT),
+            "index 'reduced'": (
+                [one for one in (self, *self.members) if one.index.format_version == REDUCED_FORMAT],
+                REDUCED_FORMAT,
+            ),
         }
         for name, (value, version) in later.items():
             if value not in (None, []) and self.format_version < version:

@@ -144,6 +144,7 @@ def export_bundle(
         manifest = Manifest(
             format_version=max(
                 *(part.format_version for part in (recipe, calibration) if part is not None),
+                *(member.index.format_version for member in members),
                 ENSEMBLE_FORMAT if len(members) > 1 else 0,
                 REGIONS_FORMAT if regions else 0,
             ),

@@ -51,11 +51,12 @@ class MemoryBank:
         index: Kind of the index. ``"flat"`` compares each query with every vector. ``"bfloat16"`` does so too, but for the
             patches of images it compares exactly only with the best candidates of a matrix product in bfloat16. ``"ivf"``
             compares with the vectors in the nearest cells of a k-means partition. ``"hnsw"`` follows a graph from vector to
-            vector; building it takes 0.05 to 0.5 ms a vector.
+            vector; building it takes 0.05 to 0.5 ms a vector. ``"reduced"`` follows such a graph over the 64 principal
+            components of the vectors, and compares exactly with the best candidates that it finds.
         storage: Number format in which the vectors are kept: ``"float32"``, ``"float16"`` (half the memory) or ``"int8"``
             (a quarter; distances change by about a percent). The index ``"bfloat16"`` needs ``"float32"``.
-        width: Breadth of an approximate search: number of candidates (bfloat16, up to 16; hnsw) or of cells (ivf). A wider
-            search is slower and misses less. None is the default of the kind.
+        width: Breadth of an approximate search: number of candidates (bfloat16, up to 16; reduced; hnsw) or of cells (ivf).
+            A wider search is slower and misses less. None is the default of the kind.
         num_neighbors: Number of neighbors of each bank vector to find in advance for the image score (equation 7 of the
             paper); 0 finds neighbors when they are needed.
 

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 4096
 """Number of queries that are searched at once: it bounds the memory of a search."""
 
+QUANTIZERS = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
+"""FAISS's quantizer of a storage."""
+
 _PARTS_PER_THREAD = 2  # some parts of the queries take longer than others
-_QUANTIZERS = {"float16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit}
-_QUANTIZED_STORAGES: dict[int, Storage] = {quantizer: storage for storage, quantizer in _QUANTIZERS.items()}
+_QUANTIZED_STORAGES: dict[int, Storage] = {quantizer: storage for storage, quantizer in QUANTIZERS.items()}
 # Axis of an image's patch grid (h, w) and step along it, for each of the four patches beside a patch.
 _ADJACENT_PATCHES = ((0, 1), (0, -1), (1, 1), (1, -1))
 
@@ -74,7 +76,7 @@ class FaissIndex(ABC):
     @classmethod
     def build(cls, vectors: NDArray[np.float32], storage: Storage) -> Self:
         """Build an index of vectors (M, D)."""
-        index = cls._new(*vectors.shape, _QUANTIZERS.get(storage))
+        index = cls._new(*vectors.shape, QUANTIZERS.get(storage))
         outside_fork(index.train, vectors)
         outside_fork(index.add, vectors)
         return cls(index)

@@ -13,17 +13,25 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
-from patchcore_plugin.cpu import has_bfloat16
+from patchcore_plugin.cpu import has_bfloat16, outside_fork
 from patchcore_plugin.memory_bank.bfloat16 import CANDIDATES_LIMIT, BFloat16Candidates
-from patchcore_plugin.memory_bank.faiss_index import BLOCK_ROWS, ApproximateIndex, FaissIndex, exact_distances, plain_storage
-from patchcore_plugin.memory_bank.layout import check, check_graph, check_lists, is_finite
+from patchcore_plugin.memory_bank.faiss_index import (
+    BLOCK_ROWS,
+    QUANTIZERS,
+    ApproximateIndex,
+    FaissIndex,
+    exact_distances,
+    plain_storage,
+)
+from patchcore_plugin.memory_bank.layout import Header, check, check_graph, check_lists, check_projection, is_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from patchcore_plugin.bundle import IndexKind, Storage
     from patchcore_plugin.memory_bank.faiss_index import Found
-    from patchcore_plugin.memory_bank.layout import Header, IndexFile
+    from patchcore_plugin.memory_bank.layout import IndexFile
 
 
 class FlatIndex(FaissIndex):
@@ -193,6 +201,11 @@ class HNSWIndex(ApproximateIndex):
         return index
 
     @classmethod
+    def suits(cls, size: int, dimension: int, storage: Storage) -> bool:
+        """See :meth:`FaissIndex.suits`; for wide vectors, :class:`ReducedIndex` is the faster graph."""
+        return super().suits(size, dimension, storage) and dimension < ReducedIndex.WIDE_VALUES
+
+    @classmethod
     def recognize(cls, index: faiss.Index) -> Storage | None:
         """See :meth:`FaissIndex.recognize`; the graph must be built over a flat index."""
         if not isinstance(index, faiss.IndexHNSW) or index.metric_type != faiss.METRIC_L2:
@@ -218,5 +231,94 @@ class HNSWIndex(ApproximateIndex):
         return faiss.SearchParametersHNSW(efSearch=max(width, k))
 
 
-KINDS: dict[IndexKind, type[FaissIndex]] = {index.kind: index for index in (FlatIndex, BFloat16Index, IVFIndex, HNSWIndex)}
+class ReducedIndex(ApproximateIndex):
+    """Follows a graph over the principal components of the vectors, and compares a query exactly with what it finds.
+
+    Embeddings of hundreds of values lie near a space of few dimensions. The width is the number of candidates that are kept
+    on the way; half of them are compared.
+    """
+
+    kind, magics = "reduced", (b"IxRF",)
+    default_width = 64
+    widths = (16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)
+    _COMPONENTS = 64
+    WIDE_VALUES = 2 * _COMPONENTS  # from which on its graph is faster than one over the vectors themselves
+    _SAMPLE_VECTORS = 4096  # to find the principal components of
+
+    @classmethod
+    def build(cls, vectors: NDArray[np.float32], storage: Storage) -> Self:
+        """Build an index of vectors (M, D)."""
+        built = cls._new(*vectors.shape, QUANTIZERS.get(storage))
+        pipeline = faiss.downcast_index(built.base_index)
+        axes = outside_fork(principal_axes, vectors, pipeline.index.d, cls._SAMPLE_VECTORS)
+        projection = faiss.downcast_VectorTransform(pipeline.chain.at(0))
+        faiss.copy_array_to_vector(axes.reshape(-1), projection.A)
+        projection.is_trained = True
+        outside_fork(built.train, vectors)
+        outside_fork(built.add, vectors)
+        return cls(built)
+
+    @classmethod
+    def _new(cls, size: int, dimension: int, quantizer: int | None) -> faiss.Index:
+        components = min(cls._COMPONENTS, dimension)
+        graph = HNSWIndex._new(size, components, None)
+        reduced = faiss.IndexPreTransform(faiss.LinearTransform(dimension, components, False), graph)
+        return faiss.IndexRefine(reduced, FlatIndex._new(size, dimension, quantizer))
+
+    @classmethod
+    def recognize(cls, index: faiss.Index) -> Storage | None:
+        """See :meth:`FaissIndex.recognize`; the file's check has found the graph and its projection."""
+        return FlatIndex.recognize(cls._inner(index)) if isinstance(index, faiss.IndexRefine) else None
+
+    @classmethod
+    def check_file(cls, file: IndexFile, header: Header) -> None:
+        """See :meth:`FaissIndex.check_file`."""
+        reduced = file.header()
+        check(reduced == header._replace(magic=b"IxPT"), "it has no projection of its vectors")
+        components = check_projection(file, header.dimension)
+        graph = file.header()
+        check(graph == Header(b"IHNf", components, header.count), "its graph is not one of its projected vectors")
+        check_graph(file, graph)
+        storage = file.header()
+        check(storage == graph._replace(magic=b"IxF2"), "its graph is not one of its projected vectors")
+        check(is_finite(file.vectors(storage)), "its projected vectors are not finite")
+        storage = file.header()
+        check(storage._replace(magic=header.magic) == header, "it does not hold the vectors that it compares")
+        check(storage.magic in FlatIndex.magics, "it does not hold the vectors that it compares")
+        FlatIndex.check_file(file, storage)
+        file.numbers("f")  # factor of a search without parameters
+
+    @classmethod
+    def suits(cls, size: int, dimension: int, storage: Storage) -> bool:
+        """See :meth:`FaissIndex.suits`; the vectors must be wide."""
+        return super().suits(size, dimension, storage) and dimension >= cls.WIDE_VALUES
+
+    @staticmethod
+    def _inner(index: faiss.Index) -> faiss.Index:
+        return faiss.downcast_index(index.refine_index)
+
+    def _parameters(self, k: int, width: int) -> faiss.SearchParameters:
+        compared = max(k, width // 2)
+        graph = faiss.SearchParametersHNSW(efSearch=max(width, compared))
+        return faiss.IndexRefineSearchParameters(
+            k_factor=-(-compared // k), base_index_params=faiss.SearchParametersPreTransform(index_params=graph)
+        )
+
+
+def principal_axes(vectors: NDArray[np.float32], count: int, sample: int) -> NDArray[np.float32]:
+    """Find the axes (count, D), of length 1, along which vectors (M, D) vary most.
+
+    Args:
+        vectors: The vectors.
+        count: Number of axes, up to D.
+        sample: Number of vectors, evenly spaced, by which they are found.
+    """
+    some = vectors[:: -(-len(vectors) // sample)].astype(np.float64)
+    some -= some.mean(0)
+    return np.ascontiguousarray(np.linalg.eigh(some.T @ some)[1][:, ::-1][:, :count].T, np.float32)
+
+
+KINDS: dict[IndexKind, type[FaissIndex]] = {
+    index.kind: index for index in (FlatIndex, BFloat16Index, IVFIndex, ReducedIndex, HNSWIndex)
+}
 """Every kind of index by its name. A file is read as the first kind that recognizes it."""

@@ -29,6 +29,7 @@ VECTORS_LIMIT = 2**31
 """Bound of the number of vectors: neighbors are int32."""
 
 _DIMENSION_LIMIT = 2**20
+_AXIS_LIMIT = 1.001  # of each value of an axis of length 1
 _BROKEN_GRAPH = "its graph leads to vectors that are not there"
 # Bytes of a vector's code, and trained numbers, for each of its values.
 _QUANTIZERS = {faiss.ScalarQuantizer.QT_fp16: (2, 0), faiss.ScalarQuantizer.QT_8bit: (1, 2)}
@@ -193,6 +194,29 @@ def check_graph(file: IndexFile, header: Header) -> None:
         rows = offsets[np.flatnonzero(levels > level)].astype(np.int64)
         found = neighbors[rows[:, None] + np.arange(starts[level], starts[level + 1])]
         check((levels[found[found >= 0]] > level).all(), _BROKEN_GRAPH)
+
+
+def check_projection(file: IndexFile, dimension: int) -> int:
+    """Read the only step of an index of transformed vectors, a linear projection without a shift.
+
+    Args:
+        file: The file, read up to the end of the index's header.
+        dimension: Number of values of a vector.
+
+    Returns:
+        Number of values of a projected vector.
+
+    Raises:
+        UsageError: If it is something else, or not finite.
+    """
+    steps, magic, shifted = file.numbers("i4sB")
+    check((steps, magic, shifted) == (1, b"LTra", 0), "its vectors are transformed otherwise than by a projection")
+    factors, shifts = file.array("<f4"), file.array("<f4")
+    columns, rows, trained = file.numbers("iiB")
+    fits = (columns, len(factors), len(shifts), trained) == (dimension, rows * columns, 0, 1)
+    check(fits and 1 <= rows <= columns, "its projection is not one of its vectors")
+    check(bool((np.abs(factors) <= _AXIS_LIMIT).all()), "its projection is not along axes of length 1")
+    return rows
 
 
 def check_lists(file: IndexFile, header: Header, cells: int, code_bytes: int) -> None:

@@ -64,4 +64,6 @@ def test_without_images(trained, tmp_path, caplog):
     runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
     assert "No held-out normal images" in caplog.text
     assert (runtime.bank.index, runtime.manifest.index.trials) == ("flat", [])
-    assert PatchcoreRuntime.load(export_bundle(model, tmp_path / "other", index="hnsw")).bank.index == "hnsw"
+    for index, version in (("hnsw", 3), ("reduced", 12)):
+        runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / index, index=index))
+        assert (runtime.bank.index, runtime.manifest.format_version) == (index, version)

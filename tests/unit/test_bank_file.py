@@ -11,7 +11,15 @@ import pytest
 from patchcore_plugin.bundle import IndexKind
 from patchcore_plugin.memory_bank import MemoryBank
 
-BANKS = [("ivf", "float32"), ("hnsw", "float32"), ("flat", "float16"), ("ivf", "float16"), ("hnsw", "int8")]
+BANKS = [
+    ("ivf", "float32"),
+    ("hnsw", "float32"),
+    ("flat", "float16"),
+    ("ivf", "float16"),
+    ("hnsw", "int8"),
+    ("reduced", "float32"),
+    ("reduced", "float16"),
+]
 
 
 @pytest.fixture
@@ -236,6 +244,88 @@ def change_array(name: str, value: int):
         faiss.copy_array_to_vector(values, array)
 
     return change
+
+
+def reduced(change=lambda parts: None, **parts) -> faiss.Index:
+    """An index of 300 vectors by their first three values, with a change to its parts, or with others."""
+    vectors = random_vectors(300)
+    projection, graph, exact = faiss.LinearTransform(6, 3, False), faiss.IndexHNSWFlat(3, 4), faiss.IndexFlatL2(6)
+    faiss.copy_array_to_vector(np.eye(3, 6, dtype=np.float32).reshape(-1), projection.A)
+    projection.is_trained = True
+    graph.add(np.ascontiguousarray(vectors[:, :3]))
+    exact.add(vectors)
+    own = {"projection": projection, "graph": graph, "exact": exact} | parts
+    change(own)
+    pipeline = faiss.IndexPreTransform(projection, graph)
+    pipeline.chain.clear()
+    pipeline.chain.push_back(own["projection"])
+    pipeline.index, pipeline.ntotal, pipeline.is_trained = own["graph"], 300, True
+    index = faiss.IndexRefine(faiss.IndexFlatL2(6), faiss.IndexFlatL2(6))
+    index.base_index, index.refine_index, index.ntotal, index.is_trained = pipeline, own["exact"], 300, True
+    index.referenced_objects = [pipeline, *own.values(), projection, graph]
+    return index
+
+
+def change_axes(value: float):
+    def change(parts: dict) -> None:
+        axes = faiss.vector_to_array(parts["projection"].A)
+        axes[4] = value
+        faiss.copy_array_to_vector(axes, parts["projection"].A)
+
+    return change
+
+
+def poison_projected(parts: dict) -> None:
+    values = faiss.rev_swig_ptr(faiss.downcast_index(parts["graph"].storage).get_xb(), 900)
+    values[100] = np.nan
+
+
+def shifted() -> faiss.LinearTransform:
+    projection = faiss.LinearTransform(6, 3, True)
+    faiss.copy_array_to_vector(np.eye(3, 6, dtype=np.float32).reshape(-1), projection.A)
+    faiss.copy_array_to_vector(np.zeros(3, np.float32), projection.b)
+    projection.is_trained = True
+    return projection
+
+
+def graph_of(size: int, dimension: int) -> faiss.Index:
+    index = faiss.IndexHNSWFlat(dimension, 4)
+    index.add(random_vectors(size, dimension))
+    return index
+
+
+def test_reduced_index_that_is_sound(path):
+    """The parts below are refused for what is wrong with each, not for how they are put together."""
+    write(path, reduced())
+    bank, vectors = MemoryBank.load(path), random_vectors(300)
+    assert bank.index == "reduced"
+    np.testing.assert_array_equal(bank.vectors, vectors)
+    np.testing.assert_array_equal(bank.search(vectors)[1][:, 0], np.arange(300))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: reduced(change_axes(np.nan)), "not along axes"),
+        (lambda: reduced(change_axes(1e9)), "not along axes"),
+        (lambda: reduced(poison_projected), "its projected vectors are not finite"),
+        (lambda: reduced(projection=shifted()), "transformed otherwise"),
+        (lambda: reduced(projection=faiss.PCAMatrix(6, 3)), "transformed otherwise"),
+        (lambda: reduced(graph=graph_of(299, 3)), "its graph is not one"),
+        (lambda: reduced(graph=graph_of(300, 4)), "its graph is not one"),
+        (lambda: reduced(graph=centers(300, 3)), "its graph is not one"),
+        (lambda: reduced(exact=centers(299)), "does not hold the vectors that it compares"),
+        (lambda: reduced(exact=centers(300, 5)), "does not hold the vectors that it compares"),
+        (lambda: reduced(exact=centers(300, 6, faiss.IndexFlatIP)), "metric L2"),
+        (lambda: reduced(exact=graph_of(300, 6)), "does not hold the vectors that it compares"),
+        (lambda: faiss.IndexRefineFlat(faiss.IndexFlatL2(6)), "it has no projection"),
+        (lambda: reduced(lambda parts: setattr(parts["graph"].hnsw, "entry_point", 10**6)), "its graph leads"),
+    ],
+)
+def test_reduced_index_with_another_part(path, make, reason):
+    write(path, make())
+    with pytest.raises(ValueError, match=rf"bank\.faiss is not a readable FAISS index.*{reason}"):
+        MemoryBank.load(path)
 
 
 @pytest.mark.parametrize(

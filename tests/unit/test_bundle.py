@@ -113,6 +113,15 @@ def test_flat_index_with_a_width_is_read_as_bfloat16(bundle_copy):
     assert [trial.index for trial in runtime.manifest.index.trials] == ["flat", "bfloat16"]
 
 
+def test_index_of_a_later_format(bundle_copy):
+    trial = {"index": "reduced", "width": 16, "storage": "float32", "milliseconds": 1, "recall": 1, "error": 0, "good": True}
+    change_manifest(bundle_copy, index={"kind": "flat", "storage": "float32", "trials": [trial]})
+    with pytest.raises(BundleError, match="format_version 3 has no index 'reduced'"):
+        PatchcoreRuntime.load(bundle_copy)
+    change_manifest(bundle_copy, format_version=12)
+    assert PatchcoreRuntime.load(bundle_copy).manifest.index.trials[0].index == "reduced"
+
+
 def test_network_of_another_model(bundle_copy):
     change_manifest(bundle_copy, grid=[16, 16])
     with pytest.raises(BundleError, match=r"features\.xml gives embeddings .*the manifest says \(16, 16, 152\)"):
@@ -189,10 +198,10 @@ def test_pre_processing_that_the_network_does_not_have(bundle_copy, change, reas
         PatchcoreRuntime.load(bundle_copy)
 
 
-@pytest.mark.parametrize("version", [0, 1, 12, "2.0", None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 13, "2.0", None, [2]])
 def test_other_format_version(bundle_copy, version):
     change_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"):
+    with pytest.raises(BundleError, match="this patchcore-plugin reads formats 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"):
         PatchcoreRuntime.load(bundle_copy)
 
 

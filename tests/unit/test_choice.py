@@ -14,7 +14,7 @@ from patchcore_plugin.scoring import ScoreRule
 def test_choice(bank_vectors, patch_grids, bfloat16, monkeypatch):
     """The fastest good index is taken; the kind bfloat16 is tried on CPUs that have the arithmetic."""
     set_bfloat16(monkeypatch, bfloat16)
-    kinds = ["flat", *(["bfloat16"] if bfloat16 else []), "ivf", "hnsw"]
+    kinds = ["flat", *(["bfloat16"] if bfloat16 else []), "ivf", "reduced"]
     steps = []
     bank, trials = choose(bank_vectors, patch_grids, ScoreRule(), progress=lambda step, done, total: steps.append(step))
     assert steps == ["neighbors", *(f"index {kind}" for kind in kinds)]
@@ -27,7 +27,16 @@ def test_choice(bank_vectors, patch_grids, bfloat16, monkeypatch):
         assert trial.good == (trial.recall >= MIN_RECALL and trial.error <= MAX_ERROR)
 
 
-@pytest.mark.parametrize("index", ["bfloat16", "ivf", "hnsw"])
+def test_graph_of_narrow_vectors(bank_vectors, patch_grids):
+    """A graph of reduced vectors is for wide ones, that of the vectors themselves for others."""
+    trials = choose(np.ascontiguousarray(bank_vectors[:, :100]), np.ascontiguousarray(patch_grids[..., :100]), ScoreRule())[
+        1
+    ]
+    assert {trial.index for trial in trials} >= {"flat", "ivf", "hnsw"}
+    assert "reduced" not in {trial.index for trial in trials}
+
+
+@pytest.mark.parametrize("index", ["bfloat16", "ivf", "reduced", "hnsw"])
 def test_one_index(bank_vectors, patch_grids, index):
     """The width is the least that is good enough; a new bank that is to be of a kind is of no other."""
     bank, trials = choose(bank_vectors, patch_grids, ScoreRule(), index)
@@ -45,7 +54,7 @@ def test_exact_search_where_it_is_asked_for(bank_vectors, patch_grids):
     assert (bank.index, bank.width) == ("flat", 0)
 
 
-@pytest.mark.parametrize(("index", "least"), [("ivf", 48), ("hnsw", 400)])
+@pytest.mark.parametrize(("index", "least"), [("ivf", 48), ("reduced", 400), ("hnsw", 400)])
 def test_bank_that_grows_keeps_its_kind_and_width(bank_vectors, patch_grids, index, least):
     bank, trials = choose(bank_vectors, patch_grids, ScoreRule(), index, least=least)
     assert {trial.index for trial in trials} == {index} == {bank.index}
@@ -77,7 +86,7 @@ def test_error_of_the_storage(bank_vectors, patch_grids, storage, least, most, m
     vectors = bank_vectors * np.float32(1.1)  # float16 holds those of the file exactly
     bank, trials = choose(vectors, patch_grids, ScoreRule(), storage=storage)
     assert bank.storage == storage
-    assert {trial.index for trial in trials} == {"flat", "ivf", "hnsw"}
+    assert {trial.index for trial in trials} == {"flat", "ivf", "reduced"}
     assert any(trial.good for trial in trials)
     for trial in trials:
         assert least < trial.storage_error < most

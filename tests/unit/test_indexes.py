@@ -21,6 +21,8 @@ BANKS = [
     ("flat", "float16"),
     ("ivf", "float16"),
     ("hnsw", "int8"),
+    ("reduced", "float32"),
+    ("reduced", "int8"),
 ]
 
 
@@ -85,7 +87,7 @@ def test_nearest_of_images(index, storage, threads, bank_vectors, patch_grids):
     assert [part.shape for part in bank.nearest(patch_grids[:0])] == [(0,), (0,)]
 
 
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("index", ["ivf", "hnsw", "reduced"])
 def test_image_scores_are_exact_where_single_patches_are_overlooked(index, real_embeddings):
     """A narrow search overlooks a few nearest vectors, but the farthest patches are searched for again."""
     vectors, images = real_embeddings[::3], real_embeddings[1:1025].reshape(4, 16, 16, -1)
@@ -110,7 +112,7 @@ def test_own_threads(index, threads, real_embeddings):
     assert bank.search(real_embeddings[:5])[0].shape == (5, 1)
 
 
-@pytest.mark.parametrize("index", ["bfloat16", "hnsw"])
+@pytest.mark.parametrize("index", ["bfloat16", "hnsw", "reduced"])
 def test_memory_of_an_image_of_many_patches(index):
     """A search takes no more memory for many patches than for some, and gives the answers of fewer at once."""
     rng = np.random.default_rng(0)

@@ -60,6 +60,7 @@ def answers(bank):
     return [bank.search(embeddings[1::2], 2)[0], bank.search(embeddings[:3])[0], bank.nearest(grids)[0], bank.vectors]
 
 kinds = [("flat", "float32"), ("flat", "int8"), ("bfloat16", "float32"), ("ivf", "float16"), ("hnsw", "float32")]
+kinds.append(("reduced", "float32"))
 banks = {(*kind, threads): make(*kind, threads) for kind in kinds for threads in (None, 2)}
 expected = {arguments: answers(bank) for arguments, bank in banks.items()}
 kept = in_a_child(lambda: {arguments: answers(bank) for arguments, bank in banks.items()})
