@@ -436,19 +436,21 @@ class Calibration(_Record):
 
 
 class IndexTrial(_Record):
-    """Measurement of one index of the memory bank on normal images, on the machine that wrote the bundle.
+    """Measurement of one index of the memory bank, on the machine that wrote the bundle.
+
+    On normal images, and on some with a pasted window.
 
     Attributes:
         index: Kind of the index; see :class:`patchcore_plugin.memory_bank.MemoryBank`.
         storage: Number format in which the vectors were kept.
         width: Breadth of the search; 0 for exact search.
-        milliseconds: Median time to score one image's patches.
+        milliseconds: Median time to score one normal image's patches.
         recall: Share of the patches whose nearest bank vector was found.
-        error: Relative error of the distance against exact search in the same storage, at the 99.9th percentile of the
-            patches.
+        error: Relative error of the image scores against exact search in the same storage, at the 99.9th percentile; in
+            bundles of earlier versions, of the patches' distances.
         storage_error: Relative error of exact search in the same storage against exact search in float32, at the same
             percentile.
-        good: Whether recall and error are near enough to exact search.
+        good: Whether the answers are near enough to those of exact search.
     """
 
     index: IndexKind

@@ -158,10 +158,11 @@ def _print(report: UpdateReport, kind: str, names: Mapping[str, str]) -> None:
     )
     for was, now in report.indexes:
         if was.kind != now.kind:
-            missed = next((f", and it missed {1 - t.recall:.2%} of them" for t in now.trials if t.index == was.kind), "")
+            off = [trial.error for trial in now.trials if trial.index == was.kind]
+            found = f", and it was off by {min(off):.2%}" if off else ""
             click.echo(
-                f"Index of the memory bank: {was.kind} before, {now.kind} now, which is slower. {was.kind} must find 99.9 % "
-                f"of the nearest vectors of these images{missed}. --index {was.kind} takes it all the same."
+                f"Index of the memory bank: {was.kind} before, {now.kind} now, which is slower. With {was.kind}, scores of "
+                f"these images must be those of exact search within 0.1 %{found}. --index {was.kind} takes it all the same."
             )
     _print_answers(f"{kind} image", report.names, report.before, report.after, names)
     before, after = report.count("anomalous")

@@ -41,6 +41,7 @@ from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, s
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.model.spade import COMPARISON_ONLY, SpadeModel
 from patchcore_plugin.model.torch_model import MemoryBankError
+from patchcore_plugin.pasting import paste_windows
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, self_test
 
@@ -85,8 +86,8 @@ def export_bundle(
         path: Folder to write.
         name: Name of the model in the manifest; the folder's name if not given.
         overwrite: Replace a bundle that is already there.
-        index: Index of the memory bank. ``"auto"`` measures which is fastest here, at a recall@1 of 0.999 at least; see
-            :func:`patchcore_plugin.memory_bank.choice.choose`.
+        index: Index of the memory bank. ``"auto"`` measures which is fastest here among those that answer as exact search
+            does; see :func:`patchcore_plugin.memory_bank.choice.choose`.
         storage: Number format of the bank's vectors; see :class:`patchcore_plugin.memory_bank.MemoryBank`.
         precision: Arithmetic of the network. ``"bf16"`` is used where the serving CPU has it. ``"int8"`` needs the extra
             ``quantize``. ``"auto"`` takes the fastest whose image scores keep a rank correlation of 0.99 and a mean
@@ -125,9 +126,12 @@ def export_bundle(
         network = write_network(model, recipe, draft / FEATURES)
         *grid, _ = network.shape
         embedder = network.embedder()
-        embeddings = np.concatenate([embedder.embed(image) for image in measured]) if measured else None
+        normal, pasted = (
+            np.concatenate([embedder.embed(image) for image in images]) if images else None
+            for images in (measured, paste_windows(measured))
+        )
         del network, embedder  # on Windows, a file in use is not replaced
-        members, bank = _build_banks(model, embeddings, index, storage, progress)
+        members, bank = _build_banks(model, normal, pasted, index, storage, progress)
         save_banks(bank, draft)
         if origins is not None:
             origins.write(draft)
@@ -207,7 +211,8 @@ def _read_some(images: Sequence[str | Path], recipe: Preprocessing) -> list[NDAr
 
 def _build_banks(
     model: FaissPatchcore,
-    embeddings: NDArray[np.float32] | None,
+    normal: NDArray[np.float32] | None,
+    pasted: NDArray[np.float32] | None,
     index: IndexKind | Literal["auto"],
     storage: Storage,
     progress: Progress,
@@ -216,19 +221,26 @@ def _build_banks(
 
     Args:
         model: The model.
-        embeddings: Patch embeddings (B, h, w, D) of images to measure on; None without images.
+        normal: Patch embeddings (B, h, w, D) of images to measure on; None without images.
+        pasted: Those (C, h, w, D) of images with a pasted window; None without images.
         index: The index asked for, or the choice of the fastest.
         storage: Number format of the vectors.
         progress: Called as each step begins.
     """
-    if embeddings is None and index == "auto":
+    if normal is None and index == "auto":
         logger.warning("No held-out normal images to choose an index by: the bank is flat. Give some (--images).")
     ends = np.cumsum(model.model.widths)[:-1]
-    parts = [None] * len(model.model.members) if embeddings is None else np.split(embeddings, ends, axis=-1)
+    parts = zip(
+        *(
+            [None] * len(model.model.members) if values is None else np.split(values, ends, axis=-1)
+            for values in (normal, pasted)
+        ),
+        strict=True,
+    )
     names = [model.hparams.get("backbone"), *(member["backbone"] for member in model.ensemble or [])]
     members, banks = [], []
     for member, name, weight, part in zip(model.model.members, names, model.model.weights, parts, strict=True):
-        bank, trials = _build_bank(member, model.model.rule, part, index, storage, progress)
+        bank, trials = _build_bank(member, model.model.rule, *part, index, storage, progress)
         banks.append(bank)
         members.append(
             Member(
@@ -247,16 +259,17 @@ def _build_banks(
 def _build_bank(
     model: FaissPatchcoreModel,
     rule: ScoreRule,
-    embeddings: NDArray[np.float32] | None,
+    normal: NDArray[np.float32] | None,
+    pasted: NDArray[np.float32] | None,
     index: IndexKind | Literal["auto"],
     storage: Storage,
     progress: Progress,
 ) -> tuple[MemoryBank, list[IndexTrial]]:
     """The memory bank with the index asked for, or the fastest; and what was measured on the embeddings."""
     vectors = model.memory_bank.detach().float().cpu().numpy()
-    if embeddings is not None:
-        only = None if index == "auto" else index
-        return choose(vectors, np.ascontiguousarray(embeddings), rule, only, storage, progress, cores())
+    if normal is not None:
+        only, normal, pasted = None if index == "auto" else index, *map(np.ascontiguousarray, (normal, pasted))
+        return choose(vectors, normal, rule, only, storage, progress, cores(), pasted=pasted)
     bank = MemoryBank(vectors, "flat" if index == "auto" else index, storage)
     bank.find_neighbors(rule.num_neighbors)
     return bank, []

@@ -240,7 +240,7 @@ class ReducedIndex(ApproximateIndex):
 
     kind, magics = "reduced", (b"IxRF",)
     default_width = 64
-    widths = (16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)
+    widths = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384)
     _COMPONENTS = 64
     WIDE_VALUES = 2 * _COMPONENTS  # from which on its graph is faster than one over the vectors themselves
     _SAMPLE_VECTORS = 4096  # to find the principal components of

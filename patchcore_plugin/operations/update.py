@@ -29,23 +29,24 @@ from patchcore_plugin.bundle import (
 from patchcore_plugin.bundle.origins import Origins, locate_patches, make_thumbnail
 from patchcore_plugin.checks import check_number
 from patchcore_plugin.errors import UsageError
-from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import Defects, EnsembleBank, MemoryBank, join_banks, save_banks, write_defects
 from patchcore_plugin.memory_bank.choice import choose
 from patchcore_plugin.memory_bank.defects import MAX_DEFECTS
 from patchcore_plugin.memory_bank.growth import farthest_first
+from patchcore_plugin.pasting import PASTED_IMAGES, paste
 from patchcore_plugin.progress import no_progress
 from patchcore_plugin.runtime import PatchcoreRuntime, Prediction, self_test
 from patchcore_plugin.scoring import Scores, anomaly_map
 from patchcore_plugin.scoring.conformal import check_new_session, extend_calibration, set_thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence, Sized
+    from collections.abc import Iterable, Iterator, Sequence, Sized
 
     from numpy.typing import NDArray
 
     from patchcore_plugin.bundle import IndexKind
     from patchcore_plugin.progress import Progress
+    from patchcore_plugin.runtime.prediction import Outcome
     from patchcore_plugin.scoring.thresholds import Verdict
 
 _MEASURED_IMAGES_LIMIT = 64
@@ -121,7 +122,7 @@ def update_bundle(
         msg = "There is nothing to update from: no new normal image, and no defect."
         raise UsageError(msg)
     _check_output(output, path)
-    old = PatchcoreRuntime.load(path)
+    old = PatchcoreRuntime.load(path, mode="throughput")
     radii = _covering_radii(old) if added else []
     known = join_defects(old, defects)
     if old.manifest.calibration is not None and held_out:
@@ -129,7 +130,7 @@ def update_bundle(
     with atomic_folder(output) as draft:
         copy_files(path, old.manifest, draft)  # those of the bank are written anew below
         answers = _answers(old, measured_images, progress)
-        measured = list(islice(answers, _MEASURED_IMAGES_LIMIT))
+        measured, pasted = _measure(old, islice(answers, _MEASURED_IMAGES_LIMIT))
         members, bank, picks = old.manifest.all_members, old.bank, []
         if added:
             patches = _find_uncovered(old, added, radii, progress)
@@ -138,7 +139,7 @@ def update_bundle(
                 for part, radius in zip(patches.members, radii, strict=True)
             ]
             embeddings = np.stack([embedding for embedding, _ in measured])
-            members, bank = _grow_banks(old, patches, picks, embeddings, index, progress)
+            members, bank = _grow_banks(old, patches, picks, (embeddings, np.concatenate(pasted)), index, progress)
             save_banks(bank, draft)
             if old.origins is not None:
                 _grow_origins(old, patches, picks, added).write(draft)
@@ -146,7 +147,8 @@ def update_bundle(
         if defects is not None:
             write_defects(known, draft)
         found, before = [], []
-        for embedding, prediction in chain(measured, answers):  # one image at a time, as serving scores them
+        later = ((outcome.embedding, outcome.prediction) for outcome in answers)
+        for embedding, prediction in chain(measured, later):  # one image at a time, as serving scores them
             found.append(bank.score(embedding[None], old.rule, taught))
             before.append(prediction)
         image, pixel, calibration = old.manifest.image, old.manifest.pixel, old.manifest.calibration
@@ -163,7 +165,11 @@ def update_bundle(
         )
         manifest = old.manifest.model_copy(
             update={
-                "format_version": max(3 if known is None else DEFECTS_FORMAT, old.manifest.format_version),
+                "format_version": max(
+                    3 if known is None else DEFECTS_FORMAT,
+                    old.manifest.format_version,
+                    *(member.index.format_version for member in members),
+                ),
                 "created": step.date,
                 **Manifest.fields_of(members),
                 "image": image,
@@ -292,58 +298,80 @@ def _find_uncovered(
     grid, region = runtime.manifest.grid, runtime.manifest.preprocessing.region
     inspected = np.arange(grid[0] * grid[1]) if region is None else region.patches(grid)
     found, thumbnails = [[] for _ in exact], {}
-    for place, image in enumerate(images):
+    for place, (image, outcome) in enumerate(zip(images, runtime.stream_embeddings(images), strict=True)):
         progress("embed new images", place, len(images))
-        pixels = read_image(image, intensity_range=runtime.intensity_range)
+        if outcome.error is not None:
+            raise outcome.error
         covered = True
-        for bank, radius, part, own in zip(exact, radii, found, runtime.bank.split(runtime.embed([pixels])[0]), strict=True):
-            patches = own.reshape(-1, bank.dimension)[inspected]
-            distance = bank.search(patches)[0][:, 0]
-            far = np.flatnonzero(distance > radius)
-            part.append(_MemberPatches(patches[far], distance[far], inspected[far] + place * grid[0] * grid[1]))
+        for bank, own, radius, part, values in zip(
+            runtime.bank.members, exact, radii, found, runtime.bank.split(outcome.embedding[None]), strict=True
+        ):
+            seen = runtime.rule.inspected(values)
+            patches = seen.reshape(-1, own.dimension)
+            # A search that misses the nearest vector finds a farther one: what it finds near enough is covered.
+            far = np.flatnonzero(bank.nearest(seen)[0] > radius)
+            distance = own.search(patches[far])[0][:, 0]
+            far, distance = far[distance > radius], distance[distance > radius]
+            part.append(_MemberPatches(patches[far], distance, inspected[far] + place * grid[0] * grid[1]))
             covered = covered and not len(far)
         if small and not covered:
-            thumbnails[str(image)] = make_thumbnail(pixels, runtime.manifest.preprocessing)
+            thumbnails[str(image)] = make_thumbnail(outcome.pixels, runtime.manifest.preprocessing)
     members = [_MemberPatches(*map(np.concatenate, zip(*part, strict=True))) for part in found]
     return _Patches(members, thumbnails)
 
 
-def _answers(
-    runtime: PatchcoreRuntime, images: Sequence[Path], progress: Progress
-) -> Iterator[tuple[NDArray[np.float32], Prediction]]:
-    """Embedding (h, w, D) and prediction of each image, computed as they are asked for."""
+def _answers(runtime: PatchcoreRuntime, images: Sequence[Path], progress: Progress) -> Iterator[Outcome]:
+    """Outcome of each image, computed as they are asked for."""
     for done, outcome in enumerate(runtime.stream_outcomes(images), 1):
         if outcome.error is not None:
             raise outcome.error
         progress("score held-out images", done, len(images))
-        yield outcome.embedding, outcome.prediction
+        yield outcome
+
+
+def _measure(
+    runtime: PatchcoreRuntime, answers: Iterable[Outcome]
+) -> tuple[list[tuple[NDArray[np.float32], Prediction]], list[NDArray[np.float32]]]:
+    """Embedding (h, w, D) and prediction of images, and embeddings (1, h, w, D) of some of them with a pasted window."""
+    measured, pasted, before = [], [], None
+    for outcome in answers:
+        measured.append((outcome.embedding, outcome.prediction))
+        if len(pasted) < PASTED_IMAGES:
+            changed = paste(outcome.pixels, outcome.pixels if before is None else before, len(pasted))
+            pasted.append(runtime.embed([changed]))
+            before = outcome.pixels
+    return measured, pasted
 
 
 def _grow_banks(
     runtime: PatchcoreRuntime,
     patches: _Patches,
     picks: Sequence[NDArray[np.int64]],
-    embeddings: NDArray[np.float32],
+    measured: tuple[NDArray[np.float32], NDArray[np.float32]],
     index: IndexKind | None,
     progress: Progress,
 ) -> tuple[list[Member], MemoryBank | EnsembleBank]:
-    """The banks with more vectors, and what their indexes do on held-out images: the same kind, at least as wide, or exact.
+    """The banks with more vectors, and what their indexes do on held-out images, and on some with a pasted window.
+
+    A bank stays of its kind, at least as wide, or becomes exact.
 
     A bank is built anew: a graph that is mapped from a file cannot grow, nor can the range of int8.
     """
     members, banks, old = [], [], runtime.manifest.all_members
-    for member, bank, part, picked, own in zip(
-        old, runtime.bank.members, patches.members, picks, runtime.bank.split(embeddings), strict=True
+    for member, bank, part, picked, *own in zip(
+        old, runtime.bank.members, patches.members, picks, *map(runtime.bank.split, measured), strict=True
     ):
+        normal, pasted = own
         grown, trials = choose(
             np.concatenate([bank.vectors, part.embeddings[picked]]),
-            own,
+            normal,
             runtime.rule,
             index or member.index.kind,
             member.index.storage,
             progress,
             runtime.threads,
             least=0 if index else member.index.width,
+            pasted=pasted,
         )
         banks.append(grown)
         about = Index(kind=grown.index, storage=grown.storage, width=grown.width, trials=trials)

@@ -181,6 +181,7 @@ def _check_latency(runtime: PatchcoreRuntime) -> _Finding:
 def _check_images(runtime: PatchcoreRuntime, images: Sequence[str | Path]) -> _Finding:
     if not images:
         return _Finding("none given", result="skipped")
+    runtime = PatchcoreRuntime.load(runtime.path, "throughput", cache=False, device=runtime.device)
     outcomes = zip(images, runtime.stream_outcomes(images), strict=True)
     rows = [{"image": str(image), **_row(outcome)} for image, outcome in outcomes]
     unreadable = sum("error" in row for row in rows)

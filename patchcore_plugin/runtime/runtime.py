@@ -31,7 +31,7 @@ from patchcore_plugin.runtime.prediction import Outcome, Prediction
 from patchcore_plugin.scoring import ScoreRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from typing_extensions import Self
@@ -184,29 +184,36 @@ class PatchcoreRuntime:
         if isinstance(images, one) or hasattr(images, "read"):
             msg = f"predict takes a list of images, got one {type(images).__name__}: predict([image])."
             raise TypeError(msg)
+        return self._stream(images, self._score)
+
+    def stream_embeddings(self, images: Iterable[Source]) -> Iterator[Outcome]:
+        """Embed images one after the other without scoring them: outcomes as of :meth:`stream_outcomes`, no prediction."""
+        return self._stream(images, self._embed)
+
+    def _stream(self, images: Iterable[Source], work: Callable[[Outcome], Outcome]) -> Iterator[Outcome]:
         self._check_process()
         in_turn = self._one_by_one if self.mode == "latency" else self._side_by_side
-        return in_turn(iter(images))
+        return in_turn(iter(images), work)
 
-    def _one_by_one(self, images: Iterator[Source]) -> Iterator[Outcome]:
-        """Score each image in this thread, while the pool's thread decodes the next one."""
+    def _one_by_one(self, images: Iterator[Source], work: Callable[[Outcome], Outcome]) -> Iterator[Outcome]:
+        """Work on each image in this thread, while the pool's thread decodes the next one."""
         try:
             decoded = self._decode(next(images))
         except StopIteration:
             return
         for image in images:
             ahead = self._pool.submit(self._decode, image)
-            yield self._score(decoded)
+            yield work(decoded)
             # a job that can be cancelled waits behind another caller's images
             decoded = self._decode(image) if ahead.cancel() else ahead.result()
-        yield self._score(decoded)
+        yield work(decoded)
 
-    def _side_by_side(self, images: Iterator[Source]) -> Iterator[Outcome]:
-        """Score as many images at once as there are threads."""
+    def _side_by_side(self, images: Iterator[Source], work: Callable[[Outcome], Outcome]) -> Iterator[Outcome]:
+        """Work on as many images at once as there are threads."""
         pending = deque()
         try:
             for image in images:
-                pending.append(self._pool.submit(lambda image=image: self._score(self._decode(image))))
+                pending.append(self._pool.submit(lambda image=image: work(self._decode(image))))
                 if len(pending) > self._workers:
                     yield pending.popleft().result()
             while pending:
@@ -284,6 +291,10 @@ class PatchcoreRuntime:
             return Outcome(read_image(image, intensity_range=self.intensity_range))
         except (ImageError, OSError) as error:
             return Outcome(error=error)
+
+    def _embed(self, decoded: Outcome) -> Outcome:
+        """Add the embedding to a decoded image."""
+        return decoded if decoded.error is not None else Outcome(decoded.pixels, self.embed([decoded.pixels])[0])
 
     def _score(self, decoded: Outcome) -> Outcome:
         """Add embedding and prediction to a decoded image."""

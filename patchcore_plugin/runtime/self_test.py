@@ -26,7 +26,7 @@ TOLERANCE = {"f32": 2e-3, "bf16": 5e-2, "int8": 5e-2}
 """Largest relative difference of a self-test's score, by the network's precision.
 
 ``"f32"``: other CPUs add in another order, which moves embeddings by about 1e-6. An approximate index may then take another
-way and find a vector that is a little farther, within the 1e-3 of :data:`patchcore_plugin.memory_bank.choice.MAX_ERROR`.
+way and find a vector that is a little farther, within 1e-3, :data:`patchcore_plugin.memory_bank.choice.MAX_SCORE_ERROR`.
 ``"bf16"``: a CPU without bfloat16 computes in float32 instead; 1.1 % was measured. ``"int8"``: layers are rounded to 8 bits,
 and a CPU without 8-bit products (VNNI) rounds otherwise; 2.5 % was measured.
 """

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 
+from patchcore_plugin.pasting import draw_window, paste
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -27,16 +29,7 @@ NOISE_SIDE = 0.1, 0.3
 NOISE_BLEND = 0.1, 0.5
 """Least and largest share of the noise in the pixels that it changes."""
 
-PASTE_SIDE = 0.04, 0.15
-"""Least and largest side of a pasted window, as a share of the image's."""
-
-PASTE_GAIN = 0.7, 1.3
-"""Least and largest factor of a pasted window's intensity."""
-
-PASTE_BLEND = 1.0, 1.0
-"""Least and largest share of the pasted window in the pixels that it covers."""
-
-_MIN_SIDE = 4  # pixels of a window
+_MIN_SIDE = 4  # pixels of a pattern
 
 
 @dataclass(frozen=True)
@@ -79,25 +72,12 @@ def add_defect(image: NDArray[np.uint8], defect: SyntheticDefect, source: NDArra
     Returns:
         Image (H, W, 3) with the defect.
     """
+    if defect.kind == "paste":
+        return paste(image, source, defect.seed)
     rng = random.Random(defect.seed)  # noqa: S311
-    changed = image.copy()
-    if defect.kind == "noise":
-        window = _window(image, rng, NOISE_SIDE)
-        changed[window] = _with_noise(image[window], rng)
-    else:
-        window = _window(image, rng, PASTE_SIDE)
-        changed[window] = _pasted(image[window], source, rng)
+    changed, window = image.copy(), draw_window(image, rng, NOISE_SIDE)
+    changed[window] = _with_noise(image[window], rng)
     return changed
-
-
-def _window(image: NDArray[np.uint8], rng: random.Random, side: tuple[float, float]) -> tuple[slice, slice]:
-    """A random window; its height and width are drawn apart."""
-    slices = []
-    for length in image.shape[:2]:
-        extent = min(length, max(_MIN_SIDE, round(length * rng.uniform(*side))))
-        start = rng.randint(0, length - extent)
-        slices.append(slice(start, start + extent))
-    return slices[0], slices[1]
 
 
 def _with_noise(pixels: NDArray[np.uint8], rng: random.Random) -> NDArray[np.uint8]:
@@ -108,15 +88,3 @@ def _with_noise(pixels: NDArray[np.uint8], rng: random.Random) -> NDArray[np.uin
         generator = PerlinAnomalyGenerator(probability=1.0, blend_factor=NOISE_BLEND)
         changed, _ = generator(torch.tensor(pixels).permute(2, 0, 1).float() / 255)
     return (changed.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-
-def _pasted(pixels: NDArray[np.uint8], source: NDArray[np.uint8], rng: random.Random) -> NDArray[np.uint8]:
-    """Pixels under a window of the source, turned by a multiple of 90 degrees, and brighter or darker."""
-    turned = np.rot90(source, rng.randrange(4))
-    height, width = (min(sides) for sides in zip(pixels.shape[:2], turned.shape[:2], strict=True))
-    top, left = rng.randint(0, turned.shape[0] - height), rng.randint(0, turned.shape[1] - width)
-    cut = turned[top : top + height, left : left + width] * rng.uniform(*PASTE_GAIN)
-    share, under = rng.uniform(*PASTE_BLEND), pixels[:height, :width]
-    changed = pixels.copy()
-    changed[:height, :width] = (under + share * (cut - under)).clip(0, 255).round()
-    return changed

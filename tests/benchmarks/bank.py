@@ -102,7 +102,7 @@ def main(data: str, sizes: tuple[int, ...], kinds: tuple[str, ...], storage: str
     points, images = embeddings(max(sizes))
     click.echo(heading("faiss-cpu", columns=points.shape[1]))
     table = Table(
-        "vectors", "index", "build s", "file MiB", "load s", "ms an image", "recall@1", "error at 99.9 %", "flat ms", "ratio"
+        "vectors", "index", "build s", "file MiB", "load s", "ms an image", "recall@1", "score error", "flat ms", "ratio"
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bank.faiss"
