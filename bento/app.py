@@ -103,14 +103,25 @@ def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | N
     repository = make_repository(settings, metrics)
     if runner is not None:
         scorer, parallel = RunnerScorer(runner), 2 * settings.max_batch_size * settings.runner_workers  # one batch waits
+        parallel_large = parallel
     else:
-        scorer = LocalScorer(repository)
+        scorer, threads = LocalScorer(repository), settings.threads or cores()
         # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
-        parallel = (settings.threads or cores()) if settings.mode == "throughput" else 2
+        parallel = 2 if settings.mode == "latency" else max(2, threads)
+        parallel_large = threads if settings.mode == "throughput" else 2  # they take the memory
     limits = {name: getattr(settings, name) for name in ("max_pixels", "max_images", "max_batch_pixels")}
     webhook = make_webhook(settings, metrics)
     record = None if settings.record is None else AnswerRecord(settings.record, settings, metrics)
-    return Pipeline(repository, scorer, metrics, **limits, parallel=parallel, webhook=webhook, record=record)
+    return Pipeline(
+        repository,
+        scorer,
+        metrics,
+        **limits,
+        parallel=parallel,
+        parallel_large=parallel_large,
+        webhook=webhook,
+        record=record,
+    )
 
 
 def make_webhook(settings: Settings, metrics: Metrics) -> Webhook | None:

@@ -87,8 +87,8 @@ class Pipeline:
         max_pixels: Most pixels of an image.
         max_images: Most images of a request.
         max_batch_pixels: Most pixels of all images of a request.
-        parallel: Most images that are worked on at once, of up to :data:`SMALL_IMAGE_PIXELS` pixels and of up to
-            :data:`LARGE_IMAGE_PIXELS` each; beside them one larger one.
+        parallel: Most images of up to :data:`SMALL_IMAGE_PIXELS` pixels that are worked on at once.
+        parallel_large: Most images of up to :data:`LARGE_IMAGE_PIXELS` beside them; and beside those one larger one.
         webhook: Webhook that is told of images of production.
         record: The record of answers of production; None keeps none.
     """
@@ -103,6 +103,7 @@ class Pipeline:
         max_images: int,
         max_batch_pixels: int,
         parallel: int,
+        parallel_large: int,
         webhook: Webhook | None = None,
         record: AnswerRecord | None = None,
     ) -> None:
@@ -112,7 +113,11 @@ class Pipeline:
         self._max_images, self._max_batch_pixels = max_images, max_batch_pixels
         self.drift, self._webhook = DriftMonitors(metrics), webhook
         self._repository, self._scorer, self._max_pixels = repository, scorer, max_pixels
-        self._places = {SMALL_IMAGE_PIXELS: Places(parallel), LARGE_IMAGE_PIXELS: Places(parallel), math.inf: Places(1)}
+        self._places = {
+            SMALL_IMAGE_PIXELS: Places(parallel),
+            LARGE_IMAGE_PIXELS: Places(parallel_large),
+            math.inf: Places(1),
+        }
         self._ready = False
 
     def is_ready(self) -> bool:

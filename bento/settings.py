@@ -58,9 +58,10 @@ class Settings(BaseSettings):
         2048, ge=64, le=2**24, description="Largest size of the record, in MiB; what is oldest is dropped."
     )
 
-    mode: Literal["latency", "throughput"] = Field(
-        "latency",
-        description="latency: one image at a time, with all threads. throughput: as many images at once as threads.",
+    mode: Literal["auto", "latency", "throughput"] = Field(
+        "auto",
+        description="latency: one image at a time, with all threads. throughput: as many images at once as threads. auto: "
+        "an image that comes alone with all threads, several at once otherwise; latency for networks of more than 64 MiB.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads for scoring; if not set, one for each core.")
     device: str = Field(

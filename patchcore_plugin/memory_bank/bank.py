@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,6 +135,13 @@ class MemoryBank:
     @threads.setter
     def threads(self, threads: int | None) -> None:
         self._index.threads = Threads(threads)
+
+    def on_threads(self, threads: int | None) -> Self:
+        """The same bank, whose vectors are not copied, searched on other threads; see :attr:`threads`."""
+        bank = copy.copy(self)
+        bank._index = copy.copy(self._index)
+        bank.threads = threads
+        return bank
 
     @property
     def vectors(self) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ patch that resembles a defect more than anything normal is raised, the more the 
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import faiss
@@ -49,6 +50,12 @@ class Defects:
         self._weights = [member.weight for member in members]
         self._parts, self._threads = self._split(vectors), Threads(threads)
 
+    def on_threads(self, threads: int | None) -> Defects:
+        """The same defects, searched for on other threads."""
+        defects = copy.copy(self)
+        defects._threads = Threads(threads)
+        return defects
+
     def raise_distances(self, embedding: NDArray[np.float32], distances: NDArray[np.float32]) -> NDArray[np.float32]:
         """The distances of patches, higher where a patch is nearer to a known defect than to the memory bank.
 
@@ -67,12 +74,11 @@ class Defects:
         return [np.ascontiguousarray(part) for part in np.split(embeddings, self._ends, axis=-1)]
 
 
-def read_defects(bundle: BundleContent, threads: int | None) -> Defects | None:
+def read_defects(bundle: BundleContent) -> Defects | None:
     """Read the known defects of a bundle; None where it has none.
 
     Args:
         bundle: Content of the bundle.
-        threads: Number of threads to search with; None leaves them to FAISS.
 
     Raises:
         BundleError: If the file is damaged or does not fit the memory bank.
@@ -88,7 +94,7 @@ def read_defects(bundle: BundleContent, threads: int | None) -> Defects | None:
             f"(1 to {MAX_DEFECTS}, {values})."
         )
         raise BundleError(msg)
-    return Defects(np.ascontiguousarray(vectors), bundle.manifest.all_members, threads)
+    return Defects(np.ascontiguousarray(vectors), bundle.manifest.all_members)
 
 
 def write_defects(vectors: NDArray[np.float32], folder: Path) -> None:

@@ -59,6 +59,10 @@ class EnsembleBank:
         for bank in self.members:
             bank.threads = threads
 
+    def on_threads(self, threads: int | None) -> EnsembleBank:
+        """The same banks, searched on other threads; see :meth:`MemoryBank.on_threads`."""
+        return EnsembleBank([bank.on_threads(threads) for bank in self.members], self.weights)
+
     def split(self, embedding: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Values (..., D) of each member, contiguous, in embeddings (..., D) of all.
 

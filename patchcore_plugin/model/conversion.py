@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from itertools import chain
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ TOLERANCE = 1e-3
 class Embedding(nn.Module):
     """Pre-processed images (B, 3, H, W) to embeddings (B, h, w, D), float32, by a copy of a model on the CPU.
 
+    Weights and memory bank that are on the CPU in float32 are the model's own, and not copied.
+
     Args:
         model: The model.
         part: Embed what a network does at once: a tile of a tiled model, whose pixels outside the region of interest are
@@ -37,7 +40,9 @@ class Embedding(nn.Module):
 
     def __init__(self, model: FaissPatchcoreModel, *, part: bool = False) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).cpu().float().eval()
+        tensors = chain(model.parameters(), model.buffers())
+        shared = {id(tensor): tensor for tensor in tensors if (tensor.device.type, tensor.dtype) == ("cpu", torch.float32)}
+        self.model = copy.deepcopy(model, shared).cpu().float().eval()
         if part:
             self.model.tiler = None
             self.model.rule = replace(self.model.rule, region=None)

@@ -6,9 +6,11 @@ import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import LifoQueue
-from typing import TYPE_CHECKING, get_args
+from threading import Lock
+from typing import TYPE_CHECKING, Literal, get_args
 
 import faiss
 import numpy as np
@@ -17,11 +19,11 @@ from PIL import Image
 from patchcore_plugin.bundle import BANKS, FEATURES, MANIFEST, WEIGHTS, BundleError, read_bundle
 from patchcore_plugin.bundle.origins import read_origins
 from patchcore_plugin.checks import check_number
-from patchcore_plugin.cpu import Mode, cores
+from patchcore_plugin.cpu import cores
 from patchcore_plugin.depth import to_pixels
 from patchcore_plugin.errors import PatchcoreError, UsageError
 from patchcore_plugin.images import ImageError, decode_image, read_image
-from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, read_defects
+from patchcore_plugin.memory_bank import Defects, EnsembleBank, MemoryBank, join_banks, read_defects
 from patchcore_plugin.runtime import self_test
 from patchcore_plugin.runtime.device import CPU, check_device
 from patchcore_plugin.runtime.explain import Reason, explain
@@ -37,7 +39,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from patchcore_plugin.bundle import BundleContent, Member
+    from patchcore_plugin.cpu import Mode
     from patchcore_plugin.images import Source
+
+RuntimeMode = Literal["latency", "throughput", "auto"]
+
+_TWICE_COMPILED_LIMIT = 64 << 20  # bytes of a network's weights, up to which mode auto keeps two networks in memory
 
 
 class OtherProcessError(PatchcoreError, RuntimeError):
@@ -54,7 +61,9 @@ class PatchcoreRuntime:
     Args:
         path: Folder of the bundle.
         mode: ``"latency"`` scores one image at a time with all threads, and decodes the next image meanwhile;
-            ``"throughput"`` scores as many images at once as there are threads, each with one thread.
+            ``"throughput"`` scores as many images at once as there are threads, each with one thread. ``"auto"`` scores an
+            image with all threads where it is alone, and with one where others are scored, too. It keeps a network for
+            each; with other devices than the CPU, or weights of more than 64 MiB, it is ``"latency"``.
         threads: Number of threads; all cores by default.
         cache: Folder that keeps compiled networks for the next start; several bundles may share it. True is the folder
             ``<bundle>.cache`` beside the bundle, False keeps nothing. Where the folder cannot be written, the network is
@@ -73,7 +82,7 @@ class PatchcoreRuntime:
         bank: Memory bank of the bundle; of an ensemble, the banks of its members.
         defects: Known defects of the bundle, which raise the scores of what resembles them; None without any.
         origins: Where the bank's vectors come from; None where the bundle does not say.
-        mode: Mode of work.
+        mode: Mode of work: of auto, what it is here.
         threads: Number of threads.
         device: The device that computes the network: of AUTO, the one that OpenVINO chose.
         arithmetic: What it computes in: the manifest's precision, or another one where the device lacks that.
@@ -92,13 +101,13 @@ class PatchcoreRuntime:
     def __init__(
         self,
         path: str | Path,
-        mode: Mode = "latency",
+        mode: RuntimeMode = "latency",
         threads: int | None = None,
         cache: str | Path | bool = True,
         device: str = CPU,
     ) -> None:
-        if mode not in get_args(Mode):
-            msg = f"mode must be 'latency' or 'throughput', got {mode!r}."
+        if mode not in get_args(RuntimeMode):
+            msg = f"mode must be 'latency', 'throughput' or 'auto', got {mode!r}."
             raise UsageError(msg)
         if threads is not None:
             check_number("threads", threads, 1, whole=True)
@@ -110,16 +119,20 @@ class PatchcoreRuntime:
         self.rule = ScoreRule.of(self.manifest)
         self.intensity_range = self.manifest.preprocessing.intensity_range
         self.mode, self.threads = mode, threads or cores()
-        self.bank = _load_bank(bundle)
-        network = _load_network(bundle, mode, self.threads, _cache_folder(path, cache), device)
-        self.device, self.arithmetic = network.device, network.arithmetic
+        if mode == "auto" and (
+            device != CPU or self.threads == 1 or len(bundle.files[WEIGHTS].data) > _TWICE_COMPILED_LIMIT
+        ):
+            self.mode = "latency"
+        bank, defects = _load_bank(bundle), read_defects(bundle)
         self.origins = read_origins(bundle)
-        self._workers = 1 if mode == "latency" else self.threads
-        self.bank.threads = self.threads if mode == "latency" else None
-        self.defects = read_defects(bundle, self.bank.threads)
-        self._embedders: LifoQueue[Embedder] = LifoQueue()
-        for _ in range(self._workers):
-            self._embedders.put(network.embedder())
+        self._ways, cache = [], _cache_folder(path, cache)
+        for each in ("latency", "throughput") if self.mode == "auto" else (self.mode,):
+            network = _load_network(bundle, each, self.threads, cache, device)
+            self.device, self.arithmetic = network.device, network.arithmetic
+            self._ways.append(_Way(network, each, self.threads, bank, defects))
+        self.bank, self.defects = self._ways[0].bank, self._ways[0].defects
+        self._in_work, self._lock = 0, Lock()
+        self._workers = 1 if self.mode == "latency" else self.threads
         # in mode throughput an image keeps to its thread, in FAISS too
         self._pool = ThreadPoolExecutor(self._workers, "patchcore", initializer=faiss.omp_set_num_threads, initargs=(1,))
         if device != CPU:
@@ -129,7 +142,7 @@ class PatchcoreRuntime:
     def load(
         cls,
         path: str | Path,
-        mode: Mode = "latency",
+        mode: RuntimeMode = "latency",
         threads: int | None = None,
         cache: str | Path | bool = True,
         device: str = CPU,
@@ -225,12 +238,20 @@ class PatchcoreRuntime:
     def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Patch embeddings (B, h, w, D), float32, of RGB images (H, W, 3), u8, of any sizes."""
         self._check_process()
-        embedder = self._embedders.get()
+        with self._way() as way:
+            return way.embed(images)
+
+    @contextmanager
+    def _way(self) -> Iterator[_Way]:
+        """How to work on an image now."""
+        with self._lock:
+            self._in_work += 1
+            way = self._ways[0 if self._in_work == 1 else -1]
         try:
-            embeddings = [embedder.embed(image) for image in images]
-            return embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
+            yield way
         finally:
-            self._embedders.put(embedder)
+            with self._lock:
+                self._in_work -= 1
 
     def _check_device(self, name: str) -> None:
         """Refuse a device that fails at the self-test, or gives other scores."""
@@ -300,14 +321,50 @@ class PatchcoreRuntime:
         """Add embedding and prediction to a decoded image."""
         if decoded.error is not None:
             return decoded
-        started = time.perf_counter()
-        embedding = self.embed([decoded.pixels])
-        embedded = time.perf_counter()
-        scores = self.bank.score(embedding, self.rule, self.defects)
-        searched = time.perf_counter()
+        self._check_process()
+        with self._way() as way:
+            started = time.perf_counter()
+            embedding = way.embed([decoded.pixels])
+            embedded = time.perf_counter()
+            scores = way.bank.score(embedding, self.rule, way.defects)
+            searched = time.perf_counter()
         times = {"network": 1000 * (embedded - started), "search": 1000 * (searched - embedded)}
         prediction = Prediction.of(scores, 0, decoded.pixels.shape[:2], self.manifest, **times)
         return Outcome(decoded.pixels, embedding[0], prediction)
+
+
+class _Way:
+    """A way to work on images: one at a time with all threads, or several at once with one thread each.
+
+    Args:
+        network: The network, compiled for the mode.
+        mode: ``"latency"`` or ``"throughput"``.
+        threads: Number of threads.
+        bank: The memory bank.
+        defects: The known defects; None without any.
+
+    Attributes:
+        bank: The memory bank, which searches on the mode's threads.
+        defects: The known defects, which do so too.
+    """
+
+    def __init__(
+        self, network: Network, mode: Mode, threads: int, bank: MemoryBank | EnsembleBank, defects: Defects | None
+    ) -> None:
+        self.bank = bank.on_threads(threads if mode == "latency" else None)
+        self.defects = None if defects is None else defects.on_threads(self.bank.threads)
+        self._embedders: LifoQueue[Embedder] = LifoQueue()
+        for _ in range(1 if mode == "latency" else threads):
+            self._embedders.put(network.embedder())
+
+    def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Patch embeddings (B, h, w, D) of images (H, W, 3), one after the other."""
+        embedder = self._embedders.get()
+        try:
+            embeddings = [embedder.embed(image) for image in images]
+        finally:
+            self._embedders.put(embedder)
+        return embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
 
 
 def _prediction(outcome: Outcome) -> Prediction:

@@ -67,7 +67,10 @@ def test_normalized_like_anomalib(trained, runtime, test_images):
     np.testing.assert_allclose([answer.normalized_map for answer in answers], expected.anomaly_map[:, 0], atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "throughput"}, {"mode": "throughput", "threads": 3}, {"threads": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "throughput"}, {"mode": "throughput", "threads": 3}, {"mode": "auto", "threads": 2}, {"threads": 1}],
+)
 def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
     """An answer depends neither on the other images, nor on mode, threads or what was asked before."""
     alone = [runtime.predict([path])[0] for path in test_images[:8]]
@@ -83,7 +86,7 @@ def test_one_image_or_many_and_again(bundle, runtime, test_images, options):
         np.testing.assert_array_equal(runtime.embed([image])[0], embedding)
 
 
-@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@pytest.mark.parametrize("mode", ["latency", "throughput", "auto"])
 def test_bank_searched_in_bfloat16(bundle_copy, runtime, test_images, mode):
     """Scores are those of exact search, alone or among others."""
     manifest = json.loads((bundle_copy / MANIFEST).read_text("utf-8"))
@@ -142,7 +145,28 @@ def test_stream_holds_few_images(bundle, test_images):
     assert len(list(runtime.stream(test_images[:3]))) == 3
 
 
-@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_mode_auto(bundle, runtime, test_images, monkeypatch):
+    """An image that is alone has all threads, and one beside it its own; whoever asks, scores are the same."""
+    auto = PatchcoreRuntime.load(bundle, mode="auto", threads=2)
+    assert auto.mode == "auto"
+    with auto._way() as alone, auto._way() as beside, auto._way() as third:
+        assert (alone.bank.threads, beside.bank.threads, third.bank.threads) == (2, None, None)
+        assert beside is third
+    with auto._way() as again:
+        assert again is alone
+    assert auto.bank.vectors.ctypes.data == beside.bank.vectors.ctypes.data, "the bank is in memory once"
+    expected = [prediction.score for prediction in runtime.predict(test_images)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda image: auto.predict([image])[0].score, test_images))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert auto._in_work == 0
+    assert PatchcoreRuntime.load(bundle, mode="auto", threads=1).mode == "latency"
+    assert PatchcoreRuntime.load(bundle, mode="auto", threads=2, device="HETERO:CPU").mode == "latency"
+    monkeypatch.setattr("patchcore_plugin.runtime.runtime._TWICE_COMPILED_LIMIT", 1000)
+    assert PatchcoreRuntime.load(bundle, mode="auto", threads=2).mode == "latency"
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput", "auto"])
 def test_what_happens_after_a_bad_image(bundle, test_images, tmp_path, mode):
     (tmp_path / "text.png").write_text("no image")
     runtime = PatchcoreRuntime.load(bundle, mode=mode)
@@ -154,7 +178,7 @@ def test_what_happens_after_a_bad_image(bundle, test_images, tmp_path, mode):
     assert len(runtime.predict(test_images[:3])) == 3
 
 
-@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@pytest.mark.parametrize("mode", ["latency", "throughput", "auto"])
 def test_outcomes_go_on_after_a_bad_image(bundle, runtime, test_images, tmp_path, mode):
     """One outcome for each image, in order: all that was made of it, or its error."""
     (tmp_path / "text.png").write_text("no image")
@@ -181,7 +205,7 @@ class OneWay(io.BytesIO):
         raise io.UnsupportedOperation
 
 
-@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@pytest.mark.parametrize("mode", ["latency", "throughput", "auto"])
 def test_each_image_is_decoded_once(bundle, test_images, mode):
     """Also where several callers share the thread that decodes ahead."""
     runtime = PatchcoreRuntime.load(bundle, mode=mode, threads=2)
@@ -196,7 +220,7 @@ def test_each_image_is_decoded_once(bundle, test_images, mode):
 
 
 def test_wrong_options(bundle):
-    with pytest.raises(ValueError, match="mode must be 'latency' or 'throughput', got 'fast'"):
+    with pytest.raises(ValueError, match="mode must be 'latency', 'throughput' or 'auto', got 'fast'"):
         PatchcoreRuntime.load(bundle, mode="fast")
     with pytest.raises(ValueError, match="threads must be a whole number of at least 1, got 0"):
         PatchcoreRuntime.load(bundle, threads=0)

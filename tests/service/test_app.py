@@ -152,6 +152,7 @@ def test_bug_is_a_problem_without_details(bundle, test_images, log):
         max_images=32,
         max_batch_pixels=10**7,
         parallel=1,
+        parallel_large=1,
     )
     with serve_app(make_app(settings, pipeline)) as server:
         response = predict(server.client, test_images[0])
@@ -193,6 +194,7 @@ def test_work_of_requests_that_have_ended(bundle, test_images):
         max_images=32,
         max_batch_pixels=10**9,
         parallel=2,
+        parallel_large=2,
     )
     with serve_app(make_app(settings, pipeline)) as server:
         with ThreadPoolExecutor(2) as pool:

@@ -64,9 +64,9 @@ def bundle(*files):
 
 
 def test_written_and_read(bank_vectors, tmp_path):
-    assert read_defects(bundle(), None) is None
+    assert read_defects(bundle()) is None
     write_defects(bank_vectors[:7], tmp_path)
-    assert np.array_equal(read_defects(bundle(tmp_path / "defects.npy"), 2).vectors, bank_vectors[:7])
+    assert np.array_equal(read_defects(bundle(tmp_path / "defects.npy")).vectors, bank_vectors[:7])
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,4 @@ def test_written_and_read(bank_vectors, tmp_path):
 def test_files_that_cannot_be(tmp_path, content):
     np.save(tmp_path / "defects.npy", content, allow_pickle=True)
     with pytest.raises(BundleError, match=r"defects\.npy"):
-        read_defects(bundle(tmp_path / "defects.npy"), None)
+        read_defects(bundle(tmp_path / "defects.npy"))

@@ -11,6 +11,7 @@ from helpers.training import LAYERS, make_model
 from patchcore_plugin.bundle import RegionOfInterest, Tiles
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model import embedding_engine
+from patchcore_plugin.model.conversion import Embedding
 from patchcore_plugin.model.embedding_engine import EmbeddingEngine
 from patchcore_plugin.model.torch_model import FaissPatchcoreModel, Renormalization
 from patchcore_plugin.scoring import ScoreRule
@@ -24,6 +25,19 @@ def make(**arguments) -> FaissPatchcoreModel:
     """A model of a tiny backbone."""
     defaults = {"layers": ["layer2", "layer3"], "backbone": "test_resnet", "pre_trained": False}
     return FaissPatchcoreModel(**{**defaults, **arguments}).train()
+
+
+def test_weights_and_bank_are_not_copied():
+    """Those of a network are the model's own; a model in half precision is not changed."""
+    model = make()
+    model.memory_bank = torch.randn(100, 8)
+    shared = Embedding(model, part=True).model
+    for ours, theirs in zip((*shared.parameters(), *shared.buffers()), (*model.parameters(), *model.buffers()), strict=True):
+        assert ours.dtype != torch.float32 or ours.data_ptr() == theirs.data_ptr()
+    half = make().half()
+    assert next(Embedding(half).model.parameters()).dtype == torch.float32
+    assert next(half.parameters()).dtype == torch.float16
+    assert model.training
 
 
 def ensemble() -> FaissPatchcoreModel:

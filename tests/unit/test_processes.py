@@ -103,7 +103,7 @@ def refusal(call):
     except Exception as error:
         return type(error).__name__, str(error)
 
-for mode in ("latency", "throughput"):
+for mode in ("latency", "throughput", "auto"):
     load = lambda: PatchcoreRuntime.load(sys.argv[2], mode=mode, threads=2, cache=False)
     runtime = load()
     (expected,) = (prediction.score for prediction in runtime.predict([image]))

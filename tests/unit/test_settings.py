@@ -80,7 +80,7 @@ def test_environment_goes_before_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("PATCHCORE_QUEUE", "7")
     monkeypatch.setenv("PATCHCORE_MODE", "")
     settings = read_settings()
-    assert (settings.queue, settings.threads, settings.mode) == (7, 3, "latency")
+    assert (settings.queue, settings.threads, settings.mode) == (7, 3, "auto")
     assert settings.api_key.get_secret_value() == "geheim"
     assert "geheim" not in str(settings.model_dump()), "what is printed at start"
 
@@ -90,7 +90,7 @@ def test_environment_goes_before_the_file(tmp_path, monkeypatch):
     [
         ("PATCHCORE_THREADS", "0", r"PATCHCORE_THREADS: .*greater than or equal to 1 \(got '0'\)"),
         ("PATCHCORE_THREADS", "many", "PATCHCORE_THREADS: .*integer"),
-        ("PATCHCORE_MODE", "fast", "PATCHCORE_MODE: .*'latency' or 'throughput'"),
+        ("PATCHCORE_MODE", "fast", "PATCHCORE_MODE: .*'auto', 'latency' or 'throughput'"),
         ("PATCHCORE_TIMEOUT", "nan", "PATCHCORE_TIMEOUT"),
         ("PATCHCORE_PORT", "70000", "PATCHCORE_PORT"),
         ("PATCHCORE_TRACE_TO", "localhost:4318", "PATCHCORE_TRACE_TO: .*pattern"),
