@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from patchcore_plugin.bundle import Manifest
+    from patchcore_plugin.cpu import Mode
     from patchcore_plugin.progress import Progress
     from patchcore_plugin.runtime.prediction import Outcome
 
@@ -140,13 +141,18 @@ def _check_files(path: Path, manifest: Manifest) -> _Finding:
 
 
 def _check_loading(path: Path, version: str, manifest: Manifest, device: str) -> _Finding:
+    runtime = _load(path, version, device)
+    shape = " and ".join(f"{member.bank_size:,} x {member.embedding_dimension}" for member in manifest.all_members)
+    return _Finding(f"network in {_arithmetic(runtime)} on {runtime.device}, bank of {shape}", runtime)
+
+
+def _load(path: Path, version: str, device: str, mode: Mode = "latency") -> PatchcoreRuntime:
     # a compiled network that is kept beside the bundle is no part of it
-    runtime = PatchcoreRuntime.load(path, cache=False, device=device)
+    runtime = PatchcoreRuntime.load(path, mode, cache=False, device=device)
     if runtime.version != version:
         msg = f"{path} was replaced by version {runtime.version} meanwhile; validate it again."
         raise BundleError(msg)
-    shape = " and ".join(f"{member.bank_size:,} x {member.embedding_dimension}" for member in manifest.all_members)
-    return _Finding(f"network in {_arithmetic(runtime)} on {runtime.device}, bank of {shape}", runtime)
+    return runtime
 
 
 def _arithmetic(runtime: PatchcoreRuntime) -> str:
@@ -181,8 +187,8 @@ def _check_latency(runtime: PatchcoreRuntime) -> _Finding:
 def _check_images(runtime: PatchcoreRuntime, images: Sequence[str | Path]) -> _Finding:
     if not images:
         return _Finding("none given", result="skipped")
-    runtime = PatchcoreRuntime.load(runtime.path, "throughput", cache=False, device=runtime.device)
-    outcomes = zip(images, runtime.stream_outcomes(images), strict=True)
+    many = _load(runtime.path, runtime.version, runtime.device, "throughput")
+    outcomes = zip(images, many.stream_outcomes(images), strict=True)
     rows = [{"image": str(image), **_row(outcome)} for image, outcome in outcomes]
     unreadable = sum("error" in row for row in rows)
     verdicts = Counter(row.get("verdict") for row in rows)

@@ -108,7 +108,7 @@ class RuntimeScorer:
 
     def __init__(self, bundle: Path, device: str = CPU) -> None:
         self._bundle, self._device = bundle, device
-        self._runtime = PatchcoreRuntime.load(bundle, device=device)
+        self._runtime = PatchcoreRuntime.load(bundle, mode="auto", device=device)
         self._states, self._look_at = self._runtime.states, 0.0
 
     def check(self) -> None:
@@ -139,7 +139,7 @@ class RuntimeScorer:
         if MANIFEST not in states or states == self._states:  # absent for the moment, or unchanged, or refused before
             return
         try:
-            self._runtime = PatchcoreRuntime.load(self._bundle, device=self._device)
+            self._runtime = PatchcoreRuntime.load(self._bundle, mode="auto", device=self._device)
         except (BundleError, OSError, MemoryError) as error:
             logger.error("The new bundle cannot be loaded, version %s goes on: %s", self._runtime.version, error)
             self._states = states

@@ -12,6 +12,7 @@ from helpers.bundles import change_manifest, renew_checksums
 from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.bundle import FEATURES, FILES, MANIFEST, WEIGHTS, read_manifest
 from patchcore_plugin.cli import main
+from patchcore_plugin.operations.validation import validate_bundle
 from patchcore_plugin.runtime import self_test
 
 
@@ -55,6 +56,19 @@ def test_unreadable_sample(bundle, tmp_path):
     code, report = validated(bundle, "--images", tmp_path)
     assert (code, report["results"]["images"]) == (1, "failed")
     assert "cannot be read as an image" in report["images"][0]["error"]
+
+
+@pytest.mark.parametrize("step", ["network and bank", "images"])
+def test_bundle_that_is_replaced_meanwhile(bundle_copy, test_images, step):
+    """A report is of one version."""
+
+    def replace(name, done, total):
+        if name == step:
+            change_manifest(bundle_copy, name="another")
+
+    report = validate_bundle(bundle_copy, test_images[:2], replace)
+    assert not report.ok
+    assert "was replaced by version" in next(check.detail for check in report.checks if check.name == step)
 
 
 def test_network_that_computes_something_else(bundle_copy):
