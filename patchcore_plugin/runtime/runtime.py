@@ -124,13 +124,13 @@ class PatchcoreRuntime:
         ):
             self.mode = "latency"
         bank, defects = _load_bank(bundle), read_defects(bundle)
-        self.origins = read_origins(bundle)
         self._ways, cache = [], _cache_folder(path, cache)
         for each in ("latency", "throughput") if self.mode == "auto" else (self.mode,):
             network = _load_network(bundle, each, self.threads, cache, device)
             self.device, self.arithmetic = network.device, network.arithmetic
             self._ways.append(_Way(network, each, self.threads, bank, defects))
         self.bank, self.defects = self._ways[0].bank, self._ways[0].defects
+        self.origins = read_origins(bundle)
         self._in_work, self._lock = 0, Lock()
         self._workers = 1 if self.mode == "latency" else self.threads
         # in mode throughput an image keeps to its thread, in FAISS too

@@ -25,9 +25,9 @@ from helpers.server import app_server
 from patchcore_plugin.bento.schemas import ImageScore
 from PIL import Image
 
-from patchcore_plugin import PatchcoreRuntime
 from patchcore_plugin.cli import main
 from patchcore_plugin.names import from_cell
+from patchcore_plugin.runtime.network import Embedder
 
 PATCHCORE = sys.executable, "-c", "from patchcore_plugin.cli import main; main()"
 NEEDS_SIGNALS = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -93,14 +93,14 @@ def test_answers_are_those_of_predict(bundle, runtime, test_images, camera):
 
 def test_image_that_takes_too_much_memory(bundle, test_images, camera, monkeypatch):
     """It is said once; those behind it are answered."""
-    embed = PatchcoreRuntime.embed
+    embed = Embedder.embed
 
-    def embed_small_ones(runtime, images):
-        if images[0].shape[0] == 777:
+    def embed_small_ones(embedder, image):
+        if image.shape[0] == 777:
             raise MemoryError
-        return embed(runtime, images)
+        return embed(embedder, image)
 
-    monkeypatch.setattr(PatchcoreRuntime, "embed", embed_small_ones)
+    monkeypatch.setattr(Embedder, "embed", embed_small_ones)
     for image in test_images[:3]:
         shutil.copy(image, camera)
     Image.new("RGB", (10, 777)).save(camera / "large.png")

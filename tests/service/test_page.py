@@ -405,7 +405,7 @@ def test_part_to_review(visit, calibrated, defect, keep, tmp_path):
     image = {**manifest.image.model_dump(), "threshold": score + 1, "maximum": score + 20, "review": score - 1}
     calibration = {**json.loads(manifest.calibration.model_dump_json()), "review_rate": 0.2}
     regions = {"min_area": 1.0, "mm_per_pixel": 0.05}
-    change_manifest(bundle, format_version=10, image=image, calibration=calibration, regions=regions)
+    change_manifest(bundle, format_version=12, image=image, calibration=calibration, regions=regions)
     answer = PatchcoreRuntime.load(bundle).predict([defect[0]])[0]
     assert answer.regions
     assert answer.small_regions
