@@ -130,7 +130,7 @@ def update_bundle(
     with atomic_folder(output) as draft:
         copy_files(path, old.manifest, draft)  # those of the bank are written anew below
         answers = _answers(old, measured_images, progress)
-        measured, pasted = _measure(old, islice(answers, _MEASURED_IMAGES_LIMIT))
+        measured, pasted = _measure(old, islice(answers, _MEASURED_IMAGES_LIMIT), PASTED_IMAGES if added else 0)
         members, bank, picks = old.manifest.all_members, old.bank, []
         if added:
             patches = _find_uncovered(old, added, radii, progress)
@@ -330,13 +330,13 @@ def _answers(runtime: PatchcoreRuntime, images: Sequence[Path], progress: Progre
 
 
 def _measure(
-    runtime: PatchcoreRuntime, answers: Iterable[Outcome]
+    runtime: PatchcoreRuntime, answers: Iterable[Outcome], windows: int
 ) -> tuple[list[tuple[NDArray[np.float32], Prediction]], list[NDArray[np.float32]]]:
-    """Embedding (h, w, D) and prediction of images, and embeddings (1, h, w, D) of some of them with a pasted window."""
+    """Embedding (h, w, D) and prediction of images, and embeddings (1, h, w, D) of the first ones with a pasted window."""
     measured, pasted, before = [], [], None
     for outcome in answers:
         measured.append((outcome.embedding, outcome.prediction))
-        if len(pasted) < PASTED_IMAGES:
+        if len(pasted) < windows:
             changed = paste(outcome.pixels, outcome.pixels if before is None else before, len(pasted))
             pasted.append(runtime.embed([changed]))
             before = outcome.pixels
