@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
@@ -67,6 +68,13 @@ def receive(statuses=lambda event: 204, port=0):
         server.server_close()
 
 
+def read_request(connection) -> None:
+    """Read a whole request: one that is closed with bytes unread is reset, and its answer may be lost."""
+    with connection.makefile("rb") as stream:
+        stream.readline(65536)
+        stream.read(int(http.client.parse_headers(stream).get("content-length", 0)))
+
+
 @contextmanager
 def lie(answer):
     """Run a receiver that gives each connection to a function; the context's value is the URL, and a list of connections."""
@@ -81,7 +89,7 @@ def lie(answer):
 
     def work(connection):
         with suppress(OSError):
-            connection.recv(65536)
+            read_request(connection)
             answer(connection, stopped)
         connection.close()
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 
 import pytest
 from helpers.http import wait_for
-from helpers.receivers import SECRET, free_port, lie, receive
+from helpers.receivers import SECRET, free_port, lie, read_request, receive
 
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.http_client import HttpError, Reply, pause_after, send
@@ -230,7 +230,7 @@ def test_certificate_is_checked(tmp_path):
 
     def answer(connection):
         with context.wrap_socket(connection, server_side=True) as encrypted:
-            encrypted.recv(65536)
+            read_request(encrypted)
             encrypted.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     code = """
