@@ -13,6 +13,7 @@ from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -32,6 +33,7 @@ from patchcore_plugin.errors import PatchcoreError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
     from patchcore_plugin.bundle.tiles import TileLayout
@@ -303,6 +305,13 @@ class Preprocessing(_Record):
         """Rows above and below the crop, and columns left and right of it, in the resized image."""
         (top, left), (height, width) = self.offset, self.size
         return (top, self.resize[0] - height - top), (left, self.resize[1] - width - left)
+
+    @property
+    def inspected(self) -> NDArray[np.bool_] | None:
+        """Whether each pixel of the resized image is seen and inspected; None where all are."""
+        if self.crop is None and self.region is None:
+            return None
+        return np.pad(np.ones(self.size, bool) if self.region is None else self.region.pixels, self.margins)
 
     def pixel_size(self, size: tuple[int, int]) -> tuple[float, float]:
         """Height and width of one pixel of the network's input, in pixels of the image.

@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchcore_plugin.cleaning.embedding import Embedder, Held, Network
+from patchcore_plugin.cleaning.embedding import DEFAULT_ARGUMENTS, Held
 from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE, Evidence, find_evidence, largest_mean, robust_scale
 from patchcore_plugin.cleaning.files import ImageFacts, find_copies, find_odd, read_all_facts
 from patchcore_plugin.depth import IntensityRange
 from patchcore_plugin.images import ImageError
+from patchcore_plugin.model.data_checks import have_same_proportions
+from patchcore_plugin.model.embedder import Embedder
+from patchcore_plugin.model.region import check_region, mask_size
 from patchcore_plugin.progress import Progress, no_progress
+from patchcore_plugin.scoring.scores import ScoreRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+    from typing import Any
+
+    from patchcore_plugin.bundle import RegionOfInterest
 
 MIN_IMAGES = 10
 """Fewest comparable images that are ranked: with fewer, what is usual is unknown."""
@@ -24,7 +31,7 @@ MIN_IMAGES = 10
 WORST_IMAGES = 20
 """Images that the report shows, at most."""
 
-LEFT_OUT = "unreadable", "suspicious", "copy", "in the test folder"
+LEFT_OUT = "unreadable", "unlike the mask", "suspicious", "copy", "in the test folder"
 """Findings whose images the list names; of copies the first image stays."""
 
 
@@ -57,6 +64,7 @@ class CheckReport:
         suspects: The worst of them, for pictures.
         map_limit: Deviation that the worst patches of most images stay below.
         intensity_range: Values of deep images that become 0 and 255; None for images of 8 bits.
+        region: Pixels of the network's input that were compared; None where all were.
     """
 
     images: list[Path]
@@ -66,6 +74,7 @@ class CheckReport:
     suspects: list[Suspect]
     map_limit: float
     intensity_range: IntensityRange | None
+    region: RegionOfInterest | None = None
 
     @property
     def leave_out(self) -> list[Path]:
@@ -80,7 +89,7 @@ class Suspect:
     Attributes:
         image: The image.
         score: Its score.
-        map: Deviations (h, w) of its patches.
+        map: Deviations (h, w) of its patches, 0 outside the region of interest.
         place: Row and column of its worst patch.
         like: The image with the nearest likeness of that patch.
         like_place: Row and column there.
@@ -97,7 +106,8 @@ class Suspect:
 def check_images(
     images: Sequence[Path],
     test_images: Sequence[Path] = (),
-    network: Network | None = None,
+    arguments: Mapping[str, Any] = DEFAULT_ARGUMENTS,
+    intensity_range: IntensityRange | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> CheckReport:
@@ -106,17 +116,24 @@ def check_images(
     Args:
         images: Paths of images that should be normal, sorted.
         test_images: Paths of images that must not be among them.
-        network: The backbone that compares them; None is EfficientNet-Lite0.
+        arguments: Arguments of FaissPatchcore, whose backbone compares them, in its region of interest.
+        intensity_range: Values of deep images that become 0 and 255; None takes the least and largest of all.
         seed: Seed of the patches that are compared with.
         progress: Called with each step.
 
     Raises:
-        UsageError: If the backbone or a layer is unknown, or the image size does not fit the backbone.
+        UsageError: If the backbone or a layer is unknown, or another argument is wrong.
+        FileNotFoundError: If there is no mask image of that name.
+        ImageError: If the mask image cannot be read.
     """
-    embedder = Embedder(network or Network())  # first: a wrong name is reported before the long work
+    embedder = Embedder(arguments, len(images))  # first: a wrong name is reported before the long work
+    mask = mask_size(check_region(arguments.get("region_of_interest")))
     facts = read_all_facts(images, "read", progress)
     readable = [image for image in facts if not image.error]
     findings = [Finding(image.path, "unreadable", image.error) for image in facts if image.error]
+    if mask is not None:
+        findings += [finding for image in readable if (finding := _unlike_mask(image, mask))]
+        readable = [image for image in readable if not _unlike_mask(image, mask)]
     copies = find_copies(readable)
     for number, (like, words) in copies.items():
         findings.append(Finding(readable[number].path, "copy", words, readable[like].path))
@@ -130,11 +147,12 @@ def check_images(
     compared = [image for image in originals if (image.values is not None) == deep]
     if len(compared) < MIN_IMAGES:
         return CheckReport(list(images), findings, [], [], [], 0, None)
-    span = _range(compared) if deep else None
-    paths = [image.path for image in compared]
-    embed = Held(lambda start: embedder.stream(paths, span, start))
-    evidence = find_evidence(embed, len(paths), seed, progress)
-    middle, deviation = robust_scale(largest_mean(evidence.maps.reshape(len(paths), -1)))
+    span = (intensity_range or _range(compared)) if deep else None
+    paths, rule = [image.path for image in compared], ScoreRule(region=embedder.region)
+    grid = next(embedder.stream(paths, span)).shape[:2]
+    embed = Held(lambda start: (rule.inspected(found[None])[0] for found in embedder.stream(paths, span, start)))
+    evidence = _on_grid(find_evidence(embed, len(paths), seed, progress), rule, grid)
+    middle, deviation = robust_scale(largest_mean(rule.inspected(evidence.maps[..., None]).reshape(len(paths), -1)))
     order = np.argsort(-evidence.scores, kind="stable")
     findings += [
         Finding(paths[number], "suspicious", f"score {evidence.scores[number]:.1f}, above {SUSPICIOUS_SCORE}")
@@ -149,6 +167,27 @@ def check_images(
         suspects=[_suspect(number, paths, evidence) for number in order[:WORST_IMAGES]],
         map_limit=middle + SUSPICIOUS_SCORE * deviation,
         intensity_range=span,
+        region=rule.region,
+    )
+
+
+def _unlike_mask(image: ImageFacts, mask: tuple[int, int]) -> Finding | None:
+    """A finding if an image has other proportions than the mask image, which has this width and height."""
+    height, width = image.size
+    if have_same_proportions((width, height), mask):
+        return None
+    return Finding(image.path, "unlike the mask", f"{width} x {height} pixels, the mask has {mask[0]} x {mask[1]}")
+
+
+def _on_grid(evidence: Evidence, rule: ScoreRule, grid: tuple[int, int]) -> Evidence:
+    """Evidence of all patches, from that of the inspected ones; outside, the deviation is 0."""
+    if rule.region is None:
+        return evidence
+    numbers = rule.region.patches(grid)
+    return evidence._replace(
+        maps=rule.on_grid(evidence.maps, grid),
+        patch=numbers[evidence.patch],
+        like_patch=numbers[evidence.like_patch],
     )
 
 

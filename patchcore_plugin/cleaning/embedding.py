@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from patchcore_plugin.coreset.memory import free_memory
-from patchcore_plugin.images import read_image
-from patchcore_plugin.model.embedding_engine import EmbeddingEngine
-from patchcore_plugin.model.pre_processing import build_pre_processor
-from patchcore_plugin.model.torch_model import FaissPatchcoreModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
-    from patchcore_plugin.depth import IntensityRange
+    import torch
+
+DEFAULT_ARGUMENTS: dict[str, Any] = {
+    "backbone": "efficientnet_lite0",
+    "layers": ["blocks.2", "blocks.4"],
+    "normalization": "backbone",
+}
+"""Arguments of FaissPatchcore by which images are compared where none are given."""
 
 HELD_SHARE = 0.5
 """Share of the free memory that embeddings may take."""
-
-
-class Network(NamedTuple):
-    """The backbone that compares images.
-
-    Attributes:
-        backbone: Its name, as FaissPatchcore takes it.
-        layers: Its feature layers.
-        image_size: Height and width of its input, in pixels.
-    """
-
-    backbone: str = "efficientnet_lite0"
-    layers: tuple[str, ...] = ("blocks.2", "blocks.4")
-    image_size: tuple[int, int] = (256, 256)
-
-
-class Embedder:
-    """Embeds images by a backbone, normalized as its weights were trained."""
-
-    def __init__(self, network: Network) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = FaissPatchcoreModel(network.layers, network.backbone).eval().to(self._device)
-        pre_processor = build_pre_processor(network.image_size, normalization="backbone", backbone=network.backbone)
-        self._transform = pre_processor.transform
-        self._engine = EmbeddingEngine("auto")
-
-    @torch.inference_mode()
-    def stream(self, paths: Sequence[Path], span: IntensityRange | None, start: int = 0) -> Iterator[torch.Tensor]:
-        """Patch embeddings (h, w, D) of each image from a number on: to the bit the same, wherever that begins."""
-        for path in paths[start:]:
-            pixels = torch.tensor(read_image(path, intensity_range=span)).permute(2, 0, 1)[None]
-            images = self._transform(pixels.to(self._device).float() / 255)
-            yield self._model.embed(images, self._engine.network(self._model, images, len(paths)))[0]
 
 
 class Held:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _PICTURE_HEIGHT, _PICTURE_WIDTH = 240, 480  # pixels, at most
 _TITLES = {
     "unreadable": "Cannot be read",
+    "unlike the mask": "Do not fit the mask of the region of interest",
     "suspicious": "Suspicious",
     "copy": "Copies of another image",
     "in the test folder": "In the test folder too",
@@ -74,6 +75,7 @@ def write_report(report: CheckReport, folder: Path, file: Path) -> None:
         left_out=len(report.leave_out),
         sections=[(title, lines) for title, lines in sections if lines],
         cards=[_card(suspect, report, name(suspect.image), name(suspect.like)) for suspect in report.suspects],
+        region=report.region is not None,
         version=__version__,
     )
     with writing(file):
@@ -83,7 +85,10 @@ def write_report(report: CheckReport, folder: Path, file: Path) -> None:
 def _card(suspect: Suspect, report: CheckReport, name: str, like: str) -> dict[str, object]:
     """Image, anomaly map and nearest likeness, each as a data URL, with their names."""
     image = read_image(suspect.image, intensity_range=report.intensity_range)
-    heat = overlay(image, suspect.map / max(2 * report.map_limit, 1e-6), _NO_CROP)
+    seen = _NO_CROP
+    if report.region is not None:
+        seen = seen.model_copy(update={"resize": report.region.size, "region": report.region})
+    heat = overlay(image, suspect.map / max(2 * report.map_limit, 1e-6), seen)
     other = read_image(suspect.like, intensity_range=report.intensity_range)
     grid = suspect.map.shape
     return {

@@ -19,6 +19,9 @@ from patchcore_plugin.names import as_line
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from patchcore_plugin.bundle import Manifest, Scale
     from patchcore_plugin.operations.validation import ValidationReport
     from patchcore_plugin.runtime import Prediction
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 _folder = click.argument("folder", type=click.Path(path_type=Path))
+
+_SHOWN_PARTS = 4  # of a region of interest
 
 
 @click.command(epilog="Example: patchcore info bundle")
@@ -70,7 +75,8 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
         yield "tiles", f"{count} of {size} pixels, one every {stride}"
     if recipe.region is not None:
         inspected = len(recipe.region.patches(manifest.grid)) / (manifest.grid[0] * manifest.grid[1])
-        yield "region of interest", f"{recipe.region.share:.0%} of the input, {inspected:.0%} of the patches"
+        shares = f"{recipe.region.share:.0%} of the input, {inspected:.0%} of the patches"
+        yield "region of interest", f"{shares}; {_parts(recipe.region.pixels)}"
     for member in manifest.all_members:
         radius = "unknown" if member.covering_radius is None else f"{member.covering_radius:.4g}"
         weight = f", distances x {member.weight:.3g}" if manifest.members else ""
@@ -89,6 +95,23 @@ def _summary(manifest: Manifest, version: str) -> Iterator[tuple[str, str]]:
     for name, file in manifest.files.items():
         yield name, f"{FILES[name].content}, {file.bytes / 2**20:.2f} MiB"
     yield "written with", ", ".join(f"{package} {number}" for package, number in manifest.versions.items())
+
+
+def _parts(inspected: NDArray[np.bool_]) -> str:
+    """Boxes around the parts of a region of interest, or around those that it leaves out: whichever cover less."""
+    from patchcore_plugin.scoring.regions import find_regions
+
+    inside, outside = (find_regions(part.astype("float32"), 0) for part in (inspected, ~inspected))
+    covered = [sum(box.width * box.height for box in boxes) for boxes in (inside, outside)]
+    kind, boxes = ("inspects", inside) if covered[0] < covered[1] or not outside else ("leaves out", outside)
+    boxes = sorted(boxes, key=lambda box: -box.area)
+    height, width = inspected.shape
+    shown = [
+        "[" + ", ".join(f"{edge / side:.2g}" for edge, side in zip(box.corners, (width, height) * 2, strict=True)) + "]"
+        for box in boxes[:_SHOWN_PARTS]
+    ]
+    more = f" and {len(boxes) - _SHOWN_PARTS} more" if len(boxes) > _SHOWN_PARTS else ""
+    return f"{kind} {', '.join(shown)}{more} (left, top, right, bottom)"
 
 
 def _reading(manifest: Manifest) -> Iterator[tuple[str, str]]:

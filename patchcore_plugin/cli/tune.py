@@ -60,6 +60,9 @@ def tune(
     evidence: on solar cells they missed what smoothing gains, and favored larger images, which lose there. So they choose
     nothing: the table is shown, and the config's own setting written. Prefer a handful of real defective images.
 
+    The config's region of interest and tiles count in every setting: banks and scores are of the patches inside the region.
+    Of an ensemble the first backbone alone is compared; patchcore evaluate compares ensembles.
+
     Of a large folder, 200 normal and 100 defective images are drawn. Banks keep 1 % of the patches. What the config says of
     coreset, memory, outliers and augmentations has no part in the comparison, and stays as it is.
 
@@ -70,6 +73,7 @@ def tune(
 
     normal = find_images(folder)
     defective = [] if defects is None else find_images(defects)  # before the slow imports
+    from patchcore_plugin.model.region import check_region, mask_size
     from patchcore_plugin.tuning import config as configs
     from patchcore_plugin.tuning import draw_images, list_settings, make_plan, run_plan
 
@@ -79,9 +83,10 @@ def tune(
     base = configs.read_config(config, defects=defects is not None)
     configs.check_defects(base, folder, defects)
     listed = list_settings(base.arguments, settings)
+    region_size = mask_size(check_region(base.arguments.get("region_of_interest")))
     normal = configs.without_excluded(base, normal)
     with step_bars() as progress:
-        images = draw_images(normal, defective, configs.intensity_range(base), seed, progress)
+        images = draw_images(normal, defective, configs.intensity_range(base.arguments), region_size, seed, progress)
         plan = make_plan(listed, images, seed, progress)
     kind = "defective" if images.defective else "SYNTHETIC defective"
     click.echo(

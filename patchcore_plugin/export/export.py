@@ -126,9 +126,14 @@ def export_bundle(
         network = write_network(model, recipe, draft / FEATURES)
         *grid, _ = network.shape
         embedder = network.embedder()
+        changed = paste_windows(measured, recipe.inspected)
+        every = [*measured, *changed]
+        embeddings = []
+        for done, pixels in enumerate(every, start=1):
+            embeddings.append(embedder.embed(pixels))
+            progress("embed images", done, len(every))
         normal, pasted = (
-            np.concatenate([embedder.embed(image) for image in images]) if images else None
-            for images in (measured, paste_windows(measured))
+            np.concatenate(part) if part else None for part in (embeddings[: len(measured)], embeddings[len(measured) :])
         )
         del network, embedder  # on Windows, a file in use is not replaced
         members, bank = _build_banks(model, normal, pasted, index, storage, progress)

@@ -13,6 +13,7 @@ from patchcore_plugin.coreset.embedding_store import EmbeddingStore
 from patchcore_plugin.coreset.outliers import find_outliers
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.augmentation import Change
+from patchcore_plugin.model.region import check_patches
 from patchcore_plugin.model.training_images import check_finite, own_images
 
 if TYPE_CHECKING:
@@ -165,10 +166,7 @@ class PatchCollector:
         images, rows, columns, dimension = embedding.shape
         held = held.reshape(images, rows * columns, dimension)
         if self.region is not None:
-            inspected = self.region.patches((rows, columns))
-            if not len(inspected):
-                msg = "region_of_interest has the center of no patch: make it larger, or the image_size."
-                raise UsageError(msg)
+            inspected = check_patches(self.region, (rows, columns))
             held = held[:, torch.from_numpy(inspected).to(held.device)]
         if not self._stores:
             self._stores = self._new_stores(self.expected_images and self.expected_images * held.shape[1])

@@ -16,8 +16,11 @@ from rich.progress import track
 from patchcore_plugin.cpu import cores
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import ImageError
+from patchcore_plugin.names import as_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lightning.pytorch import Trainer
 
 _ANOMALOUS = 1
@@ -95,18 +98,36 @@ def check_data(trainer: Trainer, region_size: tuple[int, int] | None = None) -> 
             pool.map(_size, images), "Check images", len(images), transient=True, disable=len(images) < _FILES_WITHOUT_A_BAR
         )
         sizes = dict(zip(images, found, strict=True))
-    for image, size in sizes.items() if region_size else ():
-        if abs(size[0] * region_size[1] / (size[1] * region_size[0]) - 1) > _PROPORTION_TOLERANCE:
-            msg = (
-                f"The mask of region_of_interest has {region_size[0]} x {region_size[1]} pixels, {image} {size[0]} x "
-                f"{size[1]}: draw the mask on one of the images, which must have the same proportions."
-            )
-            raise UsageError(msg)
+    check_proportions(sizes, region_size)
     for samples in tables:
         if samples.attrs.get("task") == "segmentation" and {"mask_path", "label_index"} <= set(samples):
             for image, mask, label in zip(samples["image_path"], samples["mask_path"], samples["label_index"], strict=True):
                 if label == _ANOMALOUS and isinstance(mask, str):  # some data sets have several masks for an image
                     _check_mask(image, sizes[image], mask)
+
+
+def check_proportions(sizes: Mapping[str | Path, tuple[int, int]], region_size: tuple[int, int] | None) -> None:
+    """Refuse images with other proportions than the mask image of a region of interest.
+
+    Args:
+        sizes: Width and height of each image.
+        region_size: Width and height of the mask image; None where there is none, so that any size fits.
+
+    Raises:
+        UsageError: If an image does not fit; it names the file.
+    """
+    for image, size in sizes.items() if region_size else ():
+        if not have_same_proportions(size, region_size):
+            msg = (
+                f"The mask of region_of_interest has {region_size[0]} x {region_size[1]} pixels, {as_line(str(image))} "
+                f"{size[0]} x {size[1]}: draw the mask on one of the images, which must have the same proportions."
+            )
+            raise UsageError(msg)
+
+
+def have_same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two widths and heights have the same proportions, within 2 %."""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= _PROPORTION_TOLERANCE
 
 
 def _size(path: str) -> tuple[int, int]:

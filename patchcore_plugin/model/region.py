@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from anomalib.data.transforms.utils import extract_transforms_by_type
-from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import Resize
 
@@ -71,11 +70,16 @@ def _are_fractions(values: Any, count: int) -> bool:
 
 
 def mask_size(region: str | Shapes | None) -> tuple[int, int] | None:
-    """Width and height of the mask image; None for shapes, which fit any image."""
+    """Width and height of the mask image; None for shapes, which fit any image.
+
+    Raises:
+        FileNotFoundError: If there is no such mask image.
+        ImageError: If the mask image cannot be read.
+    """
     if not isinstance(region, str):
         return None
-    with Image.open(region) as mask:
-        return mask.size
+    height, width, _ = read_image(Path(region)).shape
+    return width, height
 
 
 def build_region(region: str | Shapes, transform: nn.Module | None) -> RegionOfInterest:
@@ -106,6 +110,19 @@ def build_region(region: str | Shapes, transform: nn.Module | None) -> RegionOfI
         msg = f"region_of_interest leaves nothing to inspect: {short(region)}. In a mask image, white is inspected."
         raise UsageError(msg)
     return RegionOfInterest.of(inside.numpy())
+
+
+def check_patches(region: RegionOfInterest, grid: tuple[int, int]) -> NDArray[np.int64]:
+    """Numbers of the inspected patches of a grid (h, w), counted row by row.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    inspected = region.patches(grid)
+    if not len(inspected):
+        msg = "region_of_interest has the center of no patch: make it larger, or the image_size."
+        raise UsageError(msg)
+    return inspected
 
 
 def _read_mask(path: str, least: tuple[int, int]) -> NDArray[np.bool_]:

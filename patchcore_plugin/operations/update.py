@@ -337,7 +337,8 @@ def _measure(
     for outcome in answers:
         measured.append((outcome.embedding, outcome.prediction))
         if len(pasted) < windows:
-            changed = paste(outcome.pixels, outcome.pixels if before is None else before, len(pasted))
+            source, inspected = outcome.pixels if before is None else before, runtime.manifest.preprocessing.inspected
+            changed = paste(outcome.pixels, source, len(pasted), inspected)
             pasted.append(runtime.embed([changed]))
             before = outcome.pixels
     return measured, pasted

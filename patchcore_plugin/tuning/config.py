@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from patchcore_plugin.tuning.tune import TuneReport
 
-_MODEL = "FaissPatchcore"
+_MODEL, _CLASS_PATH = "FaissPatchcore", "patchcore_plugin.FaissPatchcore"
 _COMPARED = (
     "backbone",
     "layers",
@@ -38,6 +38,9 @@ _COMPARED = (
     "score_smoothing",
     "intensity_range",
     "exclude",
+    "region_of_interest",
+    "tile_size",
+    "tile_stride",
 )  # arguments of the model that the comparison uses
 _OTHER_PARTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # of a model, no arguments of an embedding
 _OF_OTHER_IMAGES = ("normal_test_dir", "mask_dir")
@@ -68,21 +71,39 @@ def read_config(file: Path | None, *, defects: bool = True) -> BaseConfig:
     if file is None:
         with as_file(files("patchcore_plugin.configs") / ("folder.yaml" if defects else "normal_only.yaml")) as own:
             return read_config(own)
+    arguments, (content, resolved) = read_arguments(file), _load(file)
+    _section(file, resolved, "data", "Folder", "anomalib.data.Folder")
+    return BaseConfig(content, arguments)
+
+
+def read_arguments(file: Path) -> dict[str, Any]:
+    """Read the arguments of a config's model that scores depend on, with values for ``${...}``.
+
+    Args:
+        file: The config, with this package's model.
+
+    Raises:
+        UsageError: If it cannot be read, or has another model, or one with a pre-processor of its own.
+    """
+    arguments = _section(file, _load(file)[1], "model", _MODEL, _CLASS_PATH)
+    if isinstance(arguments.get("pre_processor"), dict):
+        msg = f"{file} gives the model a pre_processor, which sets image_size and normalization: leave it out."
+        raise UsageError(msg)
+    return {name: value for name, value in arguments.items() if name not in _OTHER_PARTS}
+
+
+def _load(file: Path) -> tuple[Any, Any]:
+    """What is in a YAML file, as written and with values for ``${...}``."""
     try:
         loaded = OmegaConf.load(file)
         content, resolved = (OmegaConf.to_container(loaded, resolve=resolve) for resolve in (False, True))
+        return content, resolved
     except FileNotFoundError as error:
         msg = f"There is no file {file}."
         raise UsageError(msg) from error
     except Exception as error:  # from the YAML parser, from omegaconf, or from decoding
         msg = f"{file} cannot be read as YAML: {error}"
         raise UsageError(msg) from error
-    arguments = _section(file, resolved, "model", _MODEL, "patchcore_plugin.FaissPatchcore")
-    _section(file, resolved, "data", "Folder", "anomalib.data.Folder")
-    if isinstance(arguments.get("pre_processor"), dict):
-        msg = f"{file} gives the model a pre_processor, which sets image_size and normalization: leave it out."
-        raise UsageError(msg)
-    return BaseConfig(content, {name: value for name, value in arguments.items() if name not in _OTHER_PARTS})
 
 
 def _section(file: Path, content: Any, name: str, needed: str, example: str) -> dict[str, Any]:
@@ -99,9 +120,9 @@ def _section(file: Path, content: Any, name: str, needed: str, example: str) -> 
     return arguments
 
 
-def intensity_range(base: BaseConfig) -> IntensityRange | None:
-    """The config's intensity range; None where it has none, or takes that of the images."""
-    values = base.arguments.get("intensity_range")
+def intensity_range(arguments: Mapping[str, Any]) -> IntensityRange | None:
+    """The intensity range of model arguments; None where they have none, or take that of the images."""
+    values = arguments.get("intensity_range")
     return None if values in (None, "auto") else check_intensity_range(values)
 
 

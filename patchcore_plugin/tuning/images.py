@@ -10,6 +10,7 @@ from patchcore_plugin.cleaning.files import ImageFacts, read_all_facts
 from patchcore_plugin.depth import IntensityRange
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.images import ImageError
+from patchcore_plugin.model.data_checks import check_proportions
 from patchcore_plugin.names import as_line
 from patchcore_plugin.progress import Progress, no_progress
 
@@ -51,6 +52,7 @@ def draw_images(
     normal: Sequence[Path],
     defective: Sequence[Path] = (),
     intensity_range: IntensityRange | None = None,
+    region_size: tuple[int, int] | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Images:
@@ -62,11 +64,12 @@ def draw_images(
         normal: Paths of normal images, sorted.
         defective: Paths of defective images, sorted; none for synthetic ones.
         intensity_range: The config's; None takes that of the normal images, where they are deep.
+        region_size: Width and height of the mask image of a region of interest, which must fit all images.
         seed: Seed of the draw.
         progress: Called with each step.
 
     Raises:
-        UsageError: If there are too few images, or one is normal and defective.
+        UsageError: If there are too few images, or one is normal and defective, or does not fit the region of interest.
         ImageError: If an image cannot be read, or the images are not all of 8 bits, nor all deeper.
     """
     rng = random.Random(seed)  # noqa: S311
@@ -75,6 +78,7 @@ def draw_images(
         _refuse_both([(path, path) for path in both])
     drawn = [rng.sample(normal, min(len(normal), NORMAL_LIMIT)), rng.sample(defective, min(len(defective), DEFECTIVE_LIMIT))]
     facts = _read([*drawn[0], *drawn[1]], progress)
+    check_proportions({image.path: image.size[::-1] for image in facts}, region_size)
     own, others = ({image.pixel_hash: image for image in reversed(facts) if image.path in set(paths)} for paths in drawn)
     both = [(own[pixels].path, others[pixels].path) for pixels in own if pixels in others]
     if both:

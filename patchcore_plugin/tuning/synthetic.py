@@ -29,7 +29,7 @@ NOISE_SIDE = 0.1, 0.3
 NOISE_BLEND = 0.1, 0.5
 """Least and largest share of the noise in the pixels that it changes."""
 
-_MIN_SIDE = 4  # pixels of a pattern
+_MIN_SIDE = 17  # pixels of an image for anomalib's generator, which fails below for some of its patterns
 
 
 @dataclass(frozen=True)
@@ -61,30 +61,37 @@ def draw_defects(paths: Sequence[Path], seed: int) -> list[SyntheticDefect]:
     ]
 
 
-def add_defect(image: NDArray[np.uint8], defect: SyntheticDefect, source: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def add_defect(
+    image: NDArray[np.uint8],
+    defect: SyntheticDefect,
+    source: NDArray[np.uint8],
+    inspected: NDArray[np.bool_] | None = None,
+) -> NDArray[np.uint8]:
     """Make a synthetic defect in an image.
 
     Args:
         image: Normal image (H, W, 3), RGB.
         defect: What to make.
         source: Image (h, w, 3) that a pasted window is cut out of.
+        inspected: Where the defect's center may lie, as in :func:`patchcore_plugin.pasting.draw_window`.
 
     Returns:
         Image (H, W, 3) with the defect.
     """
     if defect.kind == "paste":
-        return paste(image, source, defect.seed)
+        return paste(image, source, defect.seed, inspected)
     rng = random.Random(defect.seed)  # noqa: S311
-    changed, window = image.copy(), draw_window(image, rng, NOISE_SIDE)
+    changed, window = image.copy(), draw_window(image, rng, NOISE_SIDE, inspected)
     changed[window] = _with_noise(image[window], rng)
     return changed
 
 
 def _with_noise(pixels: NDArray[np.uint8], rng: random.Random) -> NDArray[np.uint8]:
-    if min(pixels.shape[:2]) < _MIN_SIDE:  # too small for a pattern
-        return 255 - pixels
+    down, across = (-(-_MIN_SIDE // side) for side in pixels.shape[:2])
+    larger = torch.tensor(pixels.repeat(down, axis=0).repeat(across, axis=1))
     with torch.random.fork_rng(devices=[]):  # anomalib draws from torch's generator
         torch.manual_seed(rng.getrandbits(32))
         generator = PerlinAnomalyGenerator(probability=1.0, blend_factor=NOISE_BLEND)
-        changed, _ = generator(torch.tensor(pixels).permute(2, 0, 1).float() / 255)
-    return (changed.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        changed, _ = generator(larger.permute(2, 0, 1).float() / 255)
+    changed = (changed.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()[::down, ::across]
+    return 255 - pixels if np.array_equal(changed, pixels) else changed  # a few pixels may lie beside all spots

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from patchcore_plugin.errors import UsageError
+from patchcore_plugin.model.embedder import Embedder
 from patchcore_plugin.progress import Progress, no_progress
 from patchcore_plugin.scoring.scores import ScoreRule
 from patchcore_plugin.tuning.criterion import Comparison, choose, compare
-from patchcore_plugin.tuning.cross_fit import CORESET_RATIO, Embedder, cross_fit, draw_folds, read, score
+from patchcore_plugin.tuning.cross_fit import CORESET_RATIO, cross_fit, draw_folds, read, score
 from patchcore_plugin.tuning.images import MIN_DEFECTIVE, MIN_NORMAL
 from patchcore_plugin.tuning.synthetic import SyntheticDefect, draw_defects
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from patchcore_plugin.bundle import RegionOfInterest
     from patchcore_plugin.tuning.criterion import FoldScores
     from patchcore_plugin.tuning.images import Images
     from patchcore_plugin.tuning.settings import Setting
@@ -43,11 +45,10 @@ class Group:
 
     settings: list[Setting]
 
-    @property
-    def rules(self) -> list[ScoreRule]:
-        """How each setting makes image scores of patch distances."""
+    def rules(self, region: RegionOfInterest | None = None) -> list[ScoreRule]:
+        """How each setting makes image scores of patch distances in a region."""
         names = ("num_neighbors", "score_smoothing")
-        return [ScoreRule(**{n: s.arguments[n] for n in names if n in s.arguments}) for s in self.settings]
+        return [ScoreRule(**{n: s.arguments[n] for n in names if n in s.arguments}, region=region) for s in self.settings]
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,11 @@ def _try_out(group: Group, images: Images) -> _Trial:
         embedding = embedder.embed(read(images.normal[0], images.intensity_range))
         embedded = time.perf_counter()
     height, width, dimension = embedding.shape
-    rows = max(1, int(CORESET_RATIO * height * width * len(images.normal) * (FOLDS - 1) / FOLDS))
+    share = 1 if embedder.region is None else embedder.region.share
+    rows = max(1, int(CORESET_RATIO * share * height * width * len(images.normal) * (FOLDS - 1) / FOLDS))
     bank = torch.rand(rows, dimension, device=embedding.device).to(embedding.dtype)
     before = time.perf_counter()
-    score(bank, [embedding], group.rules)
+    score(bank, [embedding], group.rules(embedder.region))
     return _Trial(embedding.nbytes, embedded - started, time.perf_counter() - before)
 
 
@@ -189,8 +191,9 @@ def _cross_fit(group: Group, plan: Plan, seed: int, progress: Progress) -> list[
     every = [*normal, *plan.defects]
     embedder, embeddings = Embedder(group.settings[0].arguments, len(every)), []
     for image in every:
-        embeddings.append(embedder.embed(read(image, plan.images.intensity_range)))
+        embeddings.append(embedder.embed(read(image, plan.images.intensity_range, embedder.region)))
         progress(step, len(embeddings), len(every))
     parents = None if plan.images.defective else np.array([defect.parent for defect in plan.defects])
     fold = draw_folds(len(normal), FOLDS, seed)
-    return cross_fit(group.rules, embeddings[: len(normal)], embeddings[len(normal) :], fold, parents, seed)
+    rules = group.rules(embedder.region)
+    return cross_fit(rules, embeddings[: len(normal)], embeddings[len(normal) :], fold, parents, seed)

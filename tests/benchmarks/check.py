@@ -18,10 +18,11 @@ import torch
 from common import heading
 from rich.progress import track
 
-from patchcore_plugin.cleaning import Embedder, Network
+from patchcore_plugin.cleaning import DEFAULT_ARGUMENTS
 from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE, find_evidence
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.images import find_images
+from patchcore_plugin.model.embedder import Embedder
 
 NORMAL_PER_DEFECTIVE = 19
 SHARES = 0.05, 0.06, 0.1
@@ -29,7 +30,7 @@ SHARES = 0.05, 0.06, 0.1
 
 def embed(paths: list[Path]) -> torch.Tensor:
     """Embeddings (N, h, w, D) of images, float16."""
-    stream = Embedder(Network()).stream(paths, None)
+    stream = Embedder(DEFAULT_ARGUMENTS, len(paths)).stream(paths)
     return torch.stack([embedding.half() for embedding in track(stream, "Embed", len(paths))])
 
 

@@ -26,13 +26,14 @@ from rich.progress import track
 from sklearn.metrics import roc_auc_score
 
 from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
-from patchcore_plugin.cleaning import Embedder, Network
+from patchcore_plugin.cleaning import DEFAULT_ARGUMENTS
 from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.evaluation.metrics import pixel_metrics
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.images import find_images, read_image
 from patchcore_plugin.memory_bank import MemoryBank, join_banks
+from patchcore_plugin.model.embedder import Embedder
 from patchcore_plugin.model.torch_model import spread
 from patchcore_plugin.scoring import ScoreRule, anomaly_map
 
@@ -46,6 +47,7 @@ MODELS = {
 }
 RULE = ScoreRule(score_smoothing=1)
 FIRST_LAYER = 40
+MANY = 1000  # images, about, that a backbone embeds
 """Values of an embedding that come from the first layer."""
 
 
@@ -58,7 +60,9 @@ class Parts:
 
     def __init__(self, *, by_name: bool) -> None:
         self._by_name = by_name
-        self._embedders = {name: Embedder(Network(backbone)) for name, backbone in BACKBONES.items()}
+        self._embedders = {
+            name: Embedder({**DEFAULT_ARGUMENTS, "backbone": backbone}, MANY) for name, backbone in BACKBONES.items()
+        }
         self._held: dict[tuple[str, str], torch.Tensor] = {}
 
     def embed(self, name: str, paths: list[Path]) -> torch.Tensor:
@@ -66,7 +70,7 @@ class Parts:
         backbone, _, layer = name.partition(", ")
         keys = [(backbone, path.name if self._by_name else str(path)) for path in paths]
         missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in self._held}
-        stream = self._embedders[backbone].stream(list(missing.values()), None)
+        stream = self._embedders[backbone].stream(list(missing.values()))
         for key, embedding in zip(missing, track(stream, backbone, len(missing), transient=True), strict=True):
             self._held[key] = embedding.half()
         part = {"": slice(None), "first layer": slice(FIRST_LAYER), "second layer": slice(FIRST_LAYER, None)}[layer]

@@ -21,13 +21,14 @@ from common import heading
 from rich.progress import track
 from sklearn.metrics import roc_auc_score
 
-from patchcore_plugin.cleaning import Embedder, Network
+from patchcore_plugin.cleaning import DEFAULT_ARGUMENTS
 from patchcore_plugin.coreset import GreedyCoreset
 from patchcore_plugin.coreset.embedding_store import EmbeddingStore
 from patchcore_plugin.coreset.outliers import find_outliers
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.images import find_images
 from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.model.embedder import Embedder
 from patchcore_plugin.scoring.scores import ScoreRule, image_score
 
 NORMAL_PER_DEFECTIVE = 19
@@ -37,7 +38,7 @@ RULES = {"": ScoreRule(), " smoothed": ScoreRule(score_smoothing=1)}
 def embed(folder: Path, kinds: list[str]) -> torch.Tensor:
     """Embeddings (N, h, w, D) of the images in some folders, float16."""
     paths = [path for kind in kinds for path in find_images(folder / kind)]
-    stream = Embedder(Network()).stream(paths, None)
+    stream = Embedder(DEFAULT_ARGUMENTS, len(paths)).stream(paths)
     return torch.stack([embedding.half() for embedding in track(stream, f"Embed {folder.name}", len(paths))])
 
 

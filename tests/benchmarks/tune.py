@@ -23,9 +23,10 @@ from rich.progress import track
 
 from patchcore_plugin.elpv import lay_out
 from patchcore_plugin.images import find_images
+from patchcore_plugin.model.embedder import Embedder
 from patchcore_plugin.scoring import ScoreRule
 from patchcore_plugin.tuning import criterion, tune
-from patchcore_plugin.tuning.cross_fit import Embedder, cross_fit, draw_folds, fit_bank, read, score
+from patchcore_plugin.tuning.cross_fit import cross_fit, draw_folds, fit_bank, read, score
 from patchcore_plugin.tuning.settings import list_settings
 from patchcore_plugin.tuning.synthetic import draw_defects
 
@@ -75,7 +76,7 @@ def measure(found: dict[str, list[torch.Tensor]], rules: list[ScoreRule], seed: 
     fold, defective = draw_folds(TUNED, tune.FOLDS, seed), found["defective"]
     real = cross_fit(rules, images, defective, fold, seed=seed)
     made = cross_fit(rules, images, synthetic, fold, np.arange(TUNED), seed)
-    last = score(fit_bank(torch.stack(images), seed), [*found["normal"][KNOWN:], *defective], rules)
+    last = score(fit_bank(torch.stack(images), rules[0], seed), [*found["normal"][KNOWN:], *defective], rules)
     return [Split(*scores, row[:-DEFECTIVE], row[-DEFECTIVE:]) for *scores, row in zip(real, made, last, strict=True)]
 
 
@@ -121,11 +122,11 @@ def main(data: tuple[str, ...], seeds: int, first_seed: int, count: int, embeddi
             images = draw(root)
             splits: list[dict[str, Split]] = [{} for _ in range(seeds)]
             for group in tune.group_settings(settings):
-                embedder = Embedder(group.settings[0].arguments, len(images.normal) + len(images.defective))
+                embedder = Embedder(group.settings[0].arguments, sum(map(len, images.values())))
                 file = "" if embeddings is None else str(embeddings / f"{Path(name).name}-{group.settings[0].name}")
                 found = embed(images, embedder, file)
                 for number, kept in enumerate(track(splits, "Score")):
-                    rows = measure(found, group.rules, first_seed + number)
+                    rows = measure(found, group.rules(), first_seed + number)
                     kept.update(zip([setting.name for setting in group.settings], rows, strict=True))
         show(Path(name).name, splits, first_seed, count)
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from anomalib.data.utils.tiler import Tiler
+from click.testing import CliRunner
 from helpers.bundles import change_manifest
 from helpers.server import app_server
 from helpers.training import assert_scores_alike, folder_datamodule, make_engine, make_model
@@ -17,6 +19,8 @@ from PIL import Image
 
 from patchcore_plugin import ConformalPostProcessor, FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError, RegionOfInterest, read_manifest
+from patchcore_plugin.cli import main
+from patchcore_plugin.cli.bundles import _parts
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.export import export_bundle
 from patchcore_plugin.operations.update import update_bundle
@@ -128,6 +132,31 @@ def test_checkpoint_keeps_the_region(fitted, stamped_cells, tmp_path):
     metrics = make_engine(tmp_path).test(other, datamodule=folder_datamodule(stamped_cells), ckpt_path=checkpoint)
     assert other.model.rule.region == model.model.rule.region
     assert metrics[0]["image_AUROC"] > 0.85
+
+
+def test_info_tells_the_region(region_bundle, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(main, ["info", str(region_bundle)])
+    assert re.search(r"9\d% of the input, 9\d% of the patches; leaves out \[0, 0, 0\.3\d?, 0\.2\d?\] \(left,", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "text"),
+    [
+        ([], "inspects [0, 0, 1, 1]"),
+        ([(0, 0, 30, 10), (90, 40, 100, 50)], "leaves out [0, 0, 0.3, 0.2], [0.9, 0.8, 1, 1]"),
+        ([(0, 0, 100, 20), (0, 20, 80, 50)], "inspects [0.8, 0.4, 1, 1]"),
+        ([(10 * n, 10, 10 * n + 5 + n, 20) for n in range(6)], "leaves out [0.5, 0.2, 0.6, 0.4], "),
+    ],
+)
+def test_parts_of_a_region(boxes, text):
+    """The largest first, four at most."""
+    inspected = np.ones((50, 100), bool)
+    for left, top, right, bottom in boxes:
+        inspected[top:bottom, left:right] = False
+    shown = _parts(inspected)
+    assert shown.startswith(text)
+    assert shown.endswith(("and 2 more" if len(boxes) > 4 else "") + " (left, top, right, bottom)")
 
 
 def test_update_learns_nothing_outside(region_bundle, region_runtime, stamped_cells, tmp_path):

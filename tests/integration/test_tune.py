@@ -4,9 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from patchcore_plugin.cli import main
 
@@ -117,6 +119,33 @@ def test_synthetic_defects(part, tmp_path):
     written = yaml.safe_load((tmp_path / "out.yaml").read_text(encoding="utf-8"))
     assert written["model"] == yaml.safe_load(BASE)["model"]
     assert "abnormal_dir" not in written["data"]["init_args"]
+
+
+def test_region_tiles_and_ensemble(part, tmp_path):
+    """Marks outside the region change no figure; tiles count; the further backbones of an ensemble do not."""
+    for path in (part / "good").iterdir():
+        pixels = np.array(Image.open(path))
+        (tmp_path / "good").mkdir(exist_ok=True)
+        pixels[:60, :60] = np.random.default_rng(int(path.stem[-3:])).integers(0, 256, (60, 60))
+        Image.fromarray(pixels).save(tmp_path / "good" / path.name)
+    config = yaml.safe_load(BASE)
+    arguments = config["model"]["init_args"]
+    del arguments["augmentations"]
+    arguments |= {"region_of_interest": [{"rectangle": [0, 0, 0.25, 0.25], "ignore": True}], "tile_size": 64}
+    arguments["ensemble"] = [{"backbone": "efficientnet_lite1"}]
+    found = []
+    for number, folder in enumerate((part / "good", tmp_path / "good")):
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        output = tmp_path / f"{number}.yaml"
+        command = ["tune", folder, "--defects", part / "defect", "--config", tmp_path / "base.yaml", "-o", output]
+        result = CliRunner().invoke(main, [*map(str, command), "--settings", "best"])
+        assert result.exit_code == 0, result.output
+        found.append(re.findall(r"[01]\.\d{4} ±", result.stdout))
+        assert re.search(r"has them: .*\bensemble", result.stdout)
+    assert found[0] == found[1]
+    written = yaml.safe_load((tmp_path / "0.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+    assert written["ensemble"] == arguments["ensemble"]
+    assert written["region_of_interest"] == arguments["region_of_interest"]
 
 
 @pytest.mark.parametrize(

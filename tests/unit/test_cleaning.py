@@ -8,16 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from helpers.training import ROOT
 from PIL import Image, ImageEnhance
 
-from patchcore_plugin.cleaning import CheckReport, Finding, write_list, write_report
-from patchcore_plugin.cleaning.embedding import Embedder, Held, Network
+from patchcore_plugin.cleaning import CheckReport, Finding, check_images, write_list, write_report
+from patchcore_plugin.cleaning.embedding import DEFAULT_ARGUMENTS, Held
 from patchcore_plugin.cleaning.evidence import SUSPICIOUS_SCORE, deviations, find_evidence
 from patchcore_plugin.cleaning.files import find_copies, find_odd, read_facts
 from patchcore_plugin.cli import main
 from patchcore_plugin.errors import UsageError
+from patchcore_plugin.model.embedder import Embedder
 from patchcore_plugin.model.exclusion import read_list
 
 
@@ -110,8 +112,8 @@ def test_an_image_embedded_again_is_the_same_to_the_bit(tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(66)]
     for number, path in enumerate(paths):
         draw(number).save(path)
-    embedder = Embedder(Network(image_size=(32, 32)))
-    first, again = (list(embedder.stream(paths, None, start)) for start in (0, 63))
+    embedder = Embedder({**DEFAULT_ARGUMENTS, "image_size": (32, 32)}, len(paths))
+    first, again = (list(embedder.stream(paths, start=start)) for start in (0, 63))
     for one, other in zip(first[63:], again, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -246,6 +248,91 @@ def test_command(cells, tmp_path):
     assert "200 x 200 pixels, not 300 x 300" in page
     assert "color, 8 bits, not gray, 8 bits" in page
     assert "z&lt;&amp;&gt;.png" in page
+
+
+STAMPED = "[{rectangle: [0, 0, 0.25, 0.25], ignore: true}]"
+
+
+@pytest.fixture
+def stamped(cells):
+    """The cells, one of them with a mark in a corner and one with a scratch elsewhere; their paths."""
+    mark, scratch = sorted(cells.iterdir())[3:5]
+    for path, part in ((mark, slice(10, 60)), (scratch, slice(150, 200))):
+        pixels = np.array(Image.open(path))
+        pixels[part, part] = np.random.default_rng(0).integers(0, 256, (50, 50))
+        Image.fromarray(pixels).save(path)
+    return mark, scratch
+
+
+def test_region_of_interest(cells, stamped, tmp_path):
+    """By shapes, by a mask image and by a config, to the same end: what lies outside accuses nobody."""
+    Image.fromarray(np.where(np.indices((300, 300)).max(0) < 75, 0, 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    config = {"model": {"class_path": "patchcore_plugin.FaissPatchcore", "init_args": {**DEFAULT_ARGUMENTS}}}
+    config["model"]["init_args"] |= {"region_of_interest": str(tmp_path / "mask.png"), "tile_size": 256, "ensemble": None}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    listed = []
+    for arguments in (
+        [],
+        ["--region-of-interest", STAMPED],
+        ["--region-of-interest", tmp_path / "mask.png"],
+        ["--config", tmp_path / "part.yaml"],
+    ):
+        result = check(cells, *arguments, "-o", tmp_path / "out")
+        assert result.exit_code == 3, result.output
+        listed.append((tmp_path / "out/leave_out.txt").read_text(encoding="utf-8").splitlines())
+        page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+        assert ("outside the region of interest" in page) == bool(arguments)
+    mark, scratch = map(str, stamped)
+    assert mark in listed[0]
+    assert scratch in listed[0]
+    for found in listed[1:]:
+        assert mark not in found
+        assert scratch in found
+    assert listed[1] == listed[2] == listed[3]
+
+
+def test_marks_outside_the_region_change_no_score(cells, stamped):
+    arguments = {**DEFAULT_ARGUMENTS, "region_of_interest": yaml.safe_load(STAMPED)}
+    images = sorted(cells.iterdir())
+    first = check_images(images, arguments=arguments)
+    pixels = np.array(Image.open(stamped[0]))
+    pixels[:60, :60] = 255 - pixels[:60, :60]
+    Image.fromarray(pixels).save(stamped[0])
+    again = check_images(images, arguments=arguments)
+    assert (first.ranked, first.scores) == (again.ranked, again.scores)
+    inspected = first.region.at((32, 32))
+    for suspect in first.suspects:
+        assert inspected[suspect.place]
+        assert inspected[suspect.like_place]
+        assert not suspect.map[~inspected].any()
+        assert suspect.map[inspected].any()
+
+
+def test_image_that_does_not_fit_the_mask(cells, tmp_path):
+    """A training would refuse it: it is listed, and not compared."""
+    Image.new("L", (300, 300), 255).save(tmp_path / "mask.png")
+    Image.open(next(iter(cells.iterdir()))).resize((300, 200)).save(cells / "z_flat.png")
+    result = check(cells, "--region-of-interest", tmp_path / "mask.png", "-o", tmp_path / "out")
+    assert "unlike the mask: 1" in result.output
+    assert "12 were compared" in result.output
+    assert str(cells / "z_flat.png") in (tmp_path / "out/leave_out.txt").read_text(encoding="utf-8")
+    assert "300 x 200 pixels, the mask has 300 x 300" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ("absent.png", "absent.png"),
+        ("[{rectangle: [0, 0, 2, 1]}]", "from 0 to 1"),
+        ("[{rectangle: [0, 0", "cannot be read as YAML"),
+        ("[{rectangle: [0, 0, 1, 1], ignore: true}]", "leaves nothing to inspect"),
+        ("[{rectangle: [0, 0, 0.01, 0.01]}]", "the center of no patch"),
+    ],
+)
+def test_wrong_regions(cells, tmp_path, region, message):
+    result = check(cells, "--region-of-interest", region, "-o", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert message in result.output
 
 
 def test_nothing_is_found(cells, tmp_path):
