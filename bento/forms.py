@@ -13,6 +13,8 @@ from .pipeline import ImageFile
 from .problems import ProblemError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastapi import Request
 
 FORM = "multipart/form-data"
@@ -22,12 +24,15 @@ IMAGE_TYPES = ("application/octet-stream", "image/png", "image/jpeg", "image/bmp
 _MAX_FIELDS = 16  # of a form, its files apart
 _MAX_CONTENT_TYPE = 512  # characters
 _CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii"}
-_TEXT_FIELDS = ("model", "heatmap", "kind")
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
+async def read_image_file(request: Request, *names: str) -> tuple[ImageFile, dict[str, str]]:
     """Read the image file of a request, and the text fields of its form.
+
+    Args:
+        request: The request.
+        names: The text fields that the form may have.
 
     Raises:
         ProblemError: If the request has no image file, or the form is not valid.
@@ -39,13 +44,13 @@ async def read_image_file(request: Request) -> tuple[ImageFile, dict[str, str]]:
             raise ProblemError("image_missing", "The body is empty; it should be an image file's bytes.")
         return ImageFile("the body", content, request.state.request_id), {}
     advice = f"send an image (image/png, ...), or a form ({FORM}) with the file 'image'"
-    form = await _read_form(request, 1, advice)
+    form = await _read_form(request, 1, advice, names)
     file = form.get("image")
     if not isinstance(file, UploadFile):
         reason = "is missing" if file is None else "holds text"
         detail = f"The form's field 'image' {reason}; send a file (curl: --form image=@cell.png)."
         raise ProblemError("image_missing", detail)
-    fields = {name: text for name in _TEXT_FIELDS if (text := _text_of(request, form, name)) is not None}
+    fields = {name: text for name in names if (text := _text_of(request, form, name)) is not None}
     return await _image_file(request, file), fields
 
 
@@ -56,7 +61,7 @@ async def read_image_files(request: Request, max_files: int) -> tuple[list[Image
         ProblemError: If the form has no file, or is not valid.
     """
     advice = f"send a form ({FORM}) with the files 'images'; /predict takes an image alone"
-    form = await _read_form(request, max_files, advice)
+    form = await _read_form(request, max_files, advice, ("model",))
     files = [await _image_file(request, value) for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if not files:
         raise ProblemError("image_missing", "The form has no file 'images' (curl: --form images=@cell.png).")
@@ -71,11 +76,12 @@ async def read_feedback(request: Request) -> tuple[dict[str, str], bytes | None]
     Raises:
         ProblemError: If the form is not valid.
     """
-    form = await _read_form(request, 1, f"send a form ({FORM}) with the fields 'record' and 'word'")
+    names = ("record", "word", "note")
+    form = await _read_form(request, 1, f"send a form ({FORM}) with the fields 'record' and 'word'", names)
     file = form.get("image")
     if file is not None and not isinstance(file, UploadFile):
         raise ProblemError("field_invalid", "The form's field 'image' holds text; it should be a file.")
-    fields = {name: _text_of(request, form, name) or "" for name in ("record", "word", "note")}
+    fields = {name: _text_of(request, form, name) or "" for name in names}
     return fields, None if file is None else await file.read()
 
 
@@ -126,12 +132,22 @@ def _check_form_type(request: Request, advice: str) -> None:
         raise ProblemError("unsupported_media_type", detail)
 
 
-async def _read_form(request: Request, max_files: int, advice: str) -> FormData:
+async def _read_form(request: Request, max_files: int, advice: str, names: Sequence[str]) -> FormData:
+    """Read a form with files and these text fields, each once."""
     _check_form_type(request, advice)
     try:
-        return await request.form(max_files=max_files, max_fields=_MAX_FIELDS)
+        form = await request.form(max_files=max_files, max_fields=_MAX_FIELDS)
     except HTTPException as error:
         raise ProblemError("form_invalid", f"The form cannot be read: {error.detail}") from error
+    files = ("image", "images")
+    for name, value in form.multi_items():
+        if name not in names and name not in files and not isinstance(value, UploadFile):
+            detail = f"There is no field {name[:40]!r} here: beside its files, the form takes {', '.join(names)}."
+            raise ProblemError("field_invalid", detail)
+    for name in names:
+        if len(form.getlist(name)) > 1:
+            raise ProblemError("field_invalid", f"The form has its field {name!r} twice.")
+    return form
 
 
 def _text_of(request: Request, form: FormData, name: str) -> str | None:

@@ -35,7 +35,7 @@ from .forms import FORM, read_feedback
 from .logs import logger
 from .problems import ProblemError
 from .record import AnswerRecord
-from .routes import responses_of
+from .routes import check_parameters, responses_of
 from .schemas import FeedbackAnswer, History, HourTotals, ImageAnswer
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ _ID_PATTERN = f"^{ID.pattern}$"
 _NOT_READ = ("unauthorized", "record_off", "record_unavailable", "timeout")
 _ID = Path(description="Id of the answer.", pattern=_ID_PATTERN)
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(check_parameters)])
 
 
 async def _record(request: Request) -> AnswerRecord:

@@ -28,7 +28,7 @@ PROBLEMS = {
         "The file cannot be decoded as an image, has several pages, or is not as deep as those that the model reads.",
     ),
     "form_invalid": (400, "The form cannot be read, or has too many files or fields."),
-    "field_invalid": (400, "A field has a wrong value."),
+    "field_invalid": (400, "A field, or a parameter of the URL, is unknown or has a wrong value."),
     "disconnected": (400, "The body ended before its stated length."),
     "request_invalid": (400, "The bytes are no HTTP request."),
     "unauthorized": (401, "The key is missing or wrong: X-API-Key: KEY, or Authorization: Bearer KEY."),

@@ -10,11 +10,12 @@ from fastapi.responses import Response
 from .forms import FORM, IMAGE_TYPES, check_kind, read_flag, read_image_file, read_image_files
 from .methods import describe_methods
 from .pipeline import Pipeline
-from .problems import PROBLEMS
+from .problems import PROBLEMS, ProblemError
 from .schemas import BatchAnswer, DriftReport, Explanation, ImageAnswer, ModelList, Problem
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from fastapi.dependencies.models import Dependant
     from pydantic import BaseModel
 
 _MODEL = Query(description="Name of the model; may be left out where there is only one.", max_length=200)
@@ -37,6 +38,25 @@ PipelineDependency = Annotated[Pipeline, Depends(_pipeline)]
 SettingsDependency = Annotated[Settings, Depends(_settings)]
 
 
+async def check_parameters(request: Request) -> None:
+    """Refuse a request whose URL has parameters that its route does not take.
+
+    Raises:
+        ProblemError: If there is one.
+    """
+    known = _names_of(request.scope["route"].dependant)
+    for name in request.query_params:
+        if name not in known:
+            taken = f"takes {', '.join(known)}" if known else "takes none"
+            raise ProblemError("field_invalid", f"There is no parameter {name[:40]!r} here: the URL {taken}.")
+
+
+def _names_of(dependant: Dependant) -> list[str]:
+    """Names of the parameters of the URL, those of what it depends on included."""
+    names = [parameter.alias for parameter in dependant.query_params]
+    return names + [name for other in dependant.dependencies for name in _names_of(other)]
+
+
 def responses_of(*codes: str) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of the problems that a route answers with."""
     meanings: dict[int, list[str]] = {}
@@ -49,11 +69,11 @@ def responses_of(*codes: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _body(field: str, *, several: bool) -> dict[str, Any]:
-    """The OpenAPI description of a body with images."""
+def _body(field: str, *, several: bool = False, **more: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI description of a body with images, and the text fields ``model`` and ``more`` of its form."""
     file = {"type": "string", "contentMediaType": "application/octet-stream", "description": "PNG, JPEG, BMP, TIFF or WebP"}
     image = {"type": "array", "items": file, "minItems": 1} if several else file
-    fields = {field: image, "model": {"type": "string", "description": _MODEL.description}}
+    fields = {field: image, "model": {"type": "string", "description": _MODEL.description}, **more}
     form = {"schema": {"type": "object", "properties": fields, "required": [field]}}
     raw = {} if several else {kind: {"schema": {"type": "string", "format": "binary"}} for kind in IMAGE_TYPES}
     return {"requestBody": {"required": True, "content": {FORM: form, **raw}}}
@@ -64,13 +84,17 @@ _SCORING = responses_of(
     *("body_too_large", "image_too_large", "unsupported_media_type"),
     *("busy", "model_unavailable", "runner_unavailable", "timeout"),
 )
-_ONE_IMAGE = _body("image", several=False)
 _BATCH = {**_SCORING, **responses_of("body_too_large", "image_too_large", "batch_too_large")}
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(check_parameters)])
 
 
-@router.post("/predict", response_model=ImageAnswer, responses=_SCORING, openapi_extra=_ONE_IMAGE)
+@router.post(
+    "/predict",
+    response_model=ImageAnswer,
+    responses=_SCORING,
+    openapi_extra=_body("image", heatmap={"type": "boolean", "description": _HEATMAP.description}),
+)
 async def predict(
     request: Request,
     pipeline: PipelineDependency,
@@ -78,7 +102,7 @@ async def predict(
     heatmap: Annotated[bool, _HEATMAP] = False,
 ) -> Response:
     """Score one image: a form with the file ``image``, or the file's bytes as the body."""
-    file, fields = await read_image_file(request)
+    file, fields = await read_image_file(request, "model", "heatmap")
     wanted = read_flag(fields["heatmap"]) if "heatmap" in fields else heatmap
     answer = await pipeline.predict(file, fields.get("model") or model, heatmap=wanted)
     pipeline.metrics.images.observe(1)
@@ -102,7 +126,7 @@ async def predict_batch(
     "/heatmap",
     responses={200: {"content": {"image/png": {}}, "description": "PNG"}, **_SCORING},
     response_class=Response,
-    openapi_extra=_ONE_IMAGE,
+    openapi_extra=_body("image", kind={"type": "string", "enum": ["overlay", "map"], "description": _KIND.description}),
 )
 async def heatmap(
     request: Request,
@@ -111,7 +135,7 @@ async def heatmap(
     kind: Annotated[Literal["overlay", "map"], _KIND] = "overlay",
 ) -> Response:
     """Answer the heatmap of one image as PNG; the headers X-Score, X-Verdict and X-Record have what /predict answers."""
-    file, fields = await read_image_file(request)
+    file, fields = await read_image_file(request, "model", "kind")
     kind = check_kind(fields.get("kind") or kind)
     picture, answer = await pipeline.draw(file, fields.get("model") or model, kind)
     _log(request, answer)
@@ -121,10 +145,10 @@ async def heatmap(
     return Response(picture, media_type="image/png", headers=headers)
 
 
-@router.post("/explain", response_model=Explanation, responses=_SCORING, openapi_extra=_ONE_IMAGE)
+@router.post("/explain", response_model=Explanation, responses=_SCORING, openapi_extra=_body("image"))
 async def explain(request: Request, pipeline: PipelineDependency, model: Annotated[str | None, _MODEL] = None) -> Response:
     """Score one image, and name the nearest normal patch of each anomalous region."""
-    file, fields = await read_image_file(request)
+    file, fields = await read_image_file(request, "model")
     explanation = await pipeline.explain(file, fields.get("model") or model)
     _log(request, explanation)
     return _json(explanation)

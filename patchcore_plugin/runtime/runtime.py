@@ -62,8 +62,8 @@ class PatchcoreRuntime:
         path: Folder of the bundle.
         mode: ``"latency"`` scores one image at a time with all threads, and decodes the next image meanwhile;
             ``"throughput"`` scores as many images at once as there are threads, each with one thread. ``"auto"`` scores an
-            image with all threads where it is alone, and with one where others are scored, too. It keeps a network for
-            each; with other devices than the CPU, or weights of more than 64 MiB, it is ``"latency"``.
+            image with all threads where it is alone, and with one where others are scored too, or were just before. It
+            keeps a network for each; with other devices than the CPU, or weights of more than 64 MiB, it is ``"latency"``.
         threads: Number of threads; all cores by default.
         cache: Folder that keeps compiled networks for the next start; several bundles may share it. True is the folder
             ``<bundle>.cache`` beside the bundle, False keeps nothing. Where the folder cannot be written, the network is
@@ -131,7 +131,7 @@ class PatchcoreRuntime:
             self._ways.append(_Way(network, each, self.threads, bank, defects))
         self.bank, self.defects = self._ways[0].bank, self._ways[0].defects
         self.origins = read_origins(bundle)
-        self._in_work, self._lock = 0, Lock()
+        self._in_work, self._crowded_until, self._lock = 0, 0.0, Lock()
         self._workers = 1 if self.mode == "latency" else self.threads
         # in mode throughput an image keeps to its thread, in FAISS too
         self._pool = ThreadPoolExecutor(self._workers, "patchcore", initializer=faiss.omp_set_num_threads, initargs=(1,))
@@ -243,15 +243,22 @@ class PatchcoreRuntime:
 
     @contextmanager
     def _way(self) -> Iterator[_Way]:
-        """How to work on an image now."""
+        """How to work on an image now: as one that is alone, or as one of several.
+
+        An image that leaves others at work says that more are coming: for as long as it took, none counts as alone.
+        """
+        began = time.perf_counter()
         with self._lock:
             self._in_work += 1
-            way = self._ways[0 if self._in_work == 1 else -1]
+            way = self._ways[0 if self._in_work == 1 and began > self._crowded_until else -1]
         try:
             yield way
         finally:
+            ended = time.perf_counter()
             with self._lock:
                 self._in_work -= 1
+                if self._in_work:
+                    self._crowded_until = ended + (ended - began)
 
     def _check_device(self, name: str) -> None:
         """Refuse a device that fails at the self-test, or gives other scores."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -149,11 +150,18 @@ def test_mode_auto(bundle, runtime, test_images, monkeypatch):
     """An image that is alone has all threads, and one beside it its own; whoever asks, scores are the same."""
     auto = PatchcoreRuntime.load(bundle, mode="auto", threads=2)
     assert auto.mode == "auto"
-    with auto._way() as alone, auto._way() as beside, auto._way() as third:
-        assert (alone.bank.threads, beside.bank.threads, third.bank.threads) == (2, None, None)
-        assert beside is third
-    with auto._way() as again:
-        assert again is alone
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+    with monkeypatch.context() as context:
+        context.setattr("patchcore_plugin.runtime.runtime.time", clock)
+        with auto._way() as alone, auto._way() as beside:
+            assert (alone.bank.threads, beside.bank.threads) == (2, None)
+            with auto._way() as third:
+                clock.now += 3
+            assert third is beside
+        for after, expected in ((0, beside), (2.5, beside), (1, alone), (0, alone)):
+            clock.now += after
+            with auto._way() as way:
+                assert way is expected
     assert auto.bank.vectors.ctypes.data == beside.bank.vectors.ctypes.data, "the bank is in memory once"
     expected = [prediction.score for prediction in runtime.predict(test_images)]
     with ThreadPoolExecutor(4) as pool:

@@ -221,6 +221,32 @@ def test_fields(client, test_images, fields, code):
     check(predict(client, test_images[0], **fields), code)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "data", "message"),
+    [
+        (
+            "POST",
+            "/predict",
+            {"heatmaps": "true"},
+            "'heatmaps' here: beside its files, the form takes model, heatmap.",
+        ),
+        ("POST", "/predict", {"kind": "map"}, "no field 'kind'"),
+        ("POST", "/predict?heatmaps=true", {}, "no parameter 'heatmaps' here: the URL takes model, heatmap."),
+        ("POST", "/predict", {"model": ["cells", "other"]}, "has its field 'model' twice"),
+        ("POST", "/heatmap", {"heatmap": "true"}, "no field 'heatmap' here: beside its files, the form takes model, kind."),
+        ("POST", "/explain", {"modell": "cells"}, "no field 'modell'"),
+        ("GET", "/models?name=cells", None, "no parameter 'name' here: the URL takes none."),
+        ("GET", "/drift?model=cells", None, "no parameter 'model'"),
+    ],
+)
+def test_what_nobody_knows_is_refused(client, test_images, method, path, data, message):
+    """A typing error in the name of a field would otherwise be without effect, and without a word."""
+    files = None if data is None else {"image": test_images[0].read_bytes()}
+    response = client.request(method, path, files=files, data=data)
+    check(response, "field_invalid")
+    assert message in response.json()["detail"]
+
+
 def test_forms(client, test_images):
     image = test_images[0].read_bytes()
 

@@ -81,8 +81,8 @@ def wait_until_written(client, records):
 
 
 def say(client, record, word, note="", **options):
-    data = {"record": record, "word": word, **({"note": note} if note else {})}
-    return client.post("/feedback", files={**options, "x": (None, "")}, data=data)
+    fields = {"record": (None, record), "word": (None, word), "note": (None, note)}
+    return client.post("/feedback", files={**options, **fields})
 
 
 def is_problem(response, code):
@@ -372,6 +372,7 @@ def test_wrong_feedback(served, pair):
     post("field_invalid", **form(record="../../etc/passwd", word="good"))
     post("field_invalid", **form(record="a" * 5000, word="good"))
     post("field_invalid", **form(record=record, word="GOOD"))
+    post("field_invalid", **form(record=record, word="good", notes="a scratch"))
     post("field_invalid", **form(record=record, word="good", note="a" * 501))
     post("field_invalid", **form(record=record, word="good", image="text"))
     post("field_invalid", files={"record": ("a.txt", record), "word": (None, "good")})
