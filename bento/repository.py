@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 STORE_NAME = "patchcore"
 """Name of the model in BentoML's store; in a bento, the alias of the model that was built in."""
 
+_SECONDS_BETWEEN_LOOKS = 0.5  # at the files of models in memory, at least
 _SECONDS_TO_NEXT_TRY = 60  # of a bundle that could not be loaded for a reason that may pass
 
 
@@ -114,6 +116,7 @@ class ModelRepository:
         self._loading: dict[str, threading.Lock] = {}
         self._folders: dict[str, Path] = {}
         self._found_at = -check_interval
+        self._looks = False
 
     def folders(self) -> dict[str, Path]:
         """Folder of every bundle by name.
@@ -222,14 +225,24 @@ class ModelRepository:
         with self._lock:
             self._entries.pop(name, None)
             self._entries[name] = entry
+            starts, self._looks = not self._looks, True
             while sum(other.bytes for other in self._entries.values()) > self._max_bytes and len(self._entries) > 1:
                 oldest = next(iter(self._entries))
                 del self._entries[oldest]  # requests that hold its runtime finish
                 self._on_load(oldest, "dropped")
+        if starts:
+            threading.Thread(target=_look_for_ever, args=(weakref.ref(self), self._check_interval), daemon=True).start()
         self._on_load(name, "loaded")
         loaded = entry.runtime
         logger.info("The bundle %s is loaded, version %s, network on %s", name, loaded.version, loaded.device)
         return entry.runtime
+
+    def look(self) -> None:
+        """Begin to load the new versions of models in memory whose files have changed."""
+        with self._lock:
+            entries = list(self._entries.items())
+        for name, entry in entries:
+            self._reload_if_changed(name, entry)
 
     def _reload_if_changed(self, name: str, entry: _Entry) -> None:
         """Load the new version of a bundle in the background, if its files have changed."""
@@ -258,6 +271,18 @@ class ModelRepository:
             logger.warning("The bundle %s stays at version %s", name, entry.runtime.version)
         finally:
             entry.reloading = False
+
+
+def _look_for_ever(repository: weakref.ref[ModelRepository], seconds: float) -> None:
+    """Look at the files of models in memory while no request does: the first image after a swap gets the new version."""
+    while True:
+        time.sleep(max(seconds, _SECONDS_BETWEEN_LOOKS))
+        found = repository()
+        if found is None:
+            return
+        with suppress(BundleError, OSError):  # a request will say it
+            found.look()
+        del found
 
 
 def make_repository(settings: Settings, metrics: Metrics) -> ModelRepository:

@@ -9,6 +9,7 @@ import time
 import pytest
 from helpers.bundles import renew_checksums
 from helpers.http import wait_for
+from patchcore_plugin.bento import repository as repositories
 from patchcore_plugin.bento.repository import ModelRepository, UnknownModelError, find_bundles
 from patchcore_plugin.bento.settings import Settings
 
@@ -29,8 +30,9 @@ def events():
 
 
 @pytest.fixture
-def make(folder, events):
-    """Make a repository of the models in ``folder``, which looks for changes at every request."""
+def make(folder, events, monkeypatch):
+    """Make a repository of the models in ``folder``, which looks for changes at every request, and not in between."""
+    monkeypatch.setattr(repositories, "_SECONDS_BETWEEN_LOOKS", 3600)
 
     def find():
         return {path.name: path for path in sorted(folder.iterdir()) if (path / "manifest.json").is_file()}
@@ -330,3 +332,15 @@ def test_folder_of_bundles_that_cannot_be_listed():
     assert not repository.preload()
     with pytest.raises(BundleError, match="not yours"):
         repository.resolve(None)
+
+
+def test_new_version_is_loaded_without_a_request(repository, folder, monkeypatch):
+    """The first image after a swap gets the new version, however long the service was idle."""
+    monkeypatch.setattr(repositories, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    before = repository.get("left").version
+    shutil.copytree(folder / "left", folder / ".new")
+    rename(folder / ".new", "renamed")
+    (folder / "left").rename(folder / ".old")
+    (folder / ".new").rename(folder / "left")
+    wait_for(lambda: repository._entries["left"].runtime.version != before, 30)
+    assert repository.get("left").version == version_of(folder / "left")
