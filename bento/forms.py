@@ -138,7 +138,8 @@ async def _read_form(request: Request, max_files: int, advice: str, names: Seque
     try:
         form = await request.form(max_files=max_files, max_fields=_MAX_FIELDS)
     except HTTPException as error:
-        raise ProblemError("form_invalid", f"The form cannot be read: {error.detail}") from error
+        several = " /predict_batch takes several images." if max_files == 1 and "files" in str(error.detail) else ""
+        raise ProblemError("form_invalid", f"The form cannot be read: {error.detail}{several}") from error
     files = ("image", "images")
     for name, value in form.multi_items():
         if name not in names and name not in files and not isinstance(value, UploadFile):

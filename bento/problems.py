@@ -57,6 +57,10 @@ PROBLEMS = {
 }
 """Status and meaning of every problem code."""
 
+_ADVICE = {
+    404: "No route has this path; GET /docs.json lists the routes.",
+    405: "The route does not take this method; the header Allow says which it takes, and GET /docs.json what they do.",
+}
 _CODES_OF_STATUS = {400: "form_invalid", 404: "not_found", 405: "method_not_allowed"}
 
 
@@ -92,7 +96,8 @@ def problem_of(error: Exception) -> ProblemError:
     elif isinstance(error, ClientDisconnect):
         code, detail = "disconnected", "The body ended before its stated length."
     elif isinstance(error, HTTPException) and error.status_code in _CODES_OF_STATUS:
-        code, detail = _CODES_OF_STATUS[error.status_code], str(error.detail)
+        code = _CODES_OF_STATUS[error.status_code]
+        detail = _ADVICE.get(error.status_code, str(error.detail))
     elif isinstance(error, BundleError):  # its message has a path, which is for the log alone
         code, detail = "model_unavailable", "The model cannot be loaded; the log says why."
     return ProblemError(code, detail, getattr(error, "headers", None))

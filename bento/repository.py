@@ -162,7 +162,8 @@ class ModelRepository:
         reason = (
             f"There is no model {wanted[:200]!r}." if wanted else "The request names no model, and there is not just one."
         )
-        msg = f"{reason} Models: {names}."
+        advice = "" if wanted else " Name one in the field model, or set PATCHCORE_DEFAULT_MODEL."
+        msg = f"{reason} Models: {names}.{advice}"
         raise UnknownModelError(msg)
 
     def get(self, name: str) -> PatchcoreRuntime:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -102,8 +103,8 @@ def open_http_port_only() -> None:
 
 
 def _check(sockets: Sequence[CircusSocket], options: dict[str, Any]) -> None:
-    """Refuse what would open another port."""
-    if sum(not socket.is_unix for socket in sockets) > 1:
+    """Refuse what would open another port, and a port that cannot be had."""
+    if sum(not each.is_unix for each in sockets) > 1:
         msg = (
             "PATCHCORE_RUNNER=process needs Unix sockets, and so does a service with bentoml.depends(PatchcoreService). "
             "BentoML uses TCP instead on Windows, in WSL, and where BENTOML_NO_UDS is set, and every user of this computer "
@@ -114,6 +115,26 @@ def _check(sockets: Sequence[CircusSocket], options: dict[str, Any]) -> None:
     if options.get("plugins"):
         msg = "bentoml serve --reload needs a port for commands, which all users of this computer could reach; leave it out."
         raise BentoMLConfigException(msg)
+    for wanted in sockets:
+        if not wanted.is_unix:
+            _check_port(wanted)
+
+
+def _check_port(wanted: CircusSocket) -> None:
+    """Refuse a port that is taken or may not be had: BentoML would end with a traceback that does not name it."""
+    with socket.socket(wanted.family, socket.SOCK_STREAM) as probe:
+        if os.name == "posix":  # else the connections of a service that has just ended would hold its port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((wanted.host, wanted.port))
+            probe.listen()
+        except OSError as error:
+            msg = (
+                f"The service cannot listen at port {wanted.port} of {wanted.host}: {error.strerror or error}. A service "
+                "that still runs may have the port, or another program. Choose another port by PATCHCORE_PORT or "
+                "`bentoml serve --port`, another address by PATCHCORE_HOST or `--host`."
+            )
+            raise BentoMLConfigException(msg) from error
 
 
 def end_with_supervisor() -> None:

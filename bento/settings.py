@@ -249,6 +249,9 @@ def read_settings() -> Settings:
 
 def _describe(problem: ErrorDetails) -> str:
     """What is wrong with a setting; the value of a secret one is not shown."""
+    if problem["type"] == "extra_forbidden":  # the environment's names have been checked
+        known = ", ".join(Settings.model_fields)
+        return f"{FILE_VARIABLE}: the file has {'.'.join(map(str, problem['loc']))}, which is no setting; settings: {known}"
     field = Settings.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
     secret = field is not None and SecretStr in get_args(field.annotation)
     got = "" if secret or problem["input"] is None else f" (got {problem['input']!r})"

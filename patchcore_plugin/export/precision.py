@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,14 +66,11 @@ def choose_precision(
         The precision, and what was measured: nothing, where only f32 was asked for.
 
     Raises:
-        BundleError: If there are no images to measure or to calibrate on, if int8 is asked for and NNCF is not installed,
-            or if the network cannot be used in the precision asked for.
+        BundleError: As of :func:`check_precision`, or if the network cannot be used in the precision asked for.
     """
+    check_precision(precision, len(images))
     if precision == "f32":
         return "f32", []
-    if not images:
-        msg = f"precision {precision!r} is measured on normal images, and the checkpoint keeps none. Give some (--images)."
-        raise BundleError(msg)
     files = _candidates(path, recipe, precision, images, progress)
     trials = _measure(files, recipe, precision, bank, images[1::2] or images, rule, progress)
     if precision == "auto":
@@ -84,6 +82,24 @@ def choose_precision(
     if "int8" in files:
         _replace_or_delete(path, files["int8"], replace=chosen == "int8")
     return chosen, trials
+
+
+def check_precision(precision: Precision | Literal["auto"], images: int) -> None:
+    """Refuse a precision that cannot be had, before the work of an export.
+
+    Args:
+        precision: What is asked for.
+        images: Number of normal images to measure on.
+
+    Raises:
+        BundleError: If there are no images to measure or to calibrate on, or int8 is asked for and NNCF is not installed.
+    """
+    if precision != "f32" and not images:
+        msg = f"precision {precision!r} is measured on normal images, and the checkpoint keeps none. Give some (--images)."
+        raise BundleError(msg)
+    if precision == "int8" and find_spec("nncf") is None:
+        msg = "int8 is made by NNCF, which is not installed: pip install 'patchcore-plugin[quantize]'"
+        raise BundleError(msg)
 
 
 def _candidates(
@@ -98,14 +114,11 @@ def _candidates(
     if precision == "bf16" or (precision == "auto" and has_bfloat16()):
         files["bf16"] = path
     if precision in ("auto", "int8"):
-        progress("quantize to int8", 0, 1)
-        try:
-            files["int8"] = _quantized(path, recipe, images[::2])  # the other images measure it
-        except ModuleNotFoundError as error:
-            if precision == "int8":
-                msg = "int8 is made by NNCF, which is not installed: pip install 'patchcore-plugin[quantize]'"
-                raise BundleError(msg) from error
+        if find_spec("nncf") is None:
             logger.warning("int8 was not tried: it needs pip install 'patchcore-plugin[quantize]'.")
+        else:
+            progress("quantize to int8", 0, 1)
+            files["int8"] = _quantized(path, recipe, images[::2])  # the other images measure it
     return files
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,9 @@ def _unfit(net: nn.Module, height: int, width: int, error: AssertionError) -> st
 
 def _unknown(name: str) -> str:
     """What to say of a name that timm does not have."""
-    similar = timm.list_models(f"*{re.split('[._]', name)[0]}*")[:8]
+    known = [*PACKAGED, *timm.list_models()]
+    family = timm.list_models(f"*{re.split('[._]', name)[0]}*")
+    similar = list(dict.fromkeys([*get_close_matches(name, known, 4), *family]))[:8]
     hint = f" Similar names: {', '.join(similar)}." if similar else ""
     return f"timm has no model {name!r}.{hint}"
 

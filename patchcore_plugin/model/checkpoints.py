@@ -91,4 +91,4 @@ class CheckpointTeller(Callback):
         if kept.is_file():
             logger.error("The trained model is kept in %s.", kept)
         elif trainer.state.fn == "fit":
-            logger.error("No model is kept in %s (nor in `latest`, where that leads there).", trainer.default_root_dir)
+            logger.error("This training has kept no model in %s, where `latest` may lead now.", trainer.default_root_dir)

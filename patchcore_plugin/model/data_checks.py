@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.data.datasets.image.folder import make_folder_dataset
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _ANOMALOUS = 1
+_FOLDERS = "normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir"  # of anomalib's Folder
 _PROPORTION_TOLERANCE = 0.02
 _FILES_WITHOUT_A_BAR = 1000
 _WITHOUT_CHECKSUMS = ("JPEG", "TIFF", "BMP", "WEBP")
@@ -52,6 +53,14 @@ def _explain(datamodule: AnomalibDataModule, error: Exception) -> str | None:
         path = str(error).rpartition("characters: ")[2]
         return f"anomalib takes paths in ASCII alone, and {path} has other letters: move or rename the folder."
     root = getattr(datamodule, "root", None)
+    for name in _FOLDERS if isinstance(error, FileNotFoundError) else ():
+        for folder in _listed(getattr(datamodule, name, None)):
+            path = Path(root or ".", folder)
+            if not path.is_dir():
+                alone = (
+                    " Where there are normal images alone, take configs/normal_only.yaml." if name == "abnormal_dir" else ""
+                )
+                return f"There is no folder {path}, which {name} names in the data section of the config.{alone}"
     if root and "missing file path" in str(error):
         for path in Path(root).rglob("*"):
             if path.is_symlink() and not path.exists():
@@ -64,6 +73,10 @@ def _explain(datamodule: AnomalibDataModule, error: Exception) -> str | None:
             f"the missing ones, or leave mask_dir out. anomalib says: {error}"
         )
     return None
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def check_data(trainer: Trainer, region_size: tuple[int, int] | None = None) -> None:

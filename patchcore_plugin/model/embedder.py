@@ -33,9 +33,8 @@ class Embedder:
         count: Number of images that it will embed.
 
     Raises:
-        UsageError: If FaissPatchcore does not take them.
-        ImageError: If the mask image of a ``region_of_interest`` cannot be read.
-        FileNotFoundError: If there is no such mask image.
+        UsageError: If FaissPatchcore does not take them, or there is no mask image for its ``region_of_interest``.
+        ImageError: If the mask image is none.
     """
 
     def __init__(self, arguments: Mapping[str, Any], count: int) -> None:

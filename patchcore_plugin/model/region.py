@@ -73,13 +73,21 @@ def mask_size(region: str | Shapes | None) -> tuple[int, int] | None:
     """Width and height of the mask image; None for shapes, which fit any image.
 
     Raises:
-        FileNotFoundError: If there is no such mask image.
-        ImageError: If the mask image cannot be read.
+        UsageError: If there is no such file.
+        ImageError: If it is no image.
     """
     if not isinstance(region, str):
         return None
-    height, width, _ = read_image(Path(region)).shape
+    height, width, _ = _read(region).shape
     return width, height
+
+
+def _read(path: str) -> NDArray[np.uint8]:
+    try:
+        return read_image(Path(path))
+    except OSError as error:
+        msg = f"The mask image of region_of_interest cannot be read: {path}: {error.strerror or error}"
+        raise UsageError(f"{msg}. Its path counts from {Path.cwd()}.") from error
 
 
 def build_region(region: str | Shapes, transform: nn.Module | None) -> RegionOfInterest:
@@ -93,9 +101,9 @@ def build_region(region: str | Shapes, transform: nn.Module | None) -> RegionOfI
         transform: The model's pre-processing.
 
     Raises:
-        UsageError: If the pre-processing has no resize to a fixed height and width, or if nothing is left to inspect.
-        FileNotFoundError: If there is no such mask image.
-        ImageError: If the mask image cannot be read.
+        UsageError: If the pre-processing has no resize to a fixed height and width, if nothing is left to inspect, or if
+            there is no such mask image.
+        ImageError: If the mask image is none.
     """
     resize = extract_transforms_by_type(transform, Resize)
     if not resize or not isinstance(resize[-1].size, Sequence) or len(resize[-1].size) != 2:
@@ -127,7 +135,7 @@ def check_patches(region: RegionOfInterest, grid: tuple[int, int]) -> NDArray[np
 
 def _read_mask(path: str, least: tuple[int, int]) -> NDArray[np.bool_]:
     """The mask, each pixel repeated until it is at least as large as ``least``."""
-    inside = read_image(Path(path)).mean(axis=2) >= _WHITE
+    inside = _read(path).mean(axis=2) >= _WHITE
     down, across = (-(-wanted // side) for wanted, side in zip(least, inside.shape, strict=True))
     return inside.repeat(down, axis=0).repeat(across, axis=1)
 

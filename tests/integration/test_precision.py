@@ -8,7 +8,7 @@ from patchcore_plugin import FaissPatchcore, PatchcoreRuntime
 from patchcore_plugin.bundle import BundleError
 from patchcore_plugin.cpu import has_bfloat16
 from patchcore_plugin.export import export_bundle
-from patchcore_plugin.export.precision import LARGEST_MEAN_ERROR, LEAST_RANK_CORRELATION
+from patchcore_plugin.export.precision import LARGEST_MEAN_ERROR, LEAST_RANK_CORRELATION, check_precision
 from patchcore_plugin.images import read_image
 
 nncf = pytest.importorskip("nncf", reason="the extra quantize is not installed")
@@ -60,6 +60,10 @@ def test_without_images(trained, tmp_path, caplog):
     model.held_out = None
     with pytest.raises(BundleError, match=r"the checkpoint keeps none. Give some \(--images\)"):
         export_bundle(model, tmp_path / "bundle", precision="auto")
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("patchcore_plugin.export.precision.find_spec", lambda name: None)
+        with pytest.raises(BundleError, match="NNCF, which is not installed"):
+            check_precision("int8", 5)
     assert not list(tmp_path.iterdir())
     runtime = PatchcoreRuntime.load(export_bundle(model, tmp_path / "bundle"))
     assert "No held-out normal images" in caplog.text

@@ -384,7 +384,7 @@ def test_failure_says_where_the_checkpoint_lies(cells, tmp_path, caplog):
     model.training_step = unreadable
     with pytest.raises(Unreadable):
         make_engine(tmp_path).fit(model, datamodule=folder_datamodule(cells))
-    assert f"No model is kept in {tmp_path / 'FaissPatchcore/cells/v1'}" in caplog.text
+    assert f"This training has kept no model in {tmp_path / 'FaissPatchcore/cells/v1'}" in caplog.text
 
 
 def test_training_on_a_full_disk(cells, tmp_path):

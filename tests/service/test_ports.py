@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import stat
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -110,6 +111,20 @@ def test_runner_alone_unpickles_nothing(bundle, tmp_path):
         response = server.client.post("/score", **pickle_of(tmp_path / "canary"))
     assert not (tmp_path / "canary").exists()
     assert response.status_code == 403
+
+
+def test_port_that_is_taken_ends_the_start(bundle, tmp_path):
+    """In a sentence that names it, and the way out."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = (*BENTOML, "serve", "--port", str(port), SERVICE)
+        environment = os.environ | {"PATCHCORE_BUNDLE": str(bundle), "BENTOML_HOME": str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode
+    said = done.stdout + done.stderr
+    assert f"cannot listen at port {port} of 127.0.0.1: " in said
+    assert "bentoml serve --port" in said
+    assert "Traceback" not in said
 
 
 def test_reload_ends_the_start(bundle, tmp_path):

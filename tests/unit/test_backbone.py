@@ -109,6 +109,8 @@ def test_layer_named_twice():
 
 
 def test_unknown_backbone_names_similar_ones():
+    with pytest.raises(ValueError, match=r"'efficientnet_lit0'\. Similar names: efficientnet_lite0"):
+        Backbone("efficientnet_lit0", ["blocks.2"])
     with pytest.raises(ValueError, match=r"timm has no model 'resnet_18_typo'\. Similar names: .*resnet"):
         Backbone("resnet_18_typo", ["layer2"])
 

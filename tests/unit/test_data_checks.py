@@ -48,6 +48,13 @@ def test_missing_mask(part):
     assert "leave mask_dir out" in message
 
 
+def test_missing_folder_of_defective_images(part):
+    shutil.rmtree(part / "test/defective")
+    message = refusal(part)
+    assert f"There is no folder {part / 'test/defective'}, which abnormal_dir names" in message
+    assert "take configs/normal_only.yaml" in message
+
+
 def test_masks_of_other_names(part):
     (part / "masks" / "1.png").rename(part / "masks" / "7.png")
     assert "one mask of the same name" in refusal(part, mask_dir="masks")

@@ -150,7 +150,7 @@ def test_nothing_is_left(tmp_path):
 
 
 def test_mask_that_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(UsageError, match="absent"):
         build_region(check_region(tmp_path / "absent.png"), TRANSFORM)
     (tmp_path / "no.png").write_bytes(b"no image")
     with pytest.raises(PatchcoreError, match=r"no\.png"):

@@ -110,7 +110,7 @@ def test_every_config_is_described_and_shows_its_command():
     assert configs
     for config in configs:
         header = config.read_text(encoding="utf-8").split("\n\n")[0]
-        assert re.search(rf"^# +(anomalib train --config|patchcore evaluate) configs/{config.name}", header, re.MULTILINE)
+        assert re.search(rf"^# +(patchcore train --config|patchcore evaluate) configs/{config.name}", header, re.MULTILINE)
         assert f"]({config.name})" in described
 
 

@@ -109,7 +109,7 @@ def test_wrong_environment(monkeypatch, name, value, message):
     [
         ("queue: -1", "PATCHCORE_QUEUE"),
         ("bundle: a\nbundles: b", "PATCHCORE_BUNDLES: .*set either this or bundle, which is a"),
-        ("qeue: 5", "PATCHCORE_QEUE: Extra inputs are not permitted"),
+        ("qeue: 5", "PATCHCORE_SETTINGS: the file has qeue, which is no setting; settings: .*queue"),
         ("queue: [", "PATCHCORE_SETTINGS: .* cannot be read"),
         ("- 1", "PATCHCORE_SETTINGS: .* cannot be read"),
         ("!!python/object/apply:os.system ['true']", "PATCHCORE_SETTINGS: .* cannot be read"),

