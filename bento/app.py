@@ -106,8 +106,8 @@ def make_pipeline(settings: Settings, metrics: Metrics, runner: RunnerClient | N
         parallel_large = parallel
     else:
         scorer, threads = LocalScorer(repository), settings.threads or cores()
-        # In mode latency, one image is scored with all threads, and another one is decoded meanwhile.
-        parallel = 2 if settings.mode == "latency" else max(2, threads)
+        # While images are scored, one at a time in mode latency and else one by each thread, another one is decoded.
+        parallel = 2 if settings.mode == "latency" else threads + 1
         parallel_large = threads if settings.mode == "throughput" else 2  # they take the memory
     limits = {name: getattr(settings, name) for name in ("max_pixels", "max_images", "max_batch_pixels")}
     webhook = make_webhook(settings, metrics)

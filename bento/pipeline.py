@@ -218,8 +218,8 @@ class Pipeline:
 
     def models(self) -> ModelList:
         """All models that requests may name."""
-        devices = self._repository.loaded()
-        models = [_summary(name, path, devices.get(name)) for name, path in self._repository.folders().items()]
+        loaded = self._repository.loaded()
+        models = [_summary(name, path, loaded.get(name)) for name, path in self._repository.folders().items()]
         only = models[0].name if len(models) == 1 else None
         return ModelList(models=models, default=self._repository.default or only, record=self.record is not None)
 
@@ -336,13 +336,19 @@ def describe(image: DecodedImage, scored: Scored, *, heatmap: bool = False) -> I
     )
 
 
-def _summary(name: str, path: Path, device: str | None) -> ModelSummary:
-    """The summary of a bundle, or of what is wrong with it; the device is that of a bundle in memory."""
+def _summary(name: str, path: Path, runtime: PatchcoreRuntime | None) -> ModelSummary:
+    """The summary of the version in memory, which answers, or of the bundle; and what is wrong with the bundle."""
+    found = problem = None
     try:
-        manifest, version = read_manifest_and_version(path)
-        return ModelSummary.of(name, device=device, manifest=manifest, version=version)
+        found = read_manifest_and_version(path)
     except BundleError as error:
-        return ModelSummary(name=name, loaded=device is not None, device=device, problem=str(error).replace(str(path), name))
+        problem = str(error).replace(str(path), name)
+    if runtime is not None:
+        found = runtime.manifest, runtime.version
+    if found is None:
+        return ModelSummary(name=name, loaded=False, problem=problem)
+    device = None if runtime is None else runtime.device
+    return ModelSummary.of(name, device=device, manifest=found[0], version=found[1]).model_copy(update={"problem": problem})
 
 
 def _milliseconds_since(started: float) -> float:

@@ -135,10 +135,10 @@ class ModelRepository:
                 self._folders, self._found_at = {**in_memory, **found}, time.monotonic()
             return self._folders
 
-    def loaded(self) -> dict[str, str]:
-        """Device that computes the network of each model in memory, by name, the least recently used first."""
+    def loaded(self) -> dict[str, PatchcoreRuntime]:
+        """Each model in memory, by name, the least recently used first."""
         with self._lock:
-            return {name: entry.runtime.device for name, entry in self._entries.items()}
+            return {name: entry.runtime for name, entry in self._entries.items()}
 
     def resolve(self, name: str | None) -> str:
         """Find the name of the model that a request asks for.

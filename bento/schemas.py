@@ -307,7 +307,9 @@ class ModelSummary(BaseModel):
     )
     bytes: int | None = Field(None, description="Size of the bundle's files.")
     sha256: dict[str, str] | None = Field(None, description="Checksum of each file of the bundle.")
-    problem: str | None = Field(None, description="Why the model cannot be served.")
+    problem: str | None = Field(
+        None, description="Why the bundle cannot be served. If the model is loaded, an older version of it answers."
+    )
 
     @classmethod
     def of(cls, name: str, *, device: str | None, manifest: Manifest, version: str) -> ModelSummary:

@@ -16,7 +16,7 @@ from patchcore_plugin.cli.common import device, fail_on, found_code, progress_ba
 from patchcore_plugin.drawings import save_drawing
 from patchcore_plugin.errors import UsageError, is_full_disk, reason_of
 from patchcore_plugin.moving import replace
-from patchcore_plugin.names import as_text, to_cell
+from patchcore_plugin.names import as_line, as_text, to_cell
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PREDICTION_COLUMNS = "score", "normalized_score", "p_value", "verdict", "threshold", "ratio"
 _REGION_COLUMNS = "regions", "small_regions", "largest_area", "largest_area_mm2", "largest_width_mm", "largest_height_mm"
+_NAMED = 5  # unreadable files on the terminal; results.csv has them all
 _COLUMNS = "image", *_PREDICTION_COLUMNS, *_REGION_COLUMNS, "error"
 
 
@@ -72,6 +73,8 @@ def predict(bundle: Path, folder: Path, output: Path, heatmaps: bool, device: st
             if prediction is None:
                 values, error = {}, str(outcome.error)
                 unreadable += 1
+                if unreadable <= _NAMED:
+                    bar.console.print(as_line(error), markup=False, highlight=False, soft_wrap=True)
             else:
                 values = {column: getattr(prediction, column) for column in _PREDICTION_COLUMNS}
                 values |= _region_values(prediction)

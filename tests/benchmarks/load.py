@@ -2,6 +2,7 @@
 
     python tests/benchmarks/load.py                 # highest rate; latency at 50 % and 80 % of it; twice the highest rate
     python tests/benchmarks/load.py --soak 20000    # only this number of requests, one in ten hostile, and the memory
+    python tests/benchmarks/load.py --modes 8 --count 150    # only the modes, by turns with the runtime alone
     python tests/benchmarks/load.py --record 12     # only what the record costs: with and without, this number of turns each
 
 The bundle has ELPV's 1 % bank. The clients run on the same cores as the service. The runtime's rate has no clients and no
@@ -37,6 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 CLIENTS = 8
+MODES = "auto", "latency", "throughput"
 
 
 class Client:
@@ -352,6 +354,38 @@ def compare_records(environment: dict[str, str], folder: Path, contents: list[by
     )
 
 
+def compare_modes(environment: dict[str, str], folder: Path, contents: list[bytes], count: int, turns: int) -> None:
+    """Measure the service in each mode and the runtime alone, by turns; then latency at shares of the default's rate."""
+    with ExitStack() as stack:
+        servers = {
+            mode: stack.enter_context(bentoml_serve(SERVE, folder, **environment, PATCHCORE_MODE=mode)) for mode in MODES
+        }
+        for server in servers.values():
+            saturate(server, contents, count)
+        rates, alone, costs = ({mode: [] for mode in MODES} for _ in range(3))
+        for turn in track(range(turns), description="Turns"):
+            for mode in MODES[:: 1 if turn % 2 else -1]:
+                before = cpu_seconds(servers[mode])
+                rates[mode].append(saturate(servers[mode], contents, count))
+                costs[mode].append(1000 * (cpu_seconds(servers[mode]) - before) / count)
+                alone[mode].append(runtime_rate(Path(environment["PATCHCORE_BUNDLE"]), contents, mode, count))
+        best = np.max(list(alone.values()), axis=0)
+        rate = float(np.median(rates[MODES[0]]))
+        table = Table(
+            "mode", "runtime alone", "service", "of the runtime's best", "CPU ms", "p50 / p99 ms at 50 %", "at 80 %"
+        )
+        for mode in MODES:
+            cells = [f"{np.median(values):.1f}" for values in (alone[mode], rates[mode])]
+            low, middle, high = np.percentile(np.divide(rates[mode], best), [25, 50, 75])
+            cells += [f"{middle:.0%} ({low:.0%} to {high:.0%})", f"{np.median(costs[mode]):.1f}"]
+            for share in (0.5, 0.8):
+                times, _ = steady(servers[mode], contents, share * rate, 10)
+                cells.append(" / ".join(f"{value:.0f}" for value in np.percentile(times, [50, 99])))
+            table.add_row(mode, *cells)
+    Console(width=125).print(table)
+    click.echo(f"Images a second, medians of {turns} turns of {count}; shares are of the same turn, with quartiles.")
+
+
 DEPENDENT = """
 import time
 import bentoml
@@ -399,8 +433,9 @@ def compare_callers(environment: dict[str, str], folder: Path, image: Path, coun
 @click.option("--seconds", default=60.0, show_default=True, help="Seconds at twice the highest rate.")
 @click.option("--soak", "soaked", default=0, help="Only send this number of requests, one in ten hostile.")
 @click.option("--record", "turns", default=0, help="Only measure what the record costs, with this number of turns.")
+@click.option("--modes", "mode_turns", default=0, help="Only compare the modes, with this number of turns.")
 @click.option("--callers", is_flag=True, help="Only measure a call by BentoML's client, and by bentoml.depends.")
-def main(count: int, seconds: float, soaked: int, turns: int, callers: bool) -> None:
+def main(count: int, seconds: float, soaked: int, turns: int, mode_turns: int, callers: bool) -> None:
     """Print throughput and latency, and what happens at twice the highest rate."""
     click.echo(heading("bentoml", "openvino", "faiss-cpu"))
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
@@ -419,7 +454,10 @@ def main(count: int, seconds: float, soaked: int, turns: int, callers: bool) -> 
         if turns:
             compare_records(environment, folder, contents, count, turns)
             return
-        best = {mode: runtime_rate(bundle, contents, mode, count) for mode in ("auto", "latency", "throughput")}
+        if mode_turns:
+            compare_modes(environment, folder, contents, count, mode_turns)
+            return
+        best = {mode: runtime_rate(bundle, contents, mode, count) for mode in MODES}
         for mode, rate in best.items():
             click.echo(f"runtime alone, mode {mode}: {rate:.0f} images/s")
         table = Table("service", "requests/s", "share of the runtime's best", "p50 / p99 ms at 50 %", "at 80 %")

@@ -330,6 +330,7 @@ def test_predict(bundle, runtime, line, tmp_path):
     result = run("patchcore", "predict", bundle, line, "--output", "answers", cwd=tmp_path, check=False)
     assert result.returncode == 1, "an unreadable image must not pass unseen"
     assert "3 images: 2 anomalous, 1 unreadable. Results: answers/results.csv" in words(result.stdout)
+    assert " is damaged" in words(result.stderr), "which one, and why"
     rows = list(csv.DictReader((tmp_path / "answers" / "results.csv").open()))
     assert [row["image"] for row in rows] == ["a.png", "broken.png", "sub/b.jpg"]
     assert "cannot be read as an image" in rows[1].pop("error")

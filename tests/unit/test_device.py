@@ -212,7 +212,7 @@ def test_service(small, monkeypatch, tmp_path, caplog):
     with caplog.at_level("INFO"):
         assert repository.preload()
     assert "network on HETERO:CPU" in caplog.text
-    assert repository.loaded() == {read_manifest(small).name: "HETERO:CPU"}
+    assert {name: model.device for name, model in repository.loaded().items()} == {read_manifest(small).name: "HETERO:CPU"}
     change_manifest(small, self_test={"scores": [1.0] * 5})
     assert not make_repository(settings, Metrics(CollectorRegistry())).preload()
     assert "cannot be served: The device HETERO:CPU is not used: its score of picture" in caplog.text

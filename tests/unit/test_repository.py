@@ -10,6 +10,7 @@ import pytest
 from helpers.bundles import renew_checksums
 from helpers.http import wait_for
 from patchcore_plugin.bento import repository as repositories
+from patchcore_plugin.bento.pipeline import _summary
 from patchcore_plugin.bento.repository import ModelRepository, UnknownModelError, find_bundles
 from patchcore_plugin.bento.settings import Settings
 
@@ -90,7 +91,7 @@ def test_least_recently_used_is_dropped(make, folder, events):
     repository = make(max_bytes=2 * read_manifest(folder / "left").total_bytes)
     for name in ("left", "right", "left", "top"):
         repository.get(name)
-    assert list(repository.loaded().items()) == [("left", "CPU"), ("top", "CPU")]
+    assert [(name, model.device) for name, model in repository.loaded().items()] == [("left", "CPU"), ("top", "CPU")]
     assert ("right", "dropped") in events
 
 
@@ -150,6 +151,8 @@ def test_damaged_version_is_refused_and_the_old_one_answers(repository, folder, 
     wait_for(lambda: not any(thread.name == "load-left" for thread in threading.enumerate()))
     for _ in range(3):
         assert repository.get("left") is old
+    (summary,) = (_summary(name, folder / name, model) for name, model in repository.loaded().items())
+    assert (summary.version, summary.loaded) == (old.version, True), "what answers"
     assert events.count(("left", "refused")) == 1, "the same files are not tried again and again"
     (folder / "left" / "features.bin").write_bytes(weights)
     rename(folder / "left", "mended")
