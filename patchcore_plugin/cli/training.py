@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def _anomalib_command(name: str, summary: str) -> click.Command:
 
         from patchcore_plugin.registry import run_anomalib
 
+        warnings.filterwarnings("ignore", category=FutureWarning)  # the training stack's remarks about itself
         logging.getLogger("patchcore_plugin").setLevel(logging.INFO)  # radius of the bank, images left out, checkpoint
         try:
             run_anomalib([name, *arguments])
@@ -92,7 +94,8 @@ test = _anomalib_command("test", "Test a model with anomalib.")
     type=ManifestChoice("IndexKind", "auto"),
     default="auto",
     show_default=True,
-    help="Index of the memory bank. auto takes the fastest on this machine that finds what exact search finds.",
+    help="Index of the memory bank. auto takes the fastest on this machine whose scores and maps are near those of exact "
+    "search.",
 )
 @click.option(
     "--storage",

@@ -65,6 +65,7 @@ def convert(model: FaissPatchcoreModel, height: int, width: int) -> ov.Model:
     # OpenVINO's own trace checks itself, which takes several times as long; here, the network is compared with the model.
     with torch.no_grad(), warnings.catch_warnings(), without_side_effects():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of the trace that OpenVINO asks for
         traced = torch.jit.trace(embedding, example, strict=False, check_trace=False)
         return ov.convert_model(traced, example_input=example, input=[-1, 3, height, width])
 
