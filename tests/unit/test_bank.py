@@ -12,7 +12,7 @@ from patchcore_plugin.memory_bank import MemoryBank
 from patchcore_plugin.scoring import ScoreRule
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(1, 80),
@@ -67,7 +67,7 @@ def test_vectors_outlive_the_bank():
         view[0] = 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 60), kinds=st.integers(1, 60), count=st.integers(1, 12))
 def test_neighbors(seed, size, kinds, count):
     """Each vector comes first among its own neighbors, duplicates or not, and the others are the nearest ones."""

@@ -16,7 +16,7 @@ from patchcore_plugin.memory_bank.bfloat16 import CANDIDATES_LIMIT, BFloat16Cand
 from patchcore_plugin.scoring import ScoreRule
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(1, 700),

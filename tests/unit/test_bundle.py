@@ -261,7 +261,7 @@ def test_infinite_threshold(bundle_copy):
         PatchcoreRuntime.load(bundle_copy)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_manifest_is_a_bundle_error_or_harmless(bundle, data):
     content = bytearray((bundle / MANIFEST).read_bytes())

@@ -77,7 +77,7 @@ def test_real_embeddings(real_embeddings, tuning):
     assert_same_picks(real_embeddings, len(real_embeddings) // 10, tuning)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 400),

@@ -19,7 +19,7 @@ def nearest(queries, vectors):
     return np.sqrt(((queries[:, None].astype(np.float64) - vectors) ** 2).sum(-1)).min(1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     defects=st.integers(1, 9),

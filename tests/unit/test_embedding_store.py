@@ -103,7 +103,7 @@ def test_radius_too_small_for_the_budget(points, caplog):
     assert covering_radius(points, bank) <= store.radius_
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 6000),

@@ -43,7 +43,7 @@ def rates(labels, scores, threshold):
     return found[labels == 0].mean(), found[labels == 1].mean()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.booleans(), st.integers(-5, 60)), min_size=1, max_size=60))
 def test_image_metrics(images):
     """Against the definitions, with ties, scores far from [0, 1], and one class alone."""

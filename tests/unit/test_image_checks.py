@@ -112,7 +112,7 @@ def test_large_images_pass():
         check_image_file(io.BytesIO(content))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), form=st.sampled_from(["PNG", "JPEG", "BMP", "TIFF"]))
 def test_damaged_files_pass_or_are_refused(data, form):
     content = bytearray(encoded(PICTURE.crop((0, 0, 20, 16)), form))

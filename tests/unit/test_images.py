@@ -120,7 +120,7 @@ def test_decompression_bomb():
         read_image(io.BytesIO(stream.getvalue()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), form=st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]))
 def test_damaged_images_are_refused_or_read(data, form):
     """Truncated or flipped bytes give an image or an ImageError, never anything else."""

@@ -35,7 +35,7 @@ def test_every_kind_has_a_class_of_that_name():
 
 
 @pytest.mark.parametrize(("index", "storage"), BANKS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(1, 200),

@@ -54,7 +54,7 @@ def test_patches_are_those_whose_center_lies_inside():
     np.testing.assert_array_equal(region.at((8, 12)), mask)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_nothing_outside_reaches_a_pixel_inside(data):
     """Of images at least as large as the network's input: to the bit."""

@@ -104,7 +104,7 @@ def test_few_images_and_copies_leave_nothing_out():
     assert not find(rows, images, rows, images, 0.5).any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(10, 16), st.integers(1, 8), st.floats(0.1, 4), st.sampled_from([1e-3, 1, 1e3]))
 def test_any_small_set(seed, count, columns, deviations, scale):
     rng = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ def expected(images: np.ndarray, recipe: Preprocessing) -> np.ndarray:
     return transform(torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255).numpy()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 3),

@@ -32,7 +32,7 @@ def expected(values, threshold, gaps=(0, 0)):
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.tuples(st.integers(1, 24), st.integers(1, 24)),

@@ -30,7 +30,7 @@ class Scorer:
         return Scores(patch.amax((1, 2)), patch)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=5), max_size=6))
 def test_any_order(model, batches):
     """Each image is scored once, whatever batches it comes in."""

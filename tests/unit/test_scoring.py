@@ -29,7 +29,7 @@ def reference_image_score(embedding: np.ndarray, vectors: np.ndarray, neighbors:
     return (1 - np.exp(largest - distances[worst, around].max()) / weights.sum()) * image
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 3),

@@ -56,7 +56,7 @@ def far_from(values: np.ndarray, scale: Scale) -> np.ndarray:
     return np.abs(values - limit) > 1e-4 * (1 + abs(limit) + scale.maximum - scale.minimum)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(values=values, scale=scales())
 def test_normalized_as_anomalib_does(values, scale):
     expected = post_process(values, scale)
@@ -66,7 +66,7 @@ def test_normalized_as_anomalib_does(values, scale):
     np.testing.assert_allclose(found, expected.anomaly_map[0, 0].numpy(), atol=1e-5)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(values=values, scale=scales())
 def test_verdicts_are_anomalibs(values, scale):
     """For every sensitivity, of image scores and of pixels."""

@@ -31,7 +31,7 @@ def inputs(draw):
     return tuple(size), tuple(tile), tuple(stride), patch
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(inputs())
 def test_put_together_as_anomalibs_tiler_does(given):
     """The values of a tile are means of its pixels, as a network's are of patches; sums in float64 are the reference."""
