@@ -29,7 +29,8 @@ MAX_MAP_ERROR = 1e-2
 As a share of the largest distance in a normal image (the median over the images), above which thresholds lie.
 """
 
-_SLOWDOWN_LIMIT = 1.5  # wider searches are not tried where one takes this many times as long as the fastest good one
+_SLOWDOWN_LIMIT = 1.5  # wider searches are not tried where one takes this many times as long as the fastest good one, or as
+# exact search where a bank grows
 _NEAREST_TOLERANCE = 1e-5  # relative difference of distances up to which a vector found counts as the nearest
 
 
@@ -59,8 +60,8 @@ def choose(
         storage: Number format in which the bank keeps its vectors.
         progress: Called as each step begins.
         threads: Number of threads to search with, as in serving; see :attr:`MemoryBank.threads`.
-        least: Least width to consider, for a bank of kind ``index`` that grows; 0 for a new one. A grown ``"bfloat16"`` bank
-            may become flat.
+        least: Least width to consider, for a bank of kind ``index`` that grows; 0 for a new one. A grown bank becomes flat
+            where it is good enough at no width, or where exact search is faster by then.
         pasted: Patch embeddings (C, h, w, D), float32, of images with something that the bank does not know; see
             :mod:`patchcore_plugin.pasting`. They count for the errors, and not for the time.
 
@@ -84,9 +85,12 @@ def choose(
             bank.width = width
             trial = reference.measure(bank)
             tried.append((trial, bank))
-            fastest = min((other.milliseconds for other, _ in tried if other.good), default=np.inf)
+            slowest = reference.answers.milliseconds if least else np.inf
+            fastest = min((other.milliseconds for other, _ in tried if other.good), default=slowest)
             if trial.good or trial.milliseconds > _SLOWDOWN_LIMIT * fastest:
                 break  # wider searches take longer
+    if least and not any(trial.good for trial, _ in tried):
+        tried.append((reference.measure(flat), flat))
     best, bank = min([pair for pair in tried if pair[0].good] or tried[-1:], key=lambda pair: pair[0].milliseconds)
     bank.width = best.width
     if bank.neighbors is None:  # the bank is too large for a comparison of all vectors: its index searches for neighbors

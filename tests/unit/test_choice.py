@@ -5,7 +5,7 @@ import pytest
 from helpers.cpu import set_bfloat16
 from scipy.spatial.distance import cdist
 
-from patchcore_plugin.memory_bank import MemoryBank
+from patchcore_plugin.memory_bank import MemoryBank, choice
 from patchcore_plugin.memory_bank.choice import MAX_MAP_ERROR, MAX_SCORE_ERROR, choose
 from patchcore_plugin.scoring import ScoreRule
 
@@ -94,6 +94,21 @@ def test_small_banks_are_flat(bank_vectors, patch_grids):
     bank, trials = choose(bank_vectors[:100], patch_grids, ScoreRule())
     assert bank.index == "flat"
     assert len(trials) == 1
+
+
+def test_bank_that_grows_slow_becomes_flat(bank_vectors, patch_grids, monkeypatch):
+    """Where no width answers as exact search does before it takes longer, the others are not tried."""
+    monkeypatch.setattr(choice, "_SLOWDOWN_LIMIT", 1e-3)
+    measure = choice._Reference.measure
+
+    def measure_strictly(self, bank):
+        return measure(self, bank).model_copy(update={"good": bank is self.flat})
+
+    monkeypatch.setattr(choice._Reference, "measure", measure_strictly)
+    bank, trials = choose(bank_vectors, patch_grids, ScoreRule(), "hnsw", least=8)
+    assert [(trial.index, trial.width) for trial in trials] == [("hnsw", 8), ("flat", 0)]
+    assert (bank.index, bank.width) == ("flat", 0)
+    assert bank.neighbors is not None
 
 
 @pytest.mark.parametrize(("storage", "least", "most"), [("int8", 1e-3, 0.1), ("float16", 1e-6, 1e-3)])
