@@ -348,7 +348,7 @@ def _summary(name: str, path: Path, runtime: PatchcoreRuntime | None) -> ModelSu
     if found is None:
         return ModelSummary(name=name, loaded=False, problem=problem)
     device = None if runtime is None else runtime.device
-    return ModelSummary.of(name, device=device, manifest=found[0], version=found[1]).model_copy(update={"problem": problem})
+    return ModelSummary.of(name, device=device, manifest=found[0], version=found[1], problem=problem)
 
 
 def _milliseconds_since(started: float) -> float:

@@ -312,7 +312,9 @@ class ModelSummary(BaseModel):
     )
 
     @classmethod
-    def of(cls, name: str, *, device: str | None, manifest: Manifest, version: str) -> ModelSummary:
+    def of(
+        cls, name: str, *, device: str | None, manifest: Manifest, version: str, problem: str | None = None
+    ) -> ModelSummary:
         """The summary of a bundle.
 
         Args:
@@ -320,6 +322,7 @@ class ModelSummary(BaseModel):
             device: Device that computes the network; None unless the model is in memory.
             manifest: Manifest of the bundle.
             version: Version of the bundle.
+            problem: Why the bundle on the disk cannot be served, where an older version answers.
         """
         return cls(
             name=name,
@@ -340,6 +343,7 @@ class ModelSummary(BaseModel):
             device=device,
             bytes=manifest.total_bytes,
             sha256={file: about.sha256 for file, about in manifest.files.items()},
+            problem=problem,
         )
 
 

@@ -107,7 +107,6 @@ def check_images(
     images: Sequence[Path],
     test_images: Sequence[Path] = (),
     arguments: Mapping[str, Any] = DEFAULT_ARGUMENTS,
-    intensity_range: IntensityRange | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> CheckReport:
@@ -116,8 +115,8 @@ def check_images(
     Args:
         images: Paths of images that should be normal, sorted.
         test_images: Paths of images that must not be among them.
-        arguments: Arguments of FaissPatchcore, whose backbone compares them, in its region of interest.
-        intensity_range: Values of deep images that become 0 and 255; None takes the least and largest of all.
+        arguments: Arguments of FaissPatchcore, whose backbone compares them, in its region of interest. Without an
+            ``intensity_range``, the least and the largest value of all become 0 and 255 of deep images.
         seed: Seed of the patches that are compared with.
         progress: Called with each step.
 
@@ -130,9 +129,9 @@ def check_images(
     facts = read_all_facts(images, "read", progress)
     readable = [image for image in facts if not image.error]
     findings = [Finding(image.path, "unreadable", image.error) for image in facts if image.error]
-    if mask is not None:
-        findings += [finding for image in readable if (finding := _unlike_mask(image, mask))]
-        readable = [image for image in readable if not _unlike_mask(image, mask)]
+    unlike = {image.path: finding for image in readable if mask and (finding := _unlike_mask(image, mask))}
+    findings += unlike.values()
+    readable = [image for image in readable if image.path not in unlike]
     copies = find_copies(readable)
     for number, (like, words) in copies.items():
         findings.append(Finding(readable[number].path, "copy", words, readable[like].path))
@@ -146,7 +145,7 @@ def check_images(
     compared = [image for image in originals if (image.values is not None) == deep]
     if len(compared) < MIN_IMAGES:
         return CheckReport(list(images), findings, [], [], [], 0, None)
-    span = (intensity_range or _range(compared)) if deep else None
+    span = (embedder.intensity_range or _range(compared)) if deep else None
     paths, rule = [image.path for image in compared], ScoreRule(region=embedder.region)
     grid = next(embedder.stream(paths, span)).shape[:2]
     embed = Held(lambda start: (rule.inspected(found[None])[0] for found in embedder.stream(paths, span, start)))

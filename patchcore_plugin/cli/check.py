@@ -85,7 +85,7 @@ def check(
     images = find_images(folder)
     tests = [] if test is None else find_images(test)  # before the slow imports
     from patchcore_plugin.cleaning import DEFAULT_ARGUMENTS, check_images, write_list, write_report
-    from patchcore_plugin.tuning.config import intensity_range, read_arguments
+    from patchcore_plugin.tuning.config import read_arguments
 
     given = {
         "backbone": backbone,
@@ -97,7 +97,7 @@ def check(
     arguments = arguments | {name: value for name, value in given.items() if value}
     output.mkdir(parents=True, exist_ok=True)
     with step_bars() as progress:
-        report = check_images(images, tests, arguments, intensity_range(arguments), progress=progress)
+        report = check_images(images, tests, arguments, progress=progress)
     write_report(report, folder, output / REPORT)
     unlisted = write_list(report.leave_out, output / LIST)
     click.echo(f"{len(images)} images, of which {len(report.ranked)} were compared.")

@@ -29,8 +29,7 @@ MAX_MAP_ERROR = 1e-2
 As a share of the largest distance in a normal image (the median over the images), above which thresholds lie.
 """
 
-_SLOWDOWN_LIMIT = 1.5  # wider searches are not tried where one takes this many times as long as the fastest good one, or as
-# exact search where a bank grows
+_SLOWDOWN_LIMIT = 1.5  # wider searches are not tried where one takes this many times as long as the fastest good one
 _NEAREST_TOLERANCE = 1e-5  # relative difference of distances up to which a vector found counts as the nearest
 
 
@@ -75,6 +74,7 @@ def choose(
     progress("index flat", 0, 1)
     images = embeddings if pasted is None else np.concatenate([embeddings, pasted])
     reference = _Reference.of(flat, vectors, images, len(embeddings), rule)
+    at_most = reference.answers.milliseconds if least else np.inf  # a grown bank may become flat
     tried: list[tuple[IndexTrial, MemoryBank]] = []
     for kind in _kinds(vectors.shape, index, storage, least):
         if kind != "flat":
@@ -85,8 +85,7 @@ def choose(
             bank.width = width
             trial = reference.measure(bank)
             tried.append((trial, bank))
-            slowest = reference.answers.milliseconds if least else np.inf
-            fastest = min((other.milliseconds for other, _ in tried if other.good), default=slowest)
+            fastest = min((other.milliseconds for other, _ in tried if other.good), default=at_most)
             if trial.good or trial.milliseconds > _SLOWDOWN_LIMIT * fastest:
                 break  # wider searches take longer
     if least and not any(trial.good for trial, _ in tried):

@@ -52,6 +52,11 @@ class Embedder:
         """The pixels of the network's input that are inspected; None where all are."""
         return self._module.model.rule.region
 
+    @property
+    def intensity_range(self) -> IntensityRange | None:
+        """Values that become 0 and 255 of deep images; None where the arguments give none, or take those of the images."""
+        return self._module.intensity_range
+
     @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         """Patch embeddings (h, w, D) of an image (H, W, 3), those outside the region included.
